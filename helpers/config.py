@@ -1,0 +1,277 @@
+"""RunConfig: every knob of a run, frozen, validated, saved as YAML beside every result.
+
+Field names are unique across the parts, so that a notebook, a slider and a command-line flag can all say `rank`
+without saying where it lives:
+
+>>> config = RunConfig().with_values(rank=32, alpha=64)
+>>> config.adapter.rank, config.adapter.scaling
+(32, 2.0)
+>>> RunConfig().with_values(rank=0)
+Traceback (most recent call last):
+ValueError: rank must be greater than or equal to 1, not 0
+"""
+
+from dataclasses import asdict, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelConfig:
+    """The frozen base: which weights, in which precision, with which attention kernel."""
+
+    model: str = "mistralai/Mistral-7B-v0.3"
+    """A hub id, or a folder with config.json and safetensors."""
+    revision: str | None = None
+    weights: Literal["nf4", "int8", "fp16"] = "nf4"
+    """nf4 is QLoRA (https://arxiv.org/abs/2305.14314); fp16 means 16 bits: bf16 where the GPU has it."""
+    double_quant: bool = True
+    upcast: bool = False
+    """Embeddings, head and norms in fp32, as peft.prepare_model_for_kbit_training does: costs memory, no quality."""
+    attention: Literal["efficient", "eager", "math"] = "efficient"
+
+
+@dataclass(frozen=True, config=STRICT)
+class AdapterConfig:
+    """LoRA: W + (alpha / rank) BA (https://arxiv.org/abs/2106.09685)."""
+
+    rank: Annotated[int, Field(ge=1, le=1024, strict=True)] = 16
+    alpha: Annotated[float, Field(gt=0, le=4096)] = 32
+    dropout: Fraction = 0.0
+    targets: Annotated[str, Field(min_length=1)] = "all-linear"
+    """all-linear, attention, or module names with commas between."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (https://arxiv.org/abs/2312.03732)."""
+    dora: bool = False
+    """Learn magnitudes beside directions (https://arxiv.org/abs/2402.09353)."""
+
+    @property
+    def scaling(self) -> float:
+        """What multiplies BA."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """The linear layers that get an adapter.
+
+        >>> AdapterConfig(targets="q_proj,v_proj").target_modules
+        ('q_proj', 'v_proj')
+        """
+        named = {"all-linear": ATTENTION_TARGETS + MLP_TARGETS, "attention": ATTENTION_TARGETS}
+        return named.get(self.targets) or tuple(name.strip() for name in self.targets.split(","))
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataConfig:
+    """Conversations in: from where, how long, what is held out."""
+
+    source: str = "HuggingFaceH4/ultrachat_200k"
+    """A file, a folder's file, or a hub dataset."""
+    source_split: str = "train_sft"
+    source_format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt-completion", "flattened-text", "plain-text"
+    ] = "auto"
+    seq_len: Annotated[int, Field(ge=16, le=1_048_576, strict=True)] = 1024
+    """The context: tokens of one training sequence, at most."""
+    max_conversations: Count | None = None
+    heldout_fraction: Fraction = 0.02
+    heldout_source: str | None = None
+    """A file of its own for the held-out conversations; then heldout_fraction is not used."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainConfig:
+    """One pass of gradient descent over the adapters."""
+
+    batch_size: Annotated[int, Field(ge=1, le=1024, strict=True)] = 1
+    """Sequences a micro-batch; a step has batch_size × accumulation of them."""
+    accumulation: Annotated[int, Field(ge=1, le=4096, strict=True)] = 8
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
+    warmup_fraction: Fraction = 0.03
+    """Share of all steps; the 2023 recipe's 100 of 100 steps would never leave its warm-up."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    max_steps: Count | None = None
+    optimizer: Literal["paged_adamw_8bit", "adamw_8bit", "adamw_torch"] = "paged_adamw_8bit"
+    checkpointing: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0, strict=True)] = "auto"
+    """How many decoder layers recompute their activations; auto: as few as the budget allows."""
+    offload_activations: bool = False
+    """Keep the inputs of checkpointed layers in host memory."""
+    loss: Literal["chunked", "fused", "full"] = "chunked"
+    packing: bool = False
+    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Noise on the embeddings (https://arxiv.org/abs/2310.05914); 0: none."""
+    eval_steps: Count | None = None
+    save_steps: Count = 50
+    keep_checkpoints: Count = 2
+    patience: Count | None = None
+    """Evaluations without a better held-out loss before training stops."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class MergeConfig:
+    """The adapter into its base."""
+
+    merge_base: Literal["original", "nf4"] = "original"
+    """original: the fp16 weights; nf4: what training saw, dequantized."""
+    shard_gib: Annotated[float, Field(gt=0, le=50)] = 1.8
+    free_base: bool = False
+    """Delete each base shard when it is merged, for small disks."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class QuantizeConfig:
+    """GPTQ of the merged model (https://arxiv.org/abs/2210.17323)."""
+
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: Literal[-1, 32, 64, 128] = 128
+    symmetric: bool = True
+    act_order: bool = False
+    """Quantize columns by falling activation size: a little better, slower to decode on old kernels."""
+    calibration: Literal["own", "general", "both"] = "own"
+    calibration_samples: Count = 128
+    calibration_tokens: Count = 512
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvaluateConfig:
+    """What is asked of base, adapter, merged and GPTQ model."""
+
+    questions: str | None = None
+    """JSONL of question and answer; without it there is no exact match."""
+    max_questions: Count | None = None
+    max_heldout: Count | None = 200
+    eval_context: Annotated[int, Field(ge=16, strict=True)] = 1024
+    eval_stride: Count = 512
+    eval_batch_size: Count = 8
+    max_new_tokens: Count = 128
+
+
+@dataclass(frozen=True, config=STRICT)
+class RunConfig:
+    """All of a run. Make one with `helpers.models.profile("tiny", rank=16)`."""
+
+    profile: str = "mistral-7b"
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def with_values(self, **values: Any) -> "RunConfig":
+        """A copy with some fields changed, named without their part. Raises ValueError naming field and range.
+
+        >>> RunConfig().with_values(seq_len=2048, batch_size=2).train.batch_size
+        2
+        """
+        unknown = [name for name in values if name not in field_parts()]
+        if unknown:
+            raise ValueError(f"there is no setting {unknown[0]}; there are {', '.join(field_parts())}")
+        tree = asdict(self)
+        for name, value in values.items():
+            part = field_parts()[name]
+            (tree[part] if part else tree)[name] = value
+        return from_tree(tree)
+
+
+def field_parts() -> dict[str, str]:
+    """Field name -> the part that holds it ("" for RunConfig's own).
+
+    >>> field_parts()["rank"], field_parts()["seed"]
+    ('adapter', '')
+    """
+    parts = {}
+    for outer in fields(RunConfig):
+        if is_dataclass(outer.type):
+            parts |= {inner.name: outer.name for inner in fields(outer.type)}
+        else:
+            parts[outer.name] = ""
+    return parts
+
+
+def from_tree(tree: dict) -> RunConfig:
+    """RunConfig from nested dicts, as YAML holds them. Raises ValueError with one sentence a wrong field."""
+    try:
+        return TypeAdapter(RunConfig).validate_python(tree)
+    except ValidationError as error:
+        raise ValueError("; ".join(sentence(problem) for problem in problems(error))) from None
+
+
+def problems(error: ValidationError) -> list[dict]:
+    """One problem a field: a union reports each of its members, and people need the field only once."""
+    by_field: dict[str, dict] = {}
+    for problem in error.errors():
+        name = next((part for part in reversed(problem["loc"]) if part in field_parts()), str(problem["loc"][-1]))
+        known = by_field.setdefault(name, problem | {"field": name, "wanted": []})
+        known["wanted"].append(problem["msg"].removeprefix("Input should be "))
+    return list(by_field.values())
+
+
+def sentence(problem: dict) -> str:
+    """What is wrong with one field, in words that name it and its allowed values."""
+    if problem["type"] == "unexpected_keyword_argument":
+        return f"there is no setting {problem['field']}"
+    return f"{problem['field']} must be {' or '.join(problem['wanted'])}, not {problem['input']!r}"
+
+
+def save_yaml(config: RunConfig, path: Path) -> Path:
+    """Write the configuration; `load_yaml` reads it back equal."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+    return path
+
+
+def load_yaml(path: Path | str, start: RunConfig | None = None) -> RunConfig:
+    """Read a configuration: nested as `save_yaml` writes it, or flat field names; what it leaves out comes from start.
+
+    Raises ValueError naming the file and the field.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ValueError(f"there is no configuration file {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold settings as `name: value`, not a {type(tree).__name__}")
+    parts = {name for name in field_parts().values() if name}
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        values |= value if name in parts and isinstance(value, dict) else {name: value}
+    try:
+        return (start or RunConfig()).with_values(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+__all__ = [
+    "AdapterConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "MergeConfig",
+    "ModelConfig",
+    "QuantizeConfig",
+    "RunConfig",
+    "TrainConfig",
+    "field_parts",
+    "load_yaml",
+    "replace",
+    "save_yaml",
+]
