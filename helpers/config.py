@@ -8,12 +8,12 @@ without saying where it lives:
 (32, 2.0)
 >>> RunConfig().with_values(rank=0)
 Traceback (most recent call last):
-ValueError: rank must be greater than or equal to 1, not 0
+ValueError: rank must be a whole number from 1 to 1024, not 0
 """
 
-from dataclasses import asdict, field, fields, is_dataclass, replace
+from dataclasses import asdict, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -49,7 +49,7 @@ class AdapterConfig:
     rank: Annotated[int, Field(ge=1, le=1024, strict=True)] = 16
     alpha: Annotated[float, Field(gt=0, le=4096)] = 32
     dropout: Fraction = 0.0
-    targets: Annotated[str, Field(min_length=1)] = "all-linear"
+    targets: str = "all-linear"
     """all-linear, attention, or module names with commas between."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (https://arxiv.org/abs/2312.03732)."""
@@ -224,10 +224,39 @@ def problems(error: ValidationError) -> list[dict]:
 
 
 def sentence(problem: dict) -> str:
-    """What is wrong with one field, in words that name it and its allowed values."""
+    """What is wrong with one field, in words that name it and its allowed range."""
+    name = problem["field"]
     if problem["type"] == "unexpected_keyword_argument":
-        return f"there is no setting {problem['field']}"
-    return f"{problem['field']} must be {' or '.join(problem['wanted'])}, not {problem['input']!r}"
+        return f"there is no setting {name}"
+    return f"{name} must be {allowed_range(name) or ' or '.join(problem['wanted'])}, not {problem['input']!r}"
+
+
+def allowed_range(name: str) -> str:
+    """The bounds of a numeric field in words, "" for a field without bounds.
+
+    >>> allowed_range("rank"), allowed_range("weights")
+    ('a whole number from 1 to 1024', '')
+    """
+    part = field_parts().get(name)
+    owner = {outer.name: outer.type for outer in fields(RunConfig)}[part] if part else RunConfig
+    annotations = [inner.type for inner in fields(owner) if inner.name == name]
+    arms = [arm for annotation in annotations for arm in (annotation, *get_args(annotation))]
+    for kind, *notes in (get_args(arm) for arm in arms if get_origin(arm) is Annotated):
+        bounds = {
+            bound: getattr(note, bound)
+            for field_info in notes
+            for note in getattr(field_info, "metadata", [])
+            for bound in ("ge", "gt", "le", "lt")
+            if getattr(note, bound, None) is not None
+        }
+        if not bounds:
+            continue
+        low = f"from {bounds['ge']}" if "ge" in bounds else f"above {bounds['gt']}"
+        high = f" to {bounds['le']}" if "le" in bounds else f" to below {bounds['lt']}" if "lt" in bounds else " up"
+        words = {value for arm in arms if get_origin(arm) is Literal for value in get_args(arm)}
+        choices = "".join(f"{word}, " for word in sorted(words)) + ("or " if words else "")
+        return f"{choices}{'a whole number' if kind is int else 'a number'} {low}{high}"
+    return ""
 
 
 def save_yaml(config: RunConfig, path: Path) -> Path:
@@ -259,19 +288,3 @@ def load_yaml(path: Path | str, start: RunConfig | None = None) -> RunConfig:
         return (start or RunConfig()).with_values(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-__all__ = [
-    "AdapterConfig",
-    "DataConfig",
-    "EvaluateConfig",
-    "MergeConfig",
-    "ModelConfig",
-    "QuantizeConfig",
-    "RunConfig",
-    "TrainConfig",
-    "field_parts",
-    "load_yaml",
-    "replace",
-    "save_yaml",
-]

@@ -1,0 +1,290 @@
+"""`python -m helpers STAGE`: the notebooks' functions without a notebook.
+
+Every field of RunConfig is a flag (`--rank 32`), on top of `--profile` and `--config FILE.yaml`. Exit status: 0 done,
+1 failed, 2 the request is wrong (the sentence says what to change), 3 it does not fit.
+"""
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+from helpers import budget, hardware, models
+from helpers.config import RunConfig, field_parts, load_yaml
+from helpers.workspace import Workspace
+
+DONE, FAILED, WRONG_REQUEST, DOES_NOT_FIT = 0, 1, 2, 3
+STAGE_HELP = {
+    "budget": "what a run needs of VRAM, RAM, disk and hours, and a plan that fits",
+    "prepare": "conversations in, checked, formatted, masked, split",
+    "finetune": "QLoRA on the prepared conversations",
+    "merge": "the adapter into its base, tensor by tensor",
+    "quantize": "GPTQ of the merged model",
+    "evaluate": "one table: base, fine-tuned, merged, GPTQ",
+    "run": "all stages in order",
+}
+OWN_FLAGS = {"quantize": {"model", "calibration"}, "merge": set()}
+"""Fields of RunConfig whose flag a stage gives another meaning: there they name a folder or a file."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one stage; returns the exit status."""
+    options = parser().parse_args(arguments)
+    with standard_output_for_result() as result_stream:
+        try:
+            status, result, text = STAGES[options.stage](options, configuration(options))
+        except ValueError as error:
+            print(f"{options.stage}: {error}", file=sys.stderr)
+            if os.environ.get("RECIPES_DEBUG"):
+                traceback.print_exc()
+            return WRONG_REQUEST
+        except KeyboardInterrupt:
+            print(f"{options.stage}: stopped; the same command continues where it can", file=sys.stderr)
+            return FAILED
+        except Exception as error:
+            traceback.print_exc()
+            print(f"{options.stage} failed: {type(error).__name__}: {error}", file=sys.stderr)
+            return FAILED
+        print(json.dumps(result, indent=1, default=str) if options.json else text, file=result_stream, flush=True)
+    return status
+
+
+@contextmanager
+def standard_output_for_result() -> Iterator:
+    """Yield a stream to the real standard output; what libraries print meanwhile goes to standard error."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(os.dup(saved), "w", encoding="utf-8") as stream:
+            yield stream
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def parser() -> argparse.ArgumentParser:
+    """One subcommand a stage; every field of RunConfig a flag in each."""
+    top = argparse.ArgumentParser(prog="python -m helpers", description=__doc__.split("\n\n")[0])
+    stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for stage, summary in STAGE_HELP.items():
+        sub = stages.add_parser(stage, help=summary, description=summary, allow_abbrev=False)
+        sub.add_argument("--profile", choices=models.PROFILES, default=None, help="tiny or mistral-7b")
+        sub.add_argument("--config", type=Path, help="YAML with settings; flags go before it")
+        sub.add_argument("--workspace", type=Path, help="the run's folder (default runs/PROFILE)")
+        sub.add_argument("--json", action="store_true", help="one JSON object on standard output, all else on stderr")
+        if stage in ("budget", "finetune", "run"):
+            sub.add_argument("--gpu", default="auto", help="auto (this machine), none, or a name: t4, l4, a100-40gb, …")
+        for field in setting_fields():
+            if field.name in OWN_FLAGS.get(stage, set()) | {"profile"}:
+                continue
+            flag = "--" + field.name.replace("_", "-")
+            if field.type is bool:
+                sub.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+            else:
+                sub.add_argument(flag, default=None, metavar=field.name.upper())
+        for name, how in EXTRA_FLAGS[stage].items():
+            sub.add_argument(name, **how)
+    return top
+
+
+EXTRA_FLAGS: dict[str, dict[str, dict]] = {
+    "budget": {
+        "--stage": {"dest": "budget_stage", "default": "train", "choices": budget.STAGES},
+        "--verify": {"action": "store_true", "help": "run a few real steps on this GPU: predicted against measured"},
+    },
+    "prepare": {
+        "--input": {"help": "a file or hub dataset (default: the profile's)"},
+        "--output": {"type": Path, "help": "folder to write (default: the run's)"},
+    },
+    "finetune": {
+        "--prepared": {"type": Path, "help": "folder that prepare wrote (default: the run's)"},
+        "--output": {"type": Path, "help": "folder to write (default: the run's)"},
+        "--resume": {"default": "auto", "choices": ("auto", "never"), "help": "auto: from the newest whole checkpoint"},
+    },
+    "merge": {
+        "--base": {"help": "folder or hub id of the base (default: the run's model)"},
+        "--adapter": {"type": Path, "help": "PEFT adapter (default: the run's)"},
+        "--output": {"type": Path, "help": "folder to write (default: the run's)"},
+    },
+    "quantize": {
+        "--model": {"type": Path, "dest": "merged", "help": "16-bit model folder (default: the run's merged model)"},
+        "--calibration": {"help": "own, general, both, or a file of conversations or text"},
+        "--output": {"type": Path, "help": "folder to write (default: the run's)"},
+    },
+    "evaluate": {
+        "--models": {"nargs": "+", "metavar": "NAME=DIR", "help": "models to compare (default: the run's four)"},
+        "--data": {"type": Path, "help": "held-out conversations or text (default: the run's)"},
+        "--output": {"type": Path, "help": "folder to write (default: the run's)"},
+    },
+    "run": {"--resume": {"default": "auto", "choices": ("auto", "never")}},
+}
+
+
+def setting_fields() -> list:
+    """All fields of RunConfig and its parts that are settings."""
+    parts = {field.name: field.type for field in fields(RunConfig)}
+    return [
+        next(field for field in fields(parts[part] if part else RunConfig) if field.name == name)
+        for name, part in field_parts().items()
+    ]
+
+
+def configuration(options: argparse.Namespace) -> RunConfig:
+    """Profile, then YAML, then flags. Raises ValueError naming what is wrong."""
+    config = models.profile(options.profile or "mistral-7b")
+    if options.config:
+        config = load_yaml(options.config, start=None if options.profile is None else config)
+    given = {field.name: getattr(options, field.name, None) for field in setting_fields() if field.name != "profile"}
+    return config.with_values(**{name: flag_value(value) for name, value in given.items() if value is not None})
+
+
+def flag_value(text: str | bool) -> object:
+    """A flag's text as the number it spells, else as it is.
+
+    >>> flag_value("16"), flag_value("2e-4"), flag_value("auto"), flag_value("none")
+    (16, 0.0002, 'auto', 'none')
+    """
+    for number in (int, float):
+        try:
+            return number(text) if isinstance(text, str) else text
+        except ValueError:
+            continue
+    return text
+
+
+def workspace_of(options: argparse.Namespace, config: RunConfig) -> Workspace:
+    """The run's folder: `--workspace`, or runs/PROFILE in the current folder."""
+    return Workspace(options.workspace or Path("runs") / config.profile)
+
+
+def machine_of(options: argparse.Namespace) -> hardware.Machine:
+    """This machine, or the one that `--gpu` names."""
+    return hardware.probe() if options.gpu == "auto" else hardware.machine(options.gpu)
+
+
+Outcome = tuple[int, dict, str]
+
+
+def run_budget(options: argparse.Namespace, config: RunConfig) -> Outcome:
+    """What it needs; exit 3 when it does not fit."""
+    shape, machine = models.shape(config.model.model), machine_of(options)
+    estimate = budget.budget(config, shape, machine, stage=options.budget_stage)
+    plan = budget.plan(config, shape, machine)
+    result = budget.to_json(estimate, plan)
+    text = budget.table(estimate)
+    if options.verify:
+        from helpers import verify
+
+        result["verify"] = verify.verify(plan.config)
+        text += "\n" + verify.table(result["verify"])
+    return (DONE if estimate.fits else DOES_NOT_FIT), result, text
+
+
+def run_prepare(options: argparse.Namespace, config: RunConfig) -> Outcome:
+    from helpers import data
+
+    output = options.output or workspace_of(options, config).folder("prepare")
+    return done("prepare", output, data.prepare(config, output, source=options.input))
+
+
+def run_finetune(options: argparse.Namespace, config: RunConfig) -> Outcome:
+    from helpers import finetune
+
+    run = workspace_of(options, config)
+    plan = budget.plan(config, models.shape(config.model.model), machine_of(options))
+    if not plan.budget.fits:
+        return DOES_NOT_FIT, budget.to_json(plan.budget, plan), "\n".join(plan.budget.reasons)
+    output = options.output or run.folder("finetune")
+    prepared = options.prepared or run.folder("prepare")
+    return done("finetune", output, finetune.finetune(plan.config, prepared, output, resume=options.resume))
+
+
+def run_merge(options: argparse.Namespace, config: RunConfig) -> Outcome:
+    from helpers import merge
+
+    run = workspace_of(options, config)
+    output = options.output or run.folder("merge")
+    adapter = options.adapter or run.folder("finetune") / "adapter"
+    return done("merge", output, merge.merge(options.base or config.model.model, adapter, output, config.merge))
+
+
+def run_quantize(options: argparse.Namespace, config: RunConfig) -> Outcome:
+    from helpers import quantize
+
+    run = workspace_of(options, config)
+    if options.calibration in ("own", "general", "both"):
+        config = config.with_values(calibration=options.calibration)
+    own = options.calibration if options.calibration not in (None, "own", "general", "both") else run.folder("prepare")
+    output = options.output or run.folder("quantize")
+    merged = options.merged or run.folder("merge")
+    return done("quantize", output, quantize.quantize(merged, output, config.quantize, Path(own)))
+
+
+def run_evaluate(options: argparse.Namespace, config: RunConfig) -> Outcome:
+    from helpers import evaluate
+
+    run = workspace_of(options, config)
+    if options.models:
+        chosen = dict(name_and_folder(pair) for pair in options.models)
+    else:
+        chosen = run_models(run, config)
+    output = options.output or run.folder("evaluate")
+    result = evaluate.evaluate(chosen, config, options.data or run.folder("prepare"), output)
+    return DONE, result, evaluate.table(result) + f"\n\n{output / 'report.html'}"
+
+
+def run_models(run: Workspace, config: RunConfig) -> dict[str, str | Path]:
+    """The four models of a run."""
+    return {
+        "base": config.model.model,
+        "finetuned": run.folder("finetune") / "adapter",
+        "merged": run.folder("merge"),
+        "gptq": run.folder("quantize"),
+    }
+
+
+def name_and_folder(pair: str) -> tuple[str, str]:
+    """`NAME=DIR` in two. Raises ValueError for anything else."""
+    name, separator, folder = pair.partition("=")
+    if not (name and separator and folder):
+        raise ValueError(f"--models takes NAME=DIR, not {pair!r}")
+    return name, folder
+
+
+def run_all(options: argparse.Namespace, config: RunConfig) -> Outcome:
+    """Every stage in order, each from the folder that the last one wrote."""
+    absent = dict.fromkeys(
+        ("input", "output", "prepared", "base", "adapter", "merged", "calibration", "models", "data")
+    )
+    options = argparse.Namespace(**(absent | vars(options)))
+    outcome: Outcome = (DONE, {}, "")
+    for stage in ("prepare", "finetune", "merge", "quantize", "evaluate"):
+        print(f"== {stage}", file=sys.stderr, flush=True)
+        outcome = STAGES[stage](options, config)
+        if outcome[0] != DONE:
+            break
+    return outcome
+
+
+def done(stage: str, output: Path, measurements: dict) -> Outcome:
+    """A finished stage: where it lies and what was measured."""
+    figures = "\n".join(f"  {name}: {value}" for name, value in measurements.items())
+    return DONE, {"output": str(output), **measurements}, f"{stage} done: {output}\n{figures}"
+
+
+STAGES = {
+    "budget": run_budget,
+    "prepare": run_prepare,
+    "finetune": run_finetune,
+    "merge": run_merge,
+    "quantize": run_quantize,
+    "evaluate": run_evaluate,
+    "run": run_all,
+}
