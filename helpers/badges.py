@@ -1,0 +1,271 @@
+"""Writes what every notebook shares: its Colab badge, its set-up cell, its metadata, and README's table of notebooks.
+
+`python -m helpers.badges` rewrites them from pyproject.toml, which names the public repository and tag in one place;
+`--repo owner/name` puts a name there first; `--check` writes nothing and exits 1 when something is stale. Outputs,
+execution counts and widget state are stripped on the way, so that a notebook in the repository is only its source.
+
+>>> colab_url("owner/name", "v1", "01_environment_setup.ipynb")
+'https://colab.research.google.com/github/owner/name/blob/v1/notebooks/01_environment_setup.ipynb'
+"""
+
+import argparse
+import hashlib
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+METADATA = {
+    "accelerator": "GPU",
+    "colab": {"gpuType": "T4", "provenance": [], "toc_visible": True},
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+SETUP_METADATA = {"cellView": "form", "jupyter": {"source_hidden": True}, "tags": ["setup"]}
+SETUP = """\
+# @title Set-up: the same cell in every notebook, safe to run twice
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import urllib.request
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+REPOSITORY, TAG = "OWNER/NAME", "REVISION"
+
+if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+    raise SystemExit(
+        f"This is Python {sys.version_info[0]}.{sys.version_info[1]} and the recipes need 3.11 to 3.13: "
+        "choose another kernel (in Colab: Runtime > Change runtime type > Runtime version)."
+    )
+HOME = None  # where a rented machine keeps files; None on your own
+if "COLAB_RELEASE_TAG" in os.environ:
+    HOME = Path("/content")
+elif "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+    HOME = Path("/kaggle/working")
+
+# The recipes: above this notebook, unpacked by an earlier run of this cell, or importable already.
+places = [Path.cwd(), *Path.cwd().parents, *([HOME / "recipes"] if HOME else []), *map(Path, sys.path)]
+ROOT = next((place.resolve() for place in places if (place / "helpers" / "badges.py").is_file()), None)
+if ROOT is None and HOME is None:
+    raise SystemExit(
+        f"The recipes are not above {Path.cwd()}: open this notebook where it lies, in the repository's notebooks."
+    )
+if ROOT is None:
+    if REPOSITORY:
+        url = f"https://github.com/{REPOSITORY}/archive/{TAG}.zip"
+        try:
+            with urllib.request.urlopen(url, timeout=60) as answer, (HOME / "recipes.zip").open("wb") as file:
+                shutil.copyfileobj(answer, file)
+        except OSError as error:
+            print(f"{url} cannot be fetched ({error}); looking for a zip of the repository instead.")
+    else:
+        print("The recipes have no public repository yet; looking for a zip of the repository.")
+    unpacking = HOME / "recipes.unpacking"
+    shutil.rmtree(unpacking, ignore_errors=True)
+    for folder in (HOME, HOME / "drive" / "MyDrive"):
+        if folder != HOME and not folder.is_dir():
+            with suppress(Exception):  # no Drive, or no leave to see it: what else to do is said below
+                from google.colab import drive
+
+                drive.mount(str(HOME / "drive"))
+        for path in sorted(filter(zipfile.is_zipfile, folder.glob("*.zip")), key=os.path.getmtime, reverse=True):
+            with zipfile.ZipFile(path) as archive:
+                names = [name for name in archive.namelist() if ".." not in name and name[0] not in "/\\\\"]
+                if any(name.endswith("helpers/badges.py") for name in names) and not unpacking.exists():
+                    print(f"Unpacking the recipes from {path}")
+                    archive.extractall(unpacking, names)
+        if unpacking.exists():
+            break
+    found = [*unpacking.rglob("helpers/badges.py"), *Path("/kaggle/input").rglob("helpers/badges.py")]
+    if not found:
+        raise SystemExit(
+            f"There is no zip of the repository in {HOME} or in Drive: upload one and run this cell again "
+            "(in Kaggle: Add input, and turn Internet on)."
+        )
+    shutil.copytree(min(found, key=lambda file: len(file.parts)).parent.parent, unpacking / "whole")
+    ROOT = (unpacking / "whole").rename(HOME / "recipes")
+    shutil.rmtree(unpacking, ignore_errors=True)
+
+if HOME:  # the image's own torch, numpy and widgets stay as they are: other builds break it
+    present = {distribution.name.lower(): distribution.version for distribution in importlib.metadata.distributions()}
+    keep = [f"{name}=={present[name]}" for name in ("torch", "numpy", "ipywidgets") if name in present]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "-r", str(ROOT / "requirements.txt"), *keep]
+    print("Installing requirements.txt, about a minute the first time ...")
+    pip = subprocess.run(command, capture_output=True, text=True)
+    if pip.returncode:
+        raise SystemExit(f"pip could not install requirements.txt; its last words: {pip.stderr.strip()[-600:]}")
+    importlib.invalidate_caches()
+
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+from helpers.widgets import plain_errors
+
+plain_errors()
+print(f"Ready: the recipes are in {ROOT}")"""
+
+
+def settings(root: Path = ROOT) -> tuple[str, str]:
+    """Repository ("" while there is none) and tag, from pyproject.toml's [tool.recipes]."""
+    recipes = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["recipes"]
+    return recipes["repository"], recipes["tag"]
+
+
+def set_repository(repository: str, root: Path = ROOT) -> None:
+    """Write the public repository's name into pyproject.toml. Raises ValueError when it is not owner/name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9._-]+", repository):
+        raise ValueError(f"--repo must be owner/name, as GitHub writes it, not {repository!r}")
+    path = root / "pyproject.toml"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(re.sub(r'(?m)^repository = ".*"$', f'repository = "{repository}"', text), encoding="utf-8")
+
+
+def colab_url(repository: str, tag: str, name: str) -> str:
+    """Where Colab opens a notebook of a public repository."""
+    return f"https://colab.research.google.com/github/{repository}/blob/{tag}/notebooks/{name}"
+
+
+def badge(repository: str, tag: str, name: str) -> str:
+    """Markdown of a notebook's badge, or a sentence that says how to open it while there is no repository.
+
+    >>> badge("", "main", "02_dataset_preparation.ipynb")[:30]
+    'Open it in Colab: upload `02_d'
+    """
+    if not repository:
+        return f"Open it in Colab: upload `{name}` there, and a zip of this repository to the same session or to Drive."
+    image = "https://colab.research.google.com/assets/colab-badge.svg"
+    return f"[![Open in Colab]({image})]({colab_url(repository, tag, name)})"
+
+
+def setup_source(repository: str, tag: str) -> str:
+    """The set-up cell: the same bytes in every notebook."""
+    return SETUP.replace("OWNER/NAME", repository).replace("REVISION", tag)
+
+
+def between(text: str, marker: str, content: str) -> str | None:
+    """Replace what stands between <!-- marker --> and <!-- /marker -->; None when the marks are not there.
+
+    >>> between("a <!-- x -->old<!-- /x --> b", "x", "new")
+    'a <!-- x -->new<!-- /x --> b'
+    """
+    pattern = re.compile(rf"(<!-- {marker} -->).*?(<!-- /{marker} -->)", re.DOTALL)
+    if not pattern.search(text):
+        return None
+    return pattern.sub(lambda found: found[1] + content + found[2], text)
+
+
+def with_badge(title: str, text: str) -> str:
+    """The title cell with this badge between its marks; without marks it goes below the heading."""
+    replaced = between(title, "badge", text)
+    if replaced is not None:
+        return replaced
+    heading, _, rest = title.partition("\n")
+    return f"{heading}\n\n<!-- badge -->{text}<!-- /badge -->\n\n{rest.lstrip()}".rstrip()
+
+
+def strip(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Only the source: no outputs, counts, injected cells or widget state; the metadata every notebook carries.
+
+    Cells keep their ids; one without gets its own from its text, so that a second run changes nothing.
+    """
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    notebook.metadata = nbformat.from_dict(METADATA)
+    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    used = set()
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        cell.source = cell.source.strip("\n")
+        cell_id = cell.get("id") or hashlib.sha256(cell.source.encode()).hexdigest()[:8]
+        while cell_id in used:
+            cell_id += "x"
+        used.add(cell_id)
+        cell["id"] = cell_id
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return notebook
+
+
+def normalise(notebook: nbformat.NotebookNode, name: str, repository: str, tag: str) -> nbformat.NotebookNode:
+    """Strip a notebook and write its badge and its set-up cell, which is made before the first code where it lacks."""
+    strip(notebook)
+    title = notebook.cells[0]
+    title.source = with_badge(title.source, badge(repository, tag, name))
+    found = [cell for cell in notebook.cells if "setup" in cell.metadata.get("tags", [])]
+    if not found:
+        codes = [index for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+        found = [nbformat.v4.new_code_cell(id="setup")]
+        notebook.cells.insert(codes[0] if codes else len(notebook.cells), found[0])
+    found[0].source = setup_source(repository, tag)
+    found[0].metadata = nbformat.from_dict(SETUP_METADATA)
+    return notebook
+
+
+def summary(notebook: nbformat.NotebookNode) -> tuple[str, str]:
+    """Title and sentence of result, from the first cell."""
+    title = between(notebook.cells[0].source, "badge", "") or notebook.cells[0].source
+    blocks = [block.strip() for block in re.sub(r"<!--.*?-->", "", title).split("\n\n") if block.strip()]
+    return blocks[0].lstrip("# "), " ".join(blocks[1].split()) if len(blocks) > 1 else ""
+
+
+def rendered(root: Path = ROOT) -> dict[Path, str]:
+    """Every file that depends on the repository's name -> what it should hold.
+
+    Raises ValueError when README.md has no place for the table.
+    """
+    repository, tag = settings(root)
+    files, rows, badges = {}, [], []
+    for path in sorted((root / "notebooks").glob("*.ipynb")):
+        notebook = normalise(nbformat.read(path, as_version=4), path.name, repository, tag)
+        files[path] = nbformat.writes(notebook, version=4) + "\n"
+        title, sentence = summary(notebook)
+        link = f"[{title}](notebooks/{path.name})"
+        rows.append(f"| {link} | {sentence} |" + (f" {badge(repository, tag, path.name)} |" if repository else ""))
+        badges.append(f"- {link}: {badge(repository, tag, path.name)}")
+    head = "| notebook | what you get |" + (" open |\n|---|---|---|" if repository else "\n|---|---|")
+    how = (
+        f"Each badge opens its notebook at `{tag}` of {repository}."
+        if repository
+        else "There is no public repository yet, so no badge either: `make badges REPO=owner/name` makes them."
+    )
+    files[root / "colab_badges.md"] = f"# Open in Colab\n\n{how}\n\n" + "\n".join(badges) + "\n"
+    readme = root / "README.md"
+    if readme.is_file():
+        text = between(readme.read_text(encoding="utf-8"), "notebooks", "\n" + "\n".join([head, *rows]) + "\n")
+        if text is None:
+            raise ValueError(f"{readme} has no place for the table: add <!-- notebooks --><!-- /notebooks -->")
+        files[readme] = text
+    return files
+
+
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
+    """Write, or check, everything that depends on the repository's name. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m helpers.badges", description=__doc__.splitlines()[0])
+    parser.add_argument("--repo", metavar="OWNER/NAME", help="the public repository; written into pyproject.toml")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when something is stale")
+    chosen = parser.parse_args(arguments)
+    try:
+        if chosen.repo is not None and not chosen.check:
+            set_repository(chosen.repo, root)
+        files = rendered(root)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    stale = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if not chosen.check:
+            path.write_text(files[path], encoding="utf-8")
+        print(f"{'stale' if chosen.check else 'wrote'} {path.relative_to(root)}", file=sys.stderr)
+    if chosen.check and stale:
+        print("run `python -m helpers.badges` and commit what it writes", file=sys.stderr)
+    return 1 if chosen.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
