@@ -208,6 +208,27 @@ def shape_from_config(config: dict, name: str) -> ModelShape:
     )
 
 
+def describe(model: ModelShape) -> dict[str, str]:
+    """The configuration table of a model, in the words of the papers.
+
+    >>> describe(shape("mistral-7b-v0.1"))["sliding window"]
+    '4,096 tokens'
+    """
+    return {
+        "model": Path(model.name).name,
+        "parameters": f"{model.parameters:,}",
+        "decoder layers": f"{model.layers}",
+        "hidden size": f"{model.hidden:,}",
+        "MLP size": f"{model.intermediate:,}",
+        "query heads": f"{model.heads} of {model.head_dim}",
+        "key and value heads": f"{model.kv_heads}, each shared by {model.heads // model.kv_heads} query heads",
+        "vocabulary": f"{model.vocab:,} tokens",
+        "context": f"{model.max_context:,} tokens",
+        "sliding window": f"{model.sliding_window:,} tokens" if model.sliding_window else "none",
+        "KV cache a token, 16 bits": f"{model.kv_cache_bytes_per_token() / 2**10:g} KiB",
+    }
+
+
 PROFILES: dict[str, dict[str, Any]] = {
     "mistral-7b": {},  # RunConfig's own defaults: they are chosen for a 7B on a T4
     "tiny": {
@@ -233,11 +254,15 @@ PROFILES: dict[str, dict[str, Any]] = {
 
 
 def profile(name: str, **values: Any) -> RunConfig:
-    """The configuration of a profile, with some fields changed. Raises ValueError naming field and range.
+    """The configuration of a profile, with some fields changed; None keeps the profile's own value.
+
+    Raises ValueError naming field and range.
 
     >>> profile("tiny", rank=8).adapter.rank
     8
     """
     if name not in PROFILES:
         raise ValueError(f"profile must be {' or '.join(PROFILES)}, not {name!r}")
-    return RunConfig(profile=name).with_values(**(PROFILES[name] | values))
+    return RunConfig(profile=name).with_values(
+        **(PROFILES[name] | {key: value for key, value in values.items() if value is not None})
+    )
