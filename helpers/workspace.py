@@ -12,13 +12,14 @@ A stage writes beside its place and is renamed when it is whole:
 {'rows': 3}
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -86,6 +87,26 @@ def building(
     if output.exists():
         shutil.rmtree(output)
     partial.rename(output)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a work folder for this process alone; the lock ends with the process, however that ends.
+
+    Raises ValueError when another process holds it. Leaves no empty folder behind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use by another process: wait for it, or choose another output") from None
+        yield
+    finally:
+        os.close(handle)
+        with suppress(OSError):  # not empty, or renamed to its finished place
+            folder.rmdir()
 
 
 def write_manifest(folder: Path, stage: str, config: RunConfig | None, inputs: dict, measurements: dict) -> Path:

@@ -1,0 +1,581 @@
+"""The adapter into its base: W + (alpha / rank) BA, tensor by tensor, so that a 7B merges in 2.5 GiB of memory.
+
+PEFT's merge_and_unload holds the whole 16-bit model, 13.5 GiB, where a free Colab has 12.7. Here a tensor is read from
+its safetensors shard, gets its adapter in fp32, is rounded once to fp16 and is written; only then is the next one read.
+What goes where is planned before the first byte. So a merge that was killed goes on at the first shard that is not
+whole, and ends in the same bytes.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from helpers.config import MergeConfig, RunConfig, load_yaml
+from helpers.workspace import MANIFEST, building, checksum, exclusive, write_text
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 2**30
+DISK_MARGIN_BYTES = GIB // 16
+"""For config, tokenizer and manifest."""
+STATE = "merge-progress.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# What PEFT can put into a LoRA adapter beside A, B and DoRA's magnitudes. Each changes the merge, so each is refused.
+OTHER_KINDS = (
+    "fan_in_fan_out",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+)
+# These initialisations replace the base's weights, so that the adapter is not a difference to the original ones.
+OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class UnusableModel(ValueError):
+    """A model or adapter folder that cannot be read, or does not belong to the other."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file, before any of it is read."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    kind: str
+    """As safetensors names dtypes: F16, BF16, F32 …"""
+
+    @property
+    def values(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter, its factors still on disk."""
+
+    folder: Path
+    modules: dict[str, float]
+    """Module, as the base names it -> what multiplies BA."""
+    dora: bool
+    shapes: dict[str, tuple[int, ...]]
+    """Key in the adapter's file -> shape."""
+
+
+def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig) -> dict:
+    """Write base + adapter as fp16 shards that transformers opens; returns the measurements.
+
+    base: a folder with config.json and safetensors, or a hub id. Goes on where a merge of the same inputs was
+    interrupted. Raises ValueError in one sentence, before anything is written, for an adapter of another kind or for
+    another base, a missing shard, a truncated file, too little disk, or an output folder that is in use.
+    """
+    start = time.monotonic()
+    adapter, output = Path(adapter), Path(output)
+    work = output.with_name(output.name + ".partial")
+    loaded = read_adapter(adapter)
+    base_folder = find_base(base, json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")))
+    refuse_output(output, [base_folder, adapter], "merge")
+    with exclusive(work):
+        earlier = read_state(work)
+        tensors = stored_tensors(
+            base_folder, freed=[Stored(n, base_folder / f, tuple(s), k) for n, f, s, k in earlier.get("tensors", [])]
+        )
+        check_fits_base(loaded, tensors, base)
+        plan = plan_shards(tensors, int(config.shard_gib * GIB))
+        identity = fingerprint(tensors, adapter, config, earlier.get("identity", {}).get("base", {}))
+        finished = finished_shards(work, identity)
+        check_disk(output, plan, set(finished), config.free_base)
+        trained = trained_config(adapter)
+        run = trained.with_values(model=str(base), **asdict(config))
+        with building(output, "merge", run, {"adapter": adapter.parent}, keep=True) as stage:
+            for file in stage.folder.iterdir():
+                if file.name not in finished:
+                    file.unlink()
+            state = {
+                "identity": identity,
+                "tensors": [[t.name, t.file.name, t.shape, t.kind] for t in tensors],
+                "finished": finished,
+            }
+            resumed = len(finished)
+            write_text(work / STATE, json.dumps(state))
+            figures = write_shards(work, plan, state, loaded, config, trained.model.double_quant)
+            write_rest(work, base_folder, adapter, plan)
+            check_written(work, plan)
+            (work / STATE).unlink()
+            stage.measurements |= figures | {
+                "merge_base": config.merge_base,
+                "tensors": len(tensors),
+                "adapted_tensors": len(loaded.modules),
+                "shards": len(plan),
+                "shards_resumed": resumed,
+                "size_bytes": sum(2 * tensor.values for tensor in tensors),
+                "merge_s": round(time.monotonic() - start, 2),
+            }
+    return stage.measurements
+
+
+def trained_config(adapter: Path) -> RunConfig:
+    """The configuration that training left beside its adapter; the defaults for an adapter from elsewhere."""
+    beside = adapter.parent / "config.yaml"
+    return load_yaml(beside) if beside.is_file() else RunConfig()
+
+
+# ---- reading, and refusing what cannot be merged ---------------------------------------------------------------------
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter's modules and scales. Raises UnusableModel for a kind that this merge would get wrong."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise UnusableModel(f"{folder} is not an adapter: it has no {ADAPTER_CONFIG}")
+    settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        raise UnusableModel(f"{folder} holds a {kind} adapter: only LoRA, rsLoRA and DoRA can be merged here")
+    extra = [name for name in OTHER_KINDS if settings.get(name)]
+    if settings.get("bias", "none") != "none":
+        extra.append(f"bias={settings['bias']}")
+    start = str(settings.get("init_lora_weights", True)).lower()
+    if start.startswith(OTHER_BASES):
+        extra.append(f"init_lora_weights={start}")
+    if extra:
+        raise UnusableModel(
+            f"{folder} was trained with {', '.join(extra)}: merge it with PEFT, this merge knows A and B"
+        )
+    keys = {tensor.name: tensor for tensor in read_header(folder / ADAPTER_WEIGHTS)}
+    modules: dict[str, float] = {}
+    used = set()
+    for key in keys:
+        if key.startswith(PREFIX) and key.endswith(".lora_A.weight"):
+            module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            modules[module] = scaling(settings, module)
+            used |= {PREFIX + module + part for part in PARTS[: 3 if settings.get("use_dora") else 2]}
+    unknown, missing = sorted(set(keys) - used), sorted(used - set(keys))
+    if not modules or unknown or missing:
+        reason = f"does not know {unknown[0]}" if unknown else f"misses {missing[0]}" if missing else "found no lora_A"
+        raise UnusableModel(f"{folder / ADAPTER_WEIGHTS} is not a whole LoRA adapter: the merge {reason}")
+    return Adapter(folder, modules, bool(settings.get("use_dora")), {name: keys[name].shape for name in used})
+
+
+def scaling(settings: dict, module: str) -> float:
+    """What multiplies BA of a module: alpha / rank, or alpha / sqrt(rank) of rsLoRA (https://arxiv.org/abs/2312.03732).
+
+    >>> scaling({"r": 16, "lora_alpha": 32}, "model.layers.0.self_attn.q_proj")
+    2.0
+    """
+    rank = of_module(settings.get("rank_pattern"), module, settings["r"])
+    alpha = of_module(settings.get("alpha_pattern"), module, settings["lora_alpha"])
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def of_module(patterns: dict | None, module: str, default: float) -> float:
+    """A module's own rank or alpha, by PEFT's rule: the first pattern that matches the end of its name."""
+    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def find_base(base: str | Path, adapter_settings: dict) -> Path:
+    """The folder of the base; a hub id is downloaded, safetensors only, at the revision that the adapter names."""
+    if Path(base).is_dir():
+        return Path(base)
+    if str(base).count("/") != 1 or str(base).startswith((".", "/")):
+        raise UnusableModel(f"base {base} is neither a folder nor a hub id")
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            str(base),
+            revision=adapter_settings.get("revision"),
+            allow_patterns=["*.json", "*.jinja", "tokenizer.model*", "*.txt", "model*.safetensors"],
+        )
+    )
+
+
+def read_config(folder: Path) -> dict:
+    """A model's config.json. Raises UnusableModel when there is none, or the model is quantized already."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UnusableModel(f"{folder} is not a model: it has no config.json")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if quantization := settings.get("quantization_config"):
+        method = quantization.get("quant_method", "an unknown method")
+        raise UnusableModel(f"{folder} is already quantized ({method}): give the folder of its 16-bit weights")
+    return settings
+
+
+def read_header(file: Path) -> list[Stored]:
+    """The tensors of a safetensors file in the order of their bytes. Raises UnusableModel for one that is not whole."""
+    if not file.is_file():
+        raise UnusableModel(f"{file} is missing: download or copy the folder again")
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length)) if length < size else None
+        tensors = [(name, about) for name, about in header.items() if name != "__metadata__"]
+        end = 8 + length + max((about["data_offsets"][1] for _, about in tensors), default=0)
+    except (struct.error, ValueError, AttributeError, TypeError, KeyError):
+        raise UnusableModel(f"{file} is not a safetensors file: download or copy it again") from None
+    if end != size:
+        raise UnusableModel(f"{file} is cut short: it has {size} of {end} bytes, download or copy it again")
+    tensors.sort(key=lambda item: item[1]["data_offsets"][0])
+    return [Stored(name, file, tuple(about["shape"]), about["dtype"]) for name, about in tensors]
+
+
+def stored_tensors(folder: Path, freed: list[Stored] = ()) -> list[Stored]:
+    """All tensors of a model folder, shard by shard, checked against its index.
+
+    freed: tensors of shards that an interrupted merge has deleted after it was done with them.
+    """
+    read_config(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        place = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(place.values()))
+    else:
+        place, shards = None, ["model.safetensors"]
+    gone = {tensor.file.name for tensor in freed}
+    tensors = [
+        tensor
+        for shard in shards
+        for tensor in (
+            [tensor for tensor in freed if tensor.file.name == shard]
+            if shard in gone and not (folder / shard).exists()
+            else read_header(folder / shard)
+        )
+    ]
+    if place is not None and (wrong := set(place.items()) ^ {(tensor.name, tensor.file.name) for tensor in tensors}):
+        name, shard = sorted(wrong)[0]
+        raise UnusableModel(f"{folder}: its index and its shards disagree about {name} in {shard}, download it again")
+    odd = [tensor for tensor in tensors if tensor.kind not in FLOATS]
+    if odd:
+        raise UnusableModel(
+            f"{folder}: {odd[0].name} is {odd[0].kind}, not a float: give the folder of its 16-bit weights"
+        )
+    return tensors
+
+
+def check_fits_base(adapter: Adapter, tensors: list[Stored], base: str | Path) -> None:
+    """Each module of the adapter is a matrix of the base, of the same shape. Raises UnusableModel if not."""
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    for module in adapter.modules:
+        shape = shapes.get(f"{module}.weight")
+        (_, inputs), (outputs, _) = (adapter.shapes[PREFIX + module + part] for part in PARTS[:2])
+        if shape is None:
+            raise UnusableModel(f"{adapter.folder} is for another base: {base} has no {module}.weight")
+        if shape != (outputs, inputs):
+            raise UnusableModel(
+                f"{adapter.folder} is for another base: {module}.weight is {outputs} × {inputs} in the adapter "
+                f"and {' × '.join(map(str, shape))} in {base}"
+            )
+
+
+def refuse_output(output: Path, inputs: list[Path], stage: str) -> None:
+    """Raises ValueError when output holds something that this stage has not made, or one of the stage's inputs."""
+    here = output.resolve()
+    for source in (path.resolve() for path in inputs):
+        if source == here or here in source.parents or source in here.parents:
+            raise ValueError(f"output {output} and input {source} lie in each other: choose another output folder")
+    if output.is_file():
+        raise ValueError(f"output {output} is a file: choose a folder")
+    if output.is_dir() and any(output.iterdir()):
+        manifest = output / MANIFEST
+        made_by = json.loads(manifest.read_text(encoding="utf-8")).get("stage") if manifest.is_file() else None
+        if made_by != stage:
+            raise ValueError(
+                f"output {output} is in use by something else: choose an empty folder, nothing was changed"
+            )
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+def plan_shards(tensors: list[Stored], shard_bytes: int) -> dict[str, list[Stored]]:
+    """File name -> the tensors it will hold, in the order of the base, so that each base shard is read once.
+
+    >>> tensors = [Stored(name, Path("base"), (3,), "F16") for name in "abc"]
+    >>> [[tensor.name for tensor in shard] for shard in plan_shards(tensors, shard_bytes=12).values()]
+    [['a', 'b'], ['c']]
+    """
+    shards: list[list[Stored]] = []
+    room = 0
+    for tensor in tensors:
+        if not shards or 2 * tensor.values > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(tensor)
+        room -= 2 * tensor.values
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{number:05}-of-{len(shards):05}.safetensors": shard for number, shard in enumerate(shards, 1)}
+
+
+def finished_shards(work: Path, identity: dict) -> dict[str, str]:
+    """Shards that an interrupted merge of the same inputs has written, each read again and held to its checksum."""
+    state = read_state(work)
+    if state.get("identity") != identity:
+        return {}
+    return {
+        name: known
+        for name, known in state["finished"].items()
+        if (work / name).is_file() and checksum(work / name) == known
+    }
+
+
+def read_state(work: Path) -> dict:
+    """What an interrupted merge left about itself; {} when there is none, or it is not to be read."""
+    try:
+        return json.loads((work / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def fingerprint(tensors: list[Stored], adapter: Path, config: MergeConfig, freed: dict) -> dict:
+    """What must be the same for an interrupted merge to go on: base, adapter, settings."""
+    files = {}
+    for file in {tensor.file for tensor in tensors}:
+        files[file.name] = [file.stat().st_size, file.stat().st_mtime_ns] if file.exists() else freed.get(file.name)
+    return {
+        "base": dict(sorted(files.items())),
+        "adapter": {name: checksum(adapter / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)},
+        "config": asdict(config),
+    }
+
+
+def disk_needed_bytes(plan: dict[str, list[Stored]], finished: set[str], free_base: bool) -> int:
+    """The most that the disk must still take at any moment: all shards, or with free_base those not yet made up for."""
+    left = {tensor.file: 0 for shard in plan.values() for tensor in shard}
+    for shard in plan.values():
+        for tensor in shard:
+            left[tensor.file] += 1
+    used = most = 0
+    for name, shard in plan.items():
+        used += 0 if name in finished else sum(2 * tensor.values for tensor in shard)
+        most = max(most, used)
+        for tensor in shard:
+            left[tensor.file] -= 1
+            if free_base and not left[tensor.file] and tensor.file.exists():
+                used -= tensor.file.stat().st_size
+    return most
+
+
+def check_disk(output: Path, plan: dict[str, list[Stored]], finished: set[str], free_base: bool) -> None:
+    """Raises ValueError with what is needed and what is free."""
+    needed = disk_needed_bytes(plan, finished, free_base)
+    free = shutil.disk_usage(nearest_folder(output)).free
+    if needed + DISK_MARGIN_BYTES > free:
+        less = disk_needed_bytes(plan, finished, free_base=True)
+        remedy = "" if free_base else f"; free_base=True needs {less / GIB:.2f}"
+        raise ValueError(
+            f"merging needs {(needed + DISK_MARGIN_BYTES) / GIB:.2f} GiB of disk at {output}, "
+            f"{free / GIB:.2f} are free{remedy}"
+        )
+
+
+def nearest_folder(path: Path) -> Path:
+    """The first folder above a path that exists."""
+    return next(folder for folder in (path, *path.resolve().parents) if folder.is_dir())
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_shards(
+    work: Path, plan: dict, state: dict, adapter: Adapter, config: MergeConfig, double_quant: bool
+) -> dict:
+    """Write the shards that are not finished, each under another name until it is whole; returns measurements."""
+    import torch
+    from safetensors import safe_open
+    from tqdm.auto import tqdm
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    last_use = {tensor.file: name for name, shard in plan.items() for tensor in shard}
+    largest_change, peak_bytes = 0.0, 0
+    bar = tqdm(total=sum(2 * tensor.values for shard in plan.values() for tensor in shard), unit="B", unit_scale=True)
+    with bar, safe_open(adapter.folder / ADAPTER_WEIGHTS, "pt") as factors, torch.inference_mode():
+        for name, shard in plan.items():
+            if name in state["finished"]:
+                bar.update(sum(2 * tensor.values for tensor in shard))
+            else:
+                bar.set_description(name)
+                with SafetensorsWriter(work / name, {tensor.name: tensor.shape for tensor in shard}) as writer:
+                    for tensor in shard:
+                        merged, change = merged_tensor(
+                            tensor, adapter, factors, config.merge_base, double_quant, device
+                        )
+                        writer.add(merged)
+                        largest_change = max(largest_change, change)
+                        peak_bytes = max(peak_bytes, anonymous_bytes())
+                        bar.update(2 * tensor.values)
+                state["finished"][name] = writer.sha256
+                write_text(work / STATE, json.dumps(state))
+            if config.free_base:
+                for file in [file for file, last in last_use.items() if last == name and file.exists()]:
+                    file.resolve().unlink()  # in the hub's cache the file is a link to the one that takes the room
+                    file.unlink(missing_ok=True)
+    return {"largest_change": largest_change, "peak_anonymous_gib": round(peak_bytes / GIB, 3)}
+
+
+def merged_tensor(
+    tensor: Stored, adapter: Adapter, factors, merge_base: str, double_quant: bool, device: "torch.device"
+) -> tuple["torch.Tensor", float]:
+    """One tensor of the result in fp16 on the CPU, and the largest change that the adapter made to it.
+
+    The sum is made in fp32 and rounded once, in the order of PEFT's merge, so that both give the same bits.
+    Raises UnusableModel for a value that fp16 cannot hold.
+    """
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(tensor.file, "pt") as shard:
+        weight = shard.get_tensor(tensor.name)
+    module = tensor.name.removesuffix(".weight")
+    adapted = module in adapter.modules and tensor.name.endswith(".weight")
+    change = 0.0
+    if adapted or (merge_base == "nf4" and is_quantized_in_training(tensor)):
+        weight = weight.to(device)
+    if merge_base == "nf4" and is_quantized_in_training(tensor):
+        weight = through_nf4(weight, double_quant)
+    if adapted:
+        weight = weight.float()
+        a, b, *magnitude = (
+            factors.get_tensor(PREFIX + module + part).to(device, torch.float32)
+            for part in PARTS[: 3 if adapter.dora else 2]
+        )
+        delta = (b @ a) * adapter.modules[module]  # (out, rank) @ (rank, in) -> (out, in)
+        merged = weight + delta
+        if magnitude:  # DoRA, https://arxiv.org/abs/2402.09353, equation 5
+            factor = magnitude[0] / torch.linalg.norm(merged, dim=1)
+            merged = factor.view(-1, 1) * merged
+            delta = merged - weight
+        change, weight = delta.abs().max().item(), merged
+    rounded = weight.to(torch.float16)
+    if not torch.isfinite(rounded).all():
+        largest = weight.float().abs().max().item()
+        raise UnusableModel(f"{tensor.name} holds {largest:.3g}, more than fp16's 65504: this model needs bf16")
+    return rounded.cpu().contiguous(), change
+
+
+def is_quantized_in_training(tensor: Stored) -> bool:
+    """QLoRA quantizes the linear layers of the decoder, with or without an adapter; not embedding, head and norms."""
+    return len(tensor.shape) == 2 and ".layers." in tensor.name and tensor.name.endswith(".weight")
+
+
+def through_nf4(weight: "torch.Tensor", double_quant: bool) -> "torch.Tensor":
+    """A weight as QLoRA's training saw it: rounded to NF4 and back (https://arxiv.org/abs/2305.14314). Shape kept."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    return dequantize_4bit(
+        *quantize_4bit(weight.to(torch.float16).contiguous(), quant_type="nf4", compress_statistics=double_quant)
+    )
+
+
+class SafetensorsWriter:
+    """Writes fp16 tensors one after another: safetensors' own writer wants them all in memory at once.
+
+    The format: 8 bytes of header length, the header as JSON, the tensors (https://github.com/huggingface/safetensors).
+    The file appears under its name when it is whole and on disk; `sha256` is its checksum then.
+    """
+
+    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.path, self.sha256, self.digest = path, "", hashlib.sha256()
+        header: dict = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, shape in shapes.items():
+            start, end = end, end + 2 * math.prod(shape)
+            header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.stream = path.with_name(path.name + ".tmp").open("wb")
+        self.write(struct.pack("<Q", len(text)) + text)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes to file and checksum."""
+        self.stream.write(data)
+        self.digest.update(data)
+
+    def add(self, tensor: "torch.Tensor") -> None:
+        """Append the next tensor of the header: fp16, contiguous, on the CPU."""
+        self.write(tensor.numpy().reshape(-1).data.cast("B"))
+
+    def __enter__(self) -> "SafetensorsWriter":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        with self.stream as stream:
+            stream.flush()
+            os.fsync(stream.fileno())
+        if kind is None:
+            Path(self.stream.name).replace(self.path)
+            self.sha256 = self.digest.hexdigest()
+
+
+def write_rest(work: Path, base: Path, adapter: Path, plan: dict[str, list[Stored]]) -> None:
+    """Index, config, generation config, tokenizer: the adapter's own tokenizer where training saved one."""
+    settings = read_config(base)
+    settings.pop("torch_dtype", None)
+    write_text(work / "config.json", json.dumps(settings | {"dtype": "float16"}, indent=2) + "\n")
+    if len(plan) > 1:
+        total = sum(2 * tensor.values for shard in plan.values() for tensor in shard)
+        place = {tensor.name: name for name, shard in plan.items() for tensor in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
+        write_text(work / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    if (base / "generation_config.json").is_file():
+        shutil.copyfile(base / "generation_config.json", work / "generation_config.json")
+    else:
+        tokens = {name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in settings}
+        write_text(work / "generation_config.json", json.dumps({"_from_model_config": True} | tokens, indent=2) + "\n")
+    source = adapter if (adapter / "tokenizer_config.json").is_file() else base
+    for file in (source / name for name in TOKENIZER_FILES):
+        if file.is_file():
+            shutil.copyfile(file, work / file.name)
+
+
+def check_written(work: Path, plan: dict[str, list[Stored]]) -> None:
+    """The result read back by its headers: the tensors of the plan, no more, no less, whole files."""
+    wanted = {(tensor.name, tensor.shape) for shard in plan.values() for tensor in shard}
+    written = stored_tensors(work)
+    if {(tensor.name, tensor.shape) for tensor in written} != wanted or len(written) != len(wanted):
+        raise RuntimeError(f"{work} does not hold the tensors that were planned")
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs, so that a Colab without swap cannot take it back; 0: not known."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
