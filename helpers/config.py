@@ -111,6 +111,8 @@ class TrainConfig:
     offload_activations: bool = False
     """Keep the inputs of checkpointed layers in host memory."""
     loss: Literal["chunked", "fused", "full"] = "chunked"
+    fused_kernels: bool = True
+    """Liger's RMSNorm, RoPE and SwiGLU, where it is installed and there is a GPU: they save fewer activations."""
     packing: bool = False
     neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
     """Noise on the embeddings (https://arxiv.org/abs/2310.05914); 0: none."""

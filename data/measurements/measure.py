@@ -34,13 +34,15 @@ SHAPES = {
     "smollm2-1.7b": ("Llama", 49152, 2048, 8192, 24, 32, 32, True),
     "qwen2.5-1.5b": ("Qwen2", 151936, 1536, 8960, 28, 12, 2, True),
 }
-COLUMNS = (
-    "group date gpu cap_gib expandable torch transformers peft trl bitsandbytes liger model recipe batch seq "
-    "checkpointing rank targets optimizer attention loss dropout accumulation offload upcast fused_kernels double_quant "
-    "prompt new_tokens status allocated_gib reserved_gib process_gib outside_gib paged_gib loaded_gib ready_gib "
-    "forward_peak_gib saved_gib backward_peak_gib step_peak_gib after_step_gib steps_applied step_s tokens_s "
-    "load_s load_peak_gib rss_gib error"
-).split()
+COLUMNS = [
+    *("group", "date", "gpu", "cap_gib", "expandable"),
+    *("torch", "transformers", "peft", "trl", "bitsandbytes", "liger"),
+    *("model", "recipe", "batch", "seq", "checkpointing", "rank", "targets", "optimizer", "attention", "loss"),
+    *("dropout", "accumulation", "offload", "upcast", "fused_kernels", "double_quant", "prompt", "new_tokens"),
+    *("status", "allocated_gib", "reserved_gib", "process_gib", "outside_gib", "paged_gib", "loaded_gib", "ready_gib"),
+    *("forward_peak_gib", "saved_gib", "backward_peak_gib", "step_peak_gib", "after_step_gib", "steps_applied"),
+    *("step_s", "tokens_s", "load_s", "load_peak_gib", "rss_gib", "error"),
+]
 
 
 def groups() -> dict[str, list]:
@@ -225,6 +227,23 @@ def watching(phases: Phases, row, layers):
     return Watch()
 
 
+def split_phases(trainer, phases: Phases) -> None:
+    """Close the forward phase after each loss, the backward phase after each backward pass."""
+    compute_loss, backward = trainer.compute_loss, trainer.accelerator.backward
+
+    def loss_then_close(*arguments, **keywords):
+        result = compute_loss(*arguments, **keywords)
+        phases.keep("saved_gib")
+        phases.close("forward_peak_gib")
+        return result
+
+    def backward_then_close(*arguments, **keywords):
+        backward(*arguments, **keywords)
+        phases.close("backward_peak_gib")
+
+    trainer.compute_loss, trainer.accelerator.backward = loss_then_close, backward_then_close
+
+
 def paged_bytes(optimizer) -> int:
     """Bytes of optimizer states in managed memory, which PyTorch's allocator does not see."""
     states = getattr(optimizer, "optimizer", optimizer).state.values()
@@ -248,19 +267,7 @@ def measure_training(base, tokenizer, row, leaked_bytes: int) -> tuple[dict, obj
     dataset = Dataset.from_dict({"input_ids": torch.randint(300, 31000, (rows, row.seq), generator=generator).tolist()})
     watch = watching(phases, row, base.model.layers)
     trainer = recipes.trainer(model, tokenizer, row, dataset, [watch], STEPS, layers, Path("/tmp/measure"))
-    compute_loss, backward = trainer.compute_loss, trainer.accelerator.backward
-
-    def loss_then_close(*arguments, **keywords):
-        result = compute_loss(*arguments, **keywords)
-        phases.keep("saved_gib")
-        phases.close("forward_peak_gib")
-        return result
-
-    def backward_then_close(*arguments, **keywords):
-        backward(*arguments, **keywords)
-        phases.close("backward_peak_gib")
-
-    trainer.compute_loss, trainer.accelerator.backward = loss_then_close, backward_then_close
+    split_phases(trainer, phases)
     torch.cuda.reset_peak_memory_stats()
     paged = 0
     try:
@@ -284,7 +291,7 @@ def measure_training(base, tokenizer, row, leaked_bytes: int) -> tuple[dict, obj
         figures |= {"status": "oom", "error": str(error)[:160]}
         paged = paged_bytes(trainer.optimizer) if trainer.optimizer is not None else 0
     trainer.model = trainer.model_wrapped = None
-    del trainer, compute_loss, backward, loss_then_close, backward_then_close
+    del trainer
     base = model.unload()
     if hasattr(base, "peft_config"):
         del base.peft_config
@@ -372,7 +379,9 @@ def run_group(group: str, out: Path, models: Path, seconds: float) -> None:
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
                     start = time.perf_counter()
-                    base, tokenizer = recipes.load(models / name, row if not isinstance(row, tuple) else rows_like())
+                    base, tokenizer = recipes.load(
+                        models / name, recipes.ours(1, 512) if isinstance(row, tuple) else row
+                    )
                     figures["load_s"] = time.perf_counter() - start
                     figures["load_peak_gib"] = torch.cuda.max_memory_allocated() / GIB
                 figures["loaded_gib"] = torch.cuda.memory_allocated() / GIB
@@ -388,13 +397,6 @@ def run_group(group: str, out: Path, models: Path, seconds: float) -> None:
             gc.collect()
             torch.cuda.empty_cache()
             write(out, common | figures)
-
-
-def rows_like():
-    """How the base of the inference rows is loaded."""
-    from recipes import ours
-
-    return ours(1, 512)
 
 
 def write(out: Path, figures: dict) -> None:
