@@ -1,10 +1,325 @@
-"""RunConfig <-> ipywidgets: sliders for the knobs of a run and, under them, what the run needs, live."""
+"""RunConfig <-> ipywidgets: sliders for the knobs of a run and, under them, what the run needs, live.
 
-import sys
+Uses only what ipywidgets 7.7 (Colab) and 8 share. Without a screen, the panel shows its summary in words.
+
+>>> from helpers import hardware, models
+>>> config = models.profile("mistral-7b", rank=8)
+>>> sliders = panel(config, models.shape(config.model.model), hardware.machine("t4"))
+>>> config_of(sliders) == config
+True
+"""
+
 import traceback
+from dataclasses import asdict
+from html import escape
 from pathlib import Path
+from typing import Any
+
+import ipywidgets
+from IPython import get_ipython
+from IPython.display import display
+from ipywidgets import Layout
+
+from helpers import budget
+from helpers.config import RunConfig, field_parts
+from helpers.hardware import Machine
+from helpers.models import ModelShape
 
 HERE = Path(__file__).resolve().parent
+
+DOUBLINGS = [2**power for power in range(10)]
+COUNTS = sorted({*DOUBLINGS[:8], 3, 6, 12, 24, 48})
+LEFT = {
+    "rank": ("rank r", DOUBLINGS[:9]),
+    "alpha": ("alpha α", DOUBLINGS),
+    "learning_rate": (
+        "learning rate",
+        [float(f"{digit}e{power}") for power in (-6, -5, -4, -3) for digit in (1, 1.5, 2, 3, 5, 7)] + [1e-2],
+    ),
+    "targets": ("targets", ["all-linear", "attention", "q_proj,v_proj"]),
+}
+RIGHT = {
+    "seq_len": ("context", [64 * count for count in sorted({*DOUBLINGS, *(3 * count for count in DOUBLINGS[:9])})]),
+    "batch_size": ("micro-batch", COUNTS),
+    "accumulation": ("accumulation", COUNTS),
+    "checkpointing": ("checkpointed", []),  # as many as the model has layers
+}
+KNOBS = LEFT | RIGHT
+
+# A colour a component, apart from its neighbours for any colour vision, on light and dark pages alike.
+COLOURS = ["#4c78a8", "#9ecae9", "#f58518", "#ffbf79", "#54a24b", "#b79a20", "#439894", "#d67195", "#9d755d", "#8a8a8a"]
+GOOD, BAD = "#2e7d32", "#c62828"
+STYLE = f"""<style>
+.needs{{max-width:756px;font-size:13px;line-height:1.45;margin:2px}}
+.needs b{{font-weight:600}}
+.needs .line{{display:flex;justify-content:space-between;flex-wrap:wrap;gap:0 12px;margin-bottom:3px}}
+.needs .bar{{position:relative;overflow:hidden;background:rgba(128,128,128,.2);border-radius:3px;height:22px}}
+.needs .thin{{height:6px}}
+.needs .bar i{{position:absolute;top:0;bottom:0}}
+.needs .bar .over{{background:repeating-linear-gradient(45deg,{BAD} 0 4px,rgba(255,255,255,.5) 4px 8px)}}
+.needs .key{{display:grid;grid-template-columns:repeat(auto-fill,minmax(232px,1fr));gap:0 14px;margin:6px 0 10px}}
+.needs .key i{{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:6px}}
+.needs .key div{{display:flex;align-items:baseline}}
+.needs .key b,.needs .key em{{margin-left:auto;font-style:normal;font-variant-numeric:tabular-nums}}
+.needs .rest{{display:grid;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));gap:4px 18px;margin-bottom:10px}}
+.needs .verdict{{border-left:5px solid;border-radius:3px;padding:5px 10px}}
+</style>"""
+
+
+class Panel(ipywidgets.VBox):
+    """Sliders that start at a configuration, the budget of what they show, and a button that takes the plan's.
+
+    A class, because a widget decides by its own method how it is shown where nobody can move a slider.
+    """
+
+    def __init__(self, config: RunConfig, shape: ModelShape, machine: Machine):
+        self.base, self.shape, self.machine = config, shape, machine
+        self.controls = {name: control(name, value_of(config, name, shape), shape) for name in KNOBS}
+        self.derived, self.picture, self.proposal = (ipywidgets.HTML() for _ in range(3))
+        self.button = ipywidgets.Button(
+            description="Take the proposal", icon="check", layout=Layout(width="160px", flex="0 0 auto")
+        )
+        columns = [
+            ipywidgets.VBox([self.controls[name] for name in names], layout=Layout(width="374px", margin="0 4px 0 0"))
+            for names in (LEFT, RIGHT)
+        ]
+        super().__init__(
+            [
+                ipywidgets.HBox(columns, layout=Layout(flex_flow="row wrap")),
+                self.derived,
+                self.picture,
+                ipywidgets.HBox([self.button, self.proposal], layout=Layout(align_items="center")),
+            ],
+            layout=Layout(max_width="780px"),
+        )
+        self.listen(True)
+        self.button.on_click(lambda _: self.show(self.plan.config))
+        self.redraw()
+
+    def listen(self, listening: bool) -> None:
+        """Redraw when a control moves, or leave that for a while."""
+        for widget in self.controls.values():
+            (widget.observe if listening else widget.unobserve)(self.redraw, "value")
+
+    def config(self) -> RunConfig:
+        """The configuration with the values shown. Raises ValueError naming what is not allowed."""
+        return self.base.with_values(**{name: widget.value for name, widget in self.controls.items()})
+
+    def show(self, config: RunConfig) -> None:
+        """Move the controls to a configuration, and draw once."""
+        self.base = config
+        self.listen(False)
+        for name, widget in self.controls.items():
+            value = value_of(config, name, self.shape)
+            widget.options = stops(name, value, self.shape)
+            widget.value = value
+        self.listen(True)
+        self.redraw()
+
+    def redraw(self, _change: Any = None) -> None:
+        """Budget and plan of what is shown, into the picture, the proposal and its button."""
+        try:
+            config = self.config()
+            self.derived.value = derived(config, self.shape)
+            self.plan = budget.plan(config.with_values(checkpointing="auto"), self.shape, self.machine)
+            self.picture.value = picture(self.needs())
+        except ValueError as error:  # what the sliders show is no run at all; the sentence says why
+            self.picture.value = f"{STYLE}<div class='needs'>{verdict(False, [str(error)])}</div>"
+            self.button.disabled, self.proposal.value = True, ""
+            return
+        changes = differences(config, self.plan.config, self.shape)
+        self.button.disabled = not changes
+        words = (
+            "; ".join(changes) + gain(self.needs(), self.plan.budget) if changes else "The sliders show the proposal."
+        )
+        self.proposal.value = f"<div style='line-height:1.4;margin-left:6px'>{escape(words)}</div>"
+
+    def needs(self) -> budget.Budget:
+        """What the run needs that the sliders show; "auto" is what the plan makes of it."""
+        config = self.config()
+        if config.train.checkpointing == "auto":
+            return self.plan.budget
+        return budget.budget(config, self.shape, self.machine)
+
+    def in_words(self) -> str:
+        """What the panel shows, as text."""
+        shown = ", ".join(
+            f"{KNOBS[name][0]} {label(name, widget.value, self.shape)}" for name, widget in self.controls.items()
+        )
+        return f"{shown}\n{budget.table(self.needs())}"
+
+    def _ipython_display_(self, **_: Any) -> None:
+        """Sliders where the front end can draw them, words where it cannot; ipywidgets 7 and 8 both call this."""
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
+        display({"application/vnd.jupyter.widget-view+json": view, "text/plain": self.in_words()}, raw=True)
+
+
+def panel(config: RunConfig, shape: ModelShape, machine: Machine) -> Panel:
+    """The sliders, the budget and the proposal of a configuration; `config_of` reads it back."""
+    return Panel(config, shape, machine)
+
+
+def config_of(panel: Panel) -> RunConfig:
+    """The configuration with the values that a panel shows."""
+    return panel.config()
+
+
+def value_of(config: RunConfig, name: str, shape: ModelShape) -> Any:
+    """A field by its name; a number of checkpointed layers that is none or all of them goes by that word."""
+    tree, part = asdict(config), field_parts()[name]
+    value = (tree[part] if part else tree)[name]
+    return {0: "none", shape.layers: "all"}.get(value, value) if name == "checkpointing" else value
+
+
+def label(name: str, value: Any, shape: ModelShape) -> str:
+    """A value as its control writes it.
+
+    >>> from helpers import models
+    >>> label("learning_rate", 2e-4, models.shape("mistral-7b-v0.3"))
+    '2e-4'
+    >>> label("checkpointing", 8, models.shape("mistral-7b-v0.3"))
+    '8 of 32'
+    """
+    if name == "learning_rate":
+        digits, power = f"{value:.2e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
+    if name == "checkpointing" and isinstance(value, int):
+        return f"{value} of {shape.layers}"
+    return value if isinstance(value, str) else f"{value:,g}" if value < 1e6 else f"{value:,}"
+
+
+def stops(name: str, value: Any, shape: ModelShape) -> list[tuple[str, Any]]:
+    """Where a control can stop, as (label, value): what people use, and the configuration's own value."""
+    usual = KNOBS[name][1]
+    if name == "targets":
+        values = list(dict.fromkeys([*usual, value]))
+    elif name == "checkpointing":
+        values = ["auto", "none", *range(1, shape.layers), "all"]
+    else:
+        values = sorted({*(stop for stop in usual if name != "seq_len" or stop <= shape.max_context), value})
+    return [(label(name, stop, shape), stop) for stop in values]
+
+
+def control(name: str, value: Any, shape: ModelShape) -> ipywidgets.Widget:
+    """The slider, or for module names the list, of one field."""
+    kind = ipywidgets.Dropdown if name == "targets" else ipywidgets.SelectionSlider
+    return kind(
+        description=KNOBS[name][0],
+        options=stops(name, value, shape),
+        value=value,
+        style={"description_width": "96px"},
+        layout=Layout(width="366px"),
+    )
+
+
+def derived(config: RunConfig, shape: ModelShape) -> str:
+    """What follows from the sliders by arithmetic alone, as HTML."""
+    trained = shape.lora_parameters(config.adapter.rank, config.adapter.target_modules)
+    step = config.train.batch_size * config.train.accumulation
+    facts = [
+        f"α/r = <b>{config.adapter.alpha / config.adapter.rank:.3g}</b>",
+        f"<b>{trained / 1e6:.1f} M</b> trained weights, {trained / shape.parameters:.2%} of the model",
+        f"a step: {step} × {config.data.seq_len:,} = <b>{step * config.data.seq_len:,} tokens</b>",
+    ]
+    return f"<div style='line-height:1.4;margin:2px'>{' &nbsp;·&nbsp; '.join(facts)}</div>"
+
+
+def picture(needs: budget.Budget) -> str:
+    """A budget as HTML: the stacked bar against the limit, its key, RAM, disk and hours, and the verdict."""
+    on_card = needs.vram.limit_gib > 0
+    main = needs.vram if on_card else needs.ram
+    used = needs.vram.process_gib if on_card else needs.ram.peak_gib
+    where = f"VRAM of this {needs.machine.name}" if on_card else f"RAM of {needs.machine.name}, which has no GPU"
+    when = f"<span>fullest at {escape(needs.vram.moment)}</span>" if on_card and needs.vram.moment else ""
+    rest = [("Disk", needs.disk.peak_gib, needs.disk.limit_gib, "GiB")]
+    rest = [("RAM", needs.ram.peak_gib, needs.ram.limit_gib, "GiB"), *rest] if on_card else rest
+    return (
+        f"{STYLE}<div class='needs'>"
+        f"<div class='line'><span><b>{escape(where)}: {used:.2f} of {main.limit_gib:.2f} GiB</b></span>{when}</div>"
+        f"{bar(main.parts, main.limit_gib)}{key(main.parts)}"
+        f"<div class='rest'>{''.join(meter(*row) for row in rest)}{hours(needs)}</div>"
+        f"{verdict(needs.fits, needs.reasons or (room(needs),))}</div>"
+    )
+
+
+def bar(parts: dict[str, float], limit_gib: float) -> str:
+    """A stacked bar, as HTML: its right end is the limit, or the need where that is more; the excess is hatched."""
+    total = sum(parts.values())
+    scale = 100 / max(total, limit_gib, 1e-9)
+    pieces, start = [], 0.0
+    for index, (name, size_gib) in enumerate(parts.items()):
+        title = escape(f"{name}: {size_gib:.2f} GiB", quote=True)
+        colour = COLOURS[index % len(COLOURS)]
+        place = f"left:{start * scale:.2f}%;width:{size_gib * scale:.2f}%"
+        pieces.append(f"<i title=\"{title}\" style='{place};background:{colour}'></i>")
+        start += size_gib
+    if total > limit_gib:
+        place = f"left:{limit_gib * scale:.2f}%;right:0;border-left:3px solid {BAD}"
+        pieces.append(f"<i class='over' title='beyond the limit' style='{place}'></i>")
+    return f"<div class='bar' role='img' aria-label='{total:.2f} of {limit_gib:.2f} GiB'>{''.join(pieces)}</div>"
+
+
+def key(parts: dict[str, float]) -> str:
+    """What each colour of the bar is, and its GiB, as HTML."""
+    rows = [
+        f"<div><i style='background:{COLOURS[index % len(COLOURS)]}'></i>{escape(name)}<b>{size_gib:.2f}</b></div>"
+        for index, (name, size_gib) in enumerate(parts.items())
+    ]
+    return f"<div class='key'>{''.join(rows)}</div>"
+
+
+def meter(name: str, used: float, limit: float, unit: str, more: str = "") -> str:
+    """One thin bar with its figures, as HTML."""
+    colour = BAD if used > limit else GOOD
+    width = min(100 * used / max(limit, 1e-9), 100)
+    figures = f"{'✗ ' if used > limit else ''}<b>{used:.1f}</b> of {limit:.1f} {unit}{more}"
+    return (
+        f"<div><div class='line'><span>{name}</span><span>{figures}</span></div>"
+        f"<div class='bar thin'><i style='left:0;width:{width:.1f}%;background:{colour}'></i></div></div>"
+    )
+
+
+def hours(needs: budget.Budget) -> str:
+    """Hours against a session's, or alone where sessions do not end, as HTML."""
+    session_h = needs.machine.host.session_h
+    if session_h is None:
+        return f"<div><div class='line'><span>Time</span><span><b>{needs.time.total_h:.1f}</b> h</span></div></div>"
+    count = f"{needs.time.sessions} session" + ("s" if needs.time.sessions > 1 else "")
+    return meter("Time", needs.time.total_h, session_h, "h", f", {count}")
+
+
+def room(needs: budget.Budget) -> str:
+    """What is left, in words, where everything fits."""
+    if needs.vram.limit_gib:
+        return f"{needs.vram.limit_gib - needs.vram.process_gib:.1f} GiB of VRAM to spare"
+    return f"{needs.ram.limit_gib - needs.ram.peak_gib:.1f} GiB of RAM to spare"
+
+
+def verdict(fits: bool, reasons: tuple[str, ...] | list[str]) -> str:
+    """Fits or not, with the reasons, in words and a mark as well as in colour; HTML."""
+    colour, word = (GOOD, "✓ It fits") if fits else (BAD, "✗ It does not fit")
+    text = "<br>".join(escape(reason) for reason in reasons)
+    style = f"border-color:{colour};background:{colour}26"
+    return f"<div class='verdict' role='status' style='{style}'><b>{word}</b>: {text}</div>"
+
+
+def differences(shown: RunConfig, proposed: RunConfig, shape: ModelShape) -> list[str]:
+    """What taking the proposal would change, setting by setting, in words."""
+    values = [(name, value_of(shown, name, shape), value_of(proposed, name, shape)) for name in field_parts()]
+    return [
+        f"{KNOBS[name][0]} {label(name, old, shape)} → {label(name, new, shape)}"
+        if name in KNOBS
+        else f"{name} {old} → {new}"
+        for name, old, new in values
+        if old != new
+    ]
+
+
+def gain(shown: budget.Budget, proposed: budget.Budget) -> str:
+    """What the proposal is worth: that it fits, or its hours."""
+    if not proposed.fits:
+        return " (even this does not fit)"
+    return f" ({proposed.time.total_h:.1f} h instead of {shown.time.total_h:.1f})" if shown.fits else " (fits)"
 
 
 def plain_errors() -> None:
@@ -12,10 +327,6 @@ def plain_errors() -> None:
 
     The cell still fails, so that "Run all" stops there. Outside IPython nothing happens.
     """
-    if "IPython" not in sys.modules:
-        return
-    from IPython import get_ipython
-
     shell = get_ipython()
     if shell is not None:
         shell.set_custom_exc((ValueError,), sentence_or_traceback)
@@ -23,10 +334,9 @@ def plain_errors() -> None:
 
 def sentence_or_traceback(shell, kind, error, trace, tb_offset=None):
     """IPython's hook: one sentence where the error was raised in helpers/, the usual traceback elsewhere."""
-    raised_in = Path(traceback.extract_tb(trace)[-1].filename)
-    if raised_in.parent != HERE:
-        lines = shell.InteractiveTB.structured_traceback(kind, error, trace, tb_offset=tb_offset)
-    else:
+    if Path(traceback.extract_tb(trace)[-1].filename).parent == HERE:
         lines = [f"\033[31m{kind.__name__}\033[0m: {error}"]
+    else:
+        lines = shell.InteractiveTB.structured_traceback(kind, error, trace, tb_offset=tb_offset)
     shell._showtraceback(kind, error, lines)
     return lines

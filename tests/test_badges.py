@@ -141,8 +141,8 @@ def archive():
 
     def write(path, top="name-main/", extra=None, requirements=""):
         with zipfile.ZipFile(path, "w") as file:
-            for name in ("helpers/__init__.py", "helpers/badges.py", "helpers/widgets.py", "pyproject.toml"):
-                file.write(ROOT / name, top + name)
+            for source in (ROOT / "pyproject.toml", *(ROOT / "helpers").glob("*.py")):
+                file.write(source, top + str(source.relative_to(ROOT)))
             file.writestr(top + "requirements.txt", requirements)
             for name, text in (extra or {}).items():
                 file.writestr(name, text)
