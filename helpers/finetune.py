@@ -1,0 +1,599 @@
+"""Fine-tuning: a RunConfig becomes a model, an adapter, a trainer, and after training an adapter on disk.
+
+The notebook's way, one function a cell:
+
+    model, tokenizer = load_base(config)
+    model = attach_adapter(model, config)
+    trainer = build_trainer(config, model, tokenizer, prepared, checkpoints)
+    measured = train(trainer)
+    save(trainer, output)
+
+and all of it at once: `finetune(config, prepared, output)`.
+"""
+
+import json
+import logging
+import math
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset, load_from_disk
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from trl import SFTConfig, SFTTrainer
+
+from helpers import attention, batches, workspace
+from helpers.config import RunConfig
+from helpers.models import shape
+
+GIB = 2**30
+CHATTY = ("transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "py.warnings")
+
+
+class NotTrained(ValueError):
+    """Training ran and made nothing of use; the message says why and what to change."""
+
+
+class Precision(NamedTuple):
+    """What the frozen weights are computed in, and why."""
+
+    dtype: torch.dtype
+    reason: str
+
+
+def precision(capability: tuple[int, int] | None = None, device: str | None = None) -> Precision:
+    """fp16 below compute capability 8, bf16 from there on, fp32 without a GPU; of this machine unless said.
+
+    >>> precision((7, 5)).dtype, precision((8, 0)).dtype
+    (torch.float16, torch.bfloat16)
+    """
+    if capability is None and (device == "cpu" or not torch.cuda.is_available()):
+        return Precision(torch.float32, "fp32: there is no GPU, and a CPU computes 16 bits slower than 32")
+    major, minor = capability or torch.cuda.get_device_capability()
+    if major < 8:  # torch.cuda.is_bf16_supported() says True here: it counts emulation
+        return Precision(torch.float16, f"fp16: compute capability {major}.{minor} has no bf16 hardware")
+    return Precision(torch.bfloat16, f"bf16: compute capability {major}.{minor} has it, and it needs no loss scaling")
+
+
+def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "auto") -> dict[str, Any]:
+    """Train an adapter on a prepared dataset: output/adapter and output/log.json; returns what was measured.
+
+    resume: "auto" continues from the newest whole checkpoint in <output>.partial, "never" starts anew. Raises
+    ValueError for what can be mended by the reader: an empty dataset, a rank too large, a model that needs a GPU.
+    """
+    prepared, output = Path(prepared), Path(output)
+    if resume not in ("auto", "never"):
+        raise ValueError(f"resume must be auto or never, not {resume!r}")
+    with workspace.building(output, "finetune", config, {"prepared": prepared}, keep=resume == "auto") as stage:
+        with quiet(stage.folder / "libraries.log"):
+            model, tokenizer = load_base(config)
+            model = attach_adapter(model, config)
+            trainer = build_trainer(config, model, tokenizer, prepared, stage.folder / "checkpoints")
+            stage.measurements.update(train(trainer, resume))
+            save(trainer, stage.folder)
+        shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
+    return stage.measurements
+
+
+def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen base in the configured weights, and its tokenizer. Nothing is upcast to fp32 unless config asks."""
+    refuse_without_gpu(config)
+    dtype = precision().dtype
+    quantization = {
+        "nf4": lambda: BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=config.model.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+        "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+        "fp16": lambda: None,
+    }[config.model.weights]()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    implementation = {"efficient": attention.register, "eager": lambda: "eager", "math": lambda: "sdpa"}
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model.model,
+        revision=config.model.revision,
+        quantization_config=quantization,
+        device_map={"": 0} if torch.cuda.is_available() else "cpu",
+        dtype=dtype,
+        attn_implementation=implementation[config.model.attention](),
+    )
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    if config.model.upcast:
+        for parameter in model.parameters():
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.float()
+    return model, AutoTokenizer.from_pretrained(config.model.model, revision=config.model.revision)
+
+
+def refuse_without_gpu(config: RunConfig) -> None:
+    """Raise ValueError where a CPU would train for weeks."""
+    billions = shape(config.model.model).parameters / 1e9
+    if billions > 1 and not torch.cuda.is_available():
+        raise ValueError(
+            f"{config.model.model} has {billions:.1f}e9 parameters and this machine has no GPU that PyTorch sees: "
+            "choose a GPU (in Colab: Runtime > Change runtime type > T4), or the profile tiny, made for a CPU"
+        )
+
+
+def attach_adapter(model: PreTrainedModel, config: RunConfig) -> PeftModel:
+    """LoRA on the target modules, trainable weights in fp32, the same start for the same seed."""
+    check_targets(model, config)
+    set_seed(config.seed)
+    lora = LoraConfig(
+        r=config.adapter.rank,
+        lora_alpha=config.adapter.alpha,
+        lora_dropout=config.adapter.dropout,
+        target_modules=list(config.adapter.target_modules),
+        use_rslora=config.adapter.rslora,
+        use_dora=config.adapter.dora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, lora)
+    trainable_to_fp32(model)
+    return model
+
+
+def check_targets(model: PreTrainedModel, config: RunConfig) -> None:
+    """Raise ValueError for a target that the model lacks, or a rank larger than the smallest target."""
+    linears: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+            leaf = name.rsplit(".", 1)[-1]
+            linears[leaf] = min(linears.get(leaf, math.inf), module.in_features, module.out_features)
+    for target in config.adapter.target_modules:
+        if target not in linears:
+            raise ValueError(f"targets: this model has no linear layer {target!r}; it has {', '.join(sorted(linears))}")
+        if config.adapter.rank > linears[target]:
+            raise ValueError(
+                f"rank={config.adapter.rank} is larger than {target}, whose smaller side is {linears[target]}: "
+                f"choose a rank of at most {linears[target]}"
+            )
+
+
+def trainable_to_fp32(model: torch.nn.Module) -> None:
+    """Adapters in fp32: trl casts those of a 4-bit model to bf16, which fp16's loss scaling cannot unscale."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def count_parameters(model: torch.nn.Module) -> dict[str, float]:
+    """Trainable and all weights, 4-bit ones unpacked, and the trainable share in percent."""
+    trainable = frozen = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            trainable += parameter.numel()
+        else:
+            state = getattr(parameter, "quant_state", None)
+            frozen += math.prod(state.shape) if state is not None else parameter.numel()
+    total = trainable + frozen
+    return {"trainable": trainable, "total": total, "trainable_percent": 100 * trainable / total}
+
+
+def build_trainer(
+    config: RunConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prepared: Path, checkpoints: Path
+) -> "FineTuner":
+    """trl's trainer over micro-batches laid out beforehand; nothing has run yet.
+
+    prepared: folder with train/ and heldout/ as helpers.data writes them. checkpoints: where they go while it trains.
+    """
+    rows, heldout = load_split(prepared, "train"), load_split(prepared, "heldout")
+    train_config = config.train
+    check_rows(rows, config, model)
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    plan = batches.micro_batches(
+        lengths,
+        batch_size=train_config.batch_size,
+        seq_len=config.data.seq_len,
+        epochs=train_config.epochs,
+        seed=config.seed,
+        packing=train_config.packing,
+        micro_batch_limit=train_config.max_steps and train_config.max_steps * train_config.accumulation,
+    )
+    steps = math.ceil(len(plan) / train_config.accumulation)
+    evaluates = train_config.eval_steps is not None and len(heldout) > 0
+    if train_config.patience and not evaluates:
+        raise ValueError("patience needs eval_steps and held-out conversations: set eval_steps, or leave patience out")
+    heldout_plan = [
+        list(range(start, min(start + train_config.batch_size, len(heldout))))
+        for start in range(0, len(heldout), train_config.batch_size)
+    ]
+    dtype = precision().dtype
+    arguments = SFTConfig(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=1,  # an item of the dataset is a micro-batch already
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=train_config.accumulation,
+        num_train_epochs=1,  # the plan holds all epochs
+        max_steps=steps,
+        learning_rate=train_config.learning_rate,
+        lr_scheduler_type=train_config.schedule,
+        warmup_steps=round(train_config.warmup_fraction * steps),
+        weight_decay=train_config.weight_decay,
+        max_grad_norm=train_config.max_grad_norm,
+        optim=usable_optimizer(train_config.optimizer),
+        neftune_noise_alpha=train_config.neftune_alpha or None,
+        fp16=dtype == torch.float16,
+        bf16=dtype == torch.bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=False,  # helpers decide layer by layer
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a NaN must be seen
+        save_strategy="steps",
+        save_steps=train_config.save_steps,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=train_config.eval_steps,
+        prediction_loss_only=True,
+        seed=config.seed,
+        data_seed=config.seed,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to="none",
+        max_length=None,
+    )
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    trainer = FineTuner(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"split": ["train"] * len(plan), "rows": plan}),
+        eval_dataset=Dataset.from_dict({"split": ["heldout"] * len(heldout_plan), "rows": heldout_plan})
+        if heldout_plan
+        else None,
+        processing_class=tokenizer,
+        data_collator=partial(
+            gather,
+            splits={"train": rows, "heldout": heldout},
+            pad_id=pad_id,
+            packing=train_config.packing,
+        ),
+    )
+    trainable_to_fp32(trainer.model)
+    checkpoint_layers(model, config)
+    trainer.remove_callback(PrinterCallback)
+    counts = batches.token_counts(plan, lengths, train_config.packing)
+    trainer.prepare_watch(config, counts, label_count(heldout) / max(1, len(heldout_plan)))
+    return trainer
+
+
+def load_split(prepared: Path, name: str) -> Dataset:
+    """One split of a prepared folder. Raises ValueError when it is not there."""
+    folder = Path(prepared) / name
+    if not folder.is_dir():
+        raise workspace.MissingArtifact(f"{folder} is not there: run notebook {workspace.NOTEBOOKS['prepare']} first")
+    return load_from_disk(str(folder))
+
+
+def check_rows(rows: Dataset, config: RunConfig, model: PreTrainedModel) -> None:
+    """Raise ValueError for a dataset that cannot train anything, or rows longer than the model reads."""
+    if len(rows) == 0:
+        raise ValueError("the prepared training split has 0 conversations: prepare some that pass the checks first")
+    masked = sum(1 for mask in rows["assistant_masks"] if not any(mask[1:]))
+    if masked == len(rows):
+        raise ValueError(
+            f"all {masked} conversations have no token to train on (every assistant mask is 0): "
+            "look at the masks in notebook 02; seq_len may cut every answer off"
+        )
+    longest, reach = max(len(ids) for ids in rows["input_ids"]), model.config.max_position_embeddings
+    if max(longest, config.data.seq_len) > reach:
+        raise ValueError(
+            f"seq_len={config.data.seq_len} (longest row: {longest} tokens) is more than the {reach} tokens that this "
+            f"model was made for: prepare again with seq_len={reach} or less"
+        )
+
+
+def label_count(rows: Dataset) -> int:
+    """Tokens that a loss is computed for."""
+    return sum(sum(mask[1:]) for mask in rows["assistant_masks"]) if len(rows) else 0
+
+
+def gather(items: list[dict], splits: dict[str, Dataset], pad_id: int, packing: bool) -> dict[str, Any]:
+    """The tensors of one planned micro-batch."""
+    (item,) = items
+    rows = splits[item["split"]]
+    return batches.collate([rows[row] for row in item["rows"]], pad_id, packing)
+
+
+def usable_optimizer(name: str) -> str:
+    """The 8-bit optimizers need a GPU; a CPU gets the same algorithm in 32 bits."""
+    return name if torch.cuda.is_available() else "adamw_torch"
+
+
+def checkpoint_layers(model: PeftModel, config: RunConfig) -> int:
+    """Let exactly as many decoder layers recompute their activations as configured; returns how many."""
+    layers = model.get_base_model().model.layers
+    wanted = config.train.checkpointing
+    if wanted == "auto":
+        wanted = "all" if torch.cuda.is_available() else "none"
+    count = {"all": len(layers), "none": 0}.get(wanted, wanted)
+    if count > len(layers):
+        raise ValueError(f"checkpointing={count} layers, but this model has {len(layers)}: choose 0 to {len(layers)}")
+    if count:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        for place, layer in enumerate(layers):
+            layer.gradient_checkpointing = place < count
+    return count
+
+
+class FineTuner(SFTTrainer):
+    """trl's trainer with the model's own loss, checkpoints that are whole or not there, and a watch on the updates."""
+
+    def prepare_watch(self, config: RunConfig, counts: dict[str, int], heldout_labels_per_batch: float) -> None:
+        """Attach what looks on: progress, updates, interrupts, early stopping."""
+        self.recipe = config
+        self.token_counts = counts
+        self.heldout_labels_per_batch = heldout_labels_per_batch
+        self.watch = Watch(self, config)
+        self.add_callback(self.watch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The model's loss, summed over labels and divided by those of the whole step (held out: of the mean batch)."""
+        if not model.training:
+            num_items_in_batch = self.heldout_labels_per_batch
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    def floating_point_ops(self, inputs):
+        """0: counting them walks all modules at every step."""
+        return 0
+
+    def _save_checkpoint(self, model, trial):
+        """Write beside, verify, rename; then forget old ones (transformers writes into the final place: trap 17)."""
+        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        staging = Path(self.args.output_dir) / "writing"
+        shutil.rmtree(staging, ignore_errors=True)
+        self._staging = staging
+        try:
+            Trainer._save_checkpoint(self, model, trial)
+        finally:
+            self._staging = None
+        commit_checkpoint(staging / final.name, final)
+        best = self.state.best_global_step
+        forget_checkpoints(final.parent, self.recipe.train.keep_checkpoints, {f"checkpoint-{best}"} if best else set())
+
+    def _get_output_dir(self, trial):
+        return str(getattr(self, "_staging", None) or self.args.output_dir)
+
+
+def commit_checkpoint(staging: Path, final: Path) -> Path:
+    """Rename a written checkpoint into place, with a list of its files' checksums as the last one written."""
+    files = {file.name: workspace.checksum(file) for file in sorted(staging.iterdir()) if file.is_file()}
+    workspace.write_text(staging / "whole.json", json.dumps(files, indent=1))
+    if final.exists():
+        shutil.rmtree(final)
+    staging.rename(final)
+    staging.parent.rmdir()
+    return final
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are all there with the right checksums; others are skipped with a word."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for path in found:
+        try:
+            known = json.loads((path / "whole.json").read_text(encoding="utf-8"))
+            if known and all(workspace.checksum(path / name) == value for name, value in known.items()):
+                return path
+        except (OSError, json.JSONDecodeError):
+            pass
+        print(f"{path.name} is not whole and is skipped")
+    return None
+
+
+def forget_checkpoints(folder: Path, keep: int, spared: set[str]) -> None:
+    """Delete all but the newest `keep` checkpoints, and those spared."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for path in found[:-keep]:
+        if path.name not in spared:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class Watch(TrainerCallback):
+    """Looks on while it trains: shows progress, counts updates that were applied, stops what goes wrong."""
+
+    patience_for_overflow = 20
+    """Optimizer steps in a row that fp16's loss scaling may skip; from 65,536 down to 1 takes 16."""
+
+    def __init__(self, trainer: FineTuner, config: RunConfig):
+        self.trainer, self.config = trainer, config
+        self.start = {name: value.detach().to("cpu", copy=True) for name, value in adapters(trainer.model)}
+        self.applied = self.skipped_in_a_row = 0
+        self.step_s: list[float] = []
+        self.interrupted: int | None = None
+        self.bar = None
+        self.worse = 0
+        self.best = math.inf
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        from tqdm.auto import tqdm
+
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+        self.bar_shown: dict[str, str] = {}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        skipped = self.trainer.accelerator.optimizer_step_was_skipped
+        self.applied += not skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row >= self.patience_for_overflow:
+            raise NotTrained(
+                f"the last {self.skipped_in_a_row} optimizer steps were skipped because fp16 gradients overflowed: "
+                f"lower learning_rate (now {self.config.train.learning_rate:g}) or alpha, or use a card with bf16"
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.step_s.append(time.perf_counter() - self.began)
+        self.bar.update(state.global_step - self.bar.n)
+        if self.interrupted is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise NotTrained(
+                f"the loss became {logs['loss']} at step {state.global_step}: lower learning_rate "
+                f"(now {self.config.train.learning_rate:g}), and look for broken rows in notebook 02"
+            )
+        per_step = sum(self.step_s[-20:]) / len(self.step_s[-20:])
+        tokens_per_step = self.trainer.token_counts["text"] / state.max_steps
+        shown = {"loss": f"{logs['loss']:.3f}", "tokens/s": f"{tokens_per_step / per_step:.0f}"}
+        if torch.cuda.is_available():
+            shown["peak GiB"] = f"{torch.cuda.max_memory_reserved() / GIB:.2f}"
+        shown["hours left"] = f"{(state.max_steps - state.global_step) * per_step / 3600:.2f}"
+        self.bar.set_postfix(shown)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        loss = metrics["eval_loss"]
+        if loss < self.best:
+            self.best, self.worse = loss, 0
+            state.best_global_step, state.best_metric = state.global_step, loss
+            control.should_save = self.config.train.patience is not None
+            return
+        self.worse += 1
+        if self.config.train.patience and self.worse >= self.config.train.patience:
+            control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def adapters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Trainable parameters by name."""
+    return ((name, value) for name, value in model.named_parameters() if value.requires_grad)
+
+
+def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
+    """Train, from the newest whole checkpoint unless resume is "never"; returns what was measured.
+
+    An interrupt (Ctrl-C, a notebook's stop button, SIGTERM) lets the step finish, saves a checkpoint and stops. Raises
+    NotTrained when the loss is NaN, no update was applied, or no adapter differs from its start.
+    """
+    checkpoint = newest_checkpoint(Path(trainer.args.output_dir)) if resume == "auto" else None
+    if checkpoint is None:
+        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    else:
+        print(f"continuing from {checkpoint.name}")
+    watch, on_gpu = trainer.watch, torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    before_gib = torch.cuda.memory_allocated() / GIB if on_gpu else 0.0
+    started = time.perf_counter()
+    with interrupts(watch):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    train_s = time.perf_counter() - started
+    if watch.interrupted is not None:
+        raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}; run again to continue from there")
+    changed = sum(not torch.equal(watch.start[name], value.detach().cpu()) for name, value in adapters(trainer.model))
+    if (not watch.applied and watch.step_s) or not changed:
+        raise NotTrained(
+            f"{watch.applied} of {len(watch.step_s)} optimizer steps were applied and {changed} adapter weights differ "
+            "from their start: raise learning_rate or max_steps (fp16 skips the first steps while it finds its scale)"
+        )
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    busy_s = sum(watch.step_s)
+    share = len(watch.step_s) / trainer.state.max_steps
+    return {
+        "loss_first": losses[0],
+        "loss_last": sum(losses[-10:]) / len(losses[-10:]),
+        "steps": trainer.state.global_step,
+        "steps_applied": trainer.state.global_step - (len(watch.step_s) - watch.applied),
+        "adapters_changed": changed,
+        "text_tokens": trainer.token_counts["text"],
+        "padding_tokens": trainer.token_counts["padding"],
+        "tokens_per_s": round(share * trainer.token_counts["text"] / busy_s, 1) if busy_s else None,
+        "train_s": round(train_s, 2),
+        "step_s": round(sorted(watch.step_s)[len(watch.step_s) // 2], 4) if watch.step_s else None,
+        "before_allocated_gib": round(before_gib, 3),
+        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3) if on_gpu else 0.0,
+        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3) if on_gpu else 0.0,
+        "heldout_loss": trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None,
+        "resumed_from_step": int(checkpoint.name.split("-")[1]) if checkpoint else 0,
+    }
+
+
+@contextmanager
+def interrupts(watch: Watch) -> Iterator[None]:
+    """While it trains, SIGINT and SIGTERM ask for a checkpoint and a stop at the end of the step; twice is at once."""
+
+    def ask(number: int, frame: Any) -> None:
+        if watch.interrupted is not None:
+            raise KeyboardInterrupt
+        watch.interrupted = number
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # only the main thread may; elsewhere an interrupt stays what it is
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def save(trainer: FineTuner, output: Path) -> Path:
+    """output/adapter (PEFT's format) and output/log.json (the trainer's log); returns the adapter's folder."""
+    output = Path(output)
+    best = trainer.state.best_global_step
+    kept = Path(trainer.args.output_dir) / f"checkpoint-{best}"
+    if trainer.recipe.train.patience and best and kept.is_dir():
+        load_adapter(trainer.model, kept)
+    trainer.model.save_pretrained(str(output / "adapter"))
+    workspace.write_text(output / "log.json", json.dumps(trainer.state.log_history, indent=1))
+    return output / "adapter"
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Set the adapter's weights to those saved in a folder."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
+
+
+@contextmanager
+def quiet(log: Path) -> Iterator[None]:
+    """Let the libraries write their notices and warnings to a file instead of the notebook."""
+    handler = logging.FileHandler(log, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    loggers = [logging.getLogger(name) for name in CHATTY]
+    before = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [handler], False
+    logging.captureWarnings(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            yield
+    finally:
+        logging.captureWarnings(False)
+        for logger, handlers, propagate in before:
+            logger.handlers, logger.propagate = handlers, propagate
+        handler.close()
