@@ -88,6 +88,8 @@ class DataConfig:
     heldout_fraction: Fraction = 0.02
     heldout_source: str | None = None
     """A file of its own for the held-out conversations; then heldout_fraction is not used."""
+    on_finding: str = ""
+    """What to do instead of the default about a finding of the checks: `near-duplicate=drop,leaked-template=keep`."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,0 +1,251 @@
+"""What is wrong with people's conversations, and what is done about it: repaired, dropped or kept, and always counted.
+
+>>> findings = Findings(actions("leaked-template=drop"))
+>>> messages = [{"role": "user", "content": " Hi"}, {"role": "assistant", "content": "Ho"}]
+>>> check(messages, "chat.jsonl line 3", findings, leaks("</s>"))
+[{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Ho'}]
+>>> print(findings.sentences()[0])
+edge-spaces: space around a turn's text; 1 repaired, for example chat.jsonl line 3: ' Hi'
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+REPAIR, DROP, KEEP = "repair", "drop", "keep"
+DONE = {REPAIR: "repaired", DROP: "dropped", KEEP: "kept"}
+
+
+class Check(NamedTuple):
+    """What a check finds, what is done unless told otherwise, and what may be told."""
+
+    says: str
+    default: str
+    choices: tuple[str, ...]
+
+
+CHECKS = {
+    # Rows that cannot be read as a conversation.
+    "broken-row": Check("a row that is not whole", DROP, (DROP,)),
+    "over-long-row": Check("a row too long to be a conversation", DROP, (DROP,)),
+    "invalid-utf8": Check("bytes that are not UTF-8 (repair reads them as Windows-1252)", DROP, (DROP, REPAIR)),
+    "unknown-fields": Check("a row without the fields of any format", DROP, (DROP,)),
+    "other-format": Check("a row in another format than the rows before it", KEEP, (KEEP, DROP)),
+    "wrong-type": Check("a field that holds something else than it should", DROP, (DROP,)),
+    "tool-calls": Check("a conversation with tools, which are not trained here", DROP, (DROP,)),
+    # The text of turns.
+    "control-characters": Check("characters that nobody can see or type", REPAIR, (REPAIR, DROP, KEEP)),
+    "leaked-template": Check("tokens of a chat template inside a turn's text", REPAIR, (REPAIR, DROP, KEEP)),
+    "edge-spaces": Check("space around a turn's text", REPAIR, (REPAIR, DROP)),
+    # The order of turns.
+    "empty-turn": Check("a turn without text (repair leaves out its exchange)", DROP, (DROP, REPAIR)),
+    "late-system": Check("a system prompt after the first turn (repair moves it to the front)", REPAIR, (REPAIR, DROP)),
+    "same-role-twice": Check("two turns of one role in a row (repair joins them)", REPAIR, (REPAIR, DROP)),
+    "answer-first": Check("an answer before any question (repair leaves it out)", REPAIR, (REPAIR, DROP)),
+    "no-answer-last": Check("a question at the end without an answer (repair leaves it out)", REPAIR, (REPAIR, DROP)),
+    "no-answer": Check("no assistant turn, so nothing to learn", DROP, (DROP,)),
+    # The whole of the data.
+    "exact-duplicate": Check("a conversation that is there already", DROP, (DROP, KEEP)),
+    "near-duplicate": Check("a conversation almost like another (the split keeps them together)", KEEP, (KEEP, DROP)),
+    "also-held-out": Check("a training conversation that is, almost, in the held-out file too", DROP, (DROP, KEEP)),
+    "length-outlier": Check("a conversation far longer or shorter than the others", KEEP, (KEEP, DROP)),
+    "script-outlier": Check("a conversation in a script that hardly any other is in", KEEP, (KEEP, DROP)),
+    # The context.
+    "over-context": Check("not even the first exchange fits the context", DROP, (DROP,)),
+    "cut-to-context": Check("longer than the context (repair leaves out last turns, whole)", REPAIR, (REPAIR, DROP)),
+}  # fmt: skip
+
+# C0 and C1 controls but tab and newline (a carriage return is one), the soft hyphen, zero-width and direction marks
+# that join nothing, the byte-order mark, surrogates left alone, and code points that Unicode calls no characters.
+CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
+)
+TEMPLATE_TOKENS = (
+    "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>",
+    "<|eot_id|>", "<|begin_of_text|>", "<|end_of_text|>", "<start_of_turn>", "<end_of_turn>",
+)  # fmt: skip
+
+
+@dataclass
+class Finding:
+    """What one check found."""
+
+    kind: str
+    action: str
+    count: int = 0
+    place: str = ""
+    example: str = ""
+    last: str = ""
+    """The row that was counted last: a row counts once, however often it fails a check."""
+
+
+@dataclass
+class Findings:
+    """All findings so far; `actions` are from `actions()`."""
+
+    actions: dict[str, str]
+    found: dict[str, Finding] = field(default_factory=dict)
+
+    def add(self, kind: str, place: str, example: str = "") -> str:
+        """Count a finding and say what to do about it."""
+        action = self.actions[kind]
+        finding = self.found.setdefault(kind, Finding(kind, action, 0, place, example))
+        finding.count += finding.last != place
+        finding.last = place
+        return action
+
+    def table(self) -> list[dict]:
+        """The findings as rows, in the order of CHECKS, each with its sentence."""
+        return [
+            {
+                "kind": kind,
+                "count": finding.count,
+                "action": finding.action,
+                "place": finding.place,
+                "example": finding.example,
+                "sentence": sentence(finding),
+            }
+            for kind in CHECKS
+            if (finding := self.found.get(kind)) is not None
+        ]
+
+    def sentences(self) -> list[str]:
+        """One sentence a finding."""
+        return [row["sentence"] for row in self.table()]
+
+    def dropped(self) -> dict[str, int]:
+        """Kind -> how many rows it took out."""
+        return {row["kind"]: row["count"] for row in self.table() if row["action"] == DROP}
+
+
+def sentence(finding: Finding) -> str:
+    """Count, what it is, what was done, where for example."""
+    example = f": {finding.example!r}" if finding.example else ""
+    return (
+        f"{finding.kind}: {CHECKS[finding.kind].says}; {finding.count:,} {DONE[finding.action]}, "
+        f"for example {finding.place}{example}"
+    )
+
+
+def actions(switches: str = "") -> dict[str, str]:
+    """Check -> repair, drop or keep, from `check=action` with commas between. Raises ValueError naming the choices.
+
+    >>> actions("near-duplicate=drop")["near-duplicate"]
+    'drop'
+    >>> actions("broken-row=keep")
+    Traceback (most recent call last):
+    ValueError: on_finding: broken-row can be drop, not keep
+    """
+    chosen = {kind: check.default for kind, check in CHECKS.items()}
+    for switch in filter(None, (part.strip() for part in switches.split(","))):
+        kind, _, action = (part.strip() for part in switch.partition("="))
+        if kind not in CHECKS:
+            raise ValueError(f"on_finding: there is no check {kind!r}; there are {', '.join(CHECKS)}")
+        if action not in CHECKS[kind].choices:
+            raise ValueError(f"on_finding: {kind} can be {' or '.join(CHECKS[kind].choices)}, not {action}")
+        chosen[kind] = action
+    return chosen
+
+
+def leaks(*tokens: str) -> re.Pattern:
+    """What finds tokens of a chat template: the model's own, and those that everybody's exports leak."""
+    known = sorted({*TEMPLATE_TOKENS, *filter(None, tokens)}, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, known)))
+
+
+def check(messages: list[dict], place: str, findings: Findings, leaked: re.Pattern) -> list[dict] | None:
+    """Messages in order, with text in every turn and an answer at the end; None when the row is dropped."""
+    if len(messages) == 1 and messages[0]["role"] == "text":
+        text = clean(messages[0]["content"], place, findings, leaked)
+        return [{"role": "text", "content": text}] if text else dropped("empty-turn", place, findings)
+    turns = []
+    for message in messages:
+        content = clean(message["content"], place, findings, leaked)
+        if content is None:
+            return None
+        turns.append({"role": message["role"], "content": content})
+    return in_turns(turns, place, findings)
+
+
+def dropped(kind: str, place: str, findings: Findings, example: str = "") -> None:
+    """Count a finding whose row goes."""
+    findings.add(kind, place, example)
+
+
+def clean(text: str, place: str, findings: Findings, leaked: re.Pattern) -> str | None:
+    """A turn's text without what nobody wrote; None when the row is dropped for it."""
+    if CONTROLS.search(text):
+        unix = text.replace("\r\n", "\n").replace("\r", "\n")
+        tidy = CONTROLS.sub("", unix)
+        action = KEEP if tidy == unix else findings.add("control-characters", place, excerpt(text, CONTROLS))
+        if action == DROP:
+            return None
+        text = unix if action == KEEP and tidy != unix else tidy
+    if leaked.search(text):
+        action = findings.add("leaked-template", place, excerpt(text, leaked))
+        if action == DROP:
+            return None
+        while action == REPAIR and leaked.search(text):  # taking one out can bring another together
+            text = leaked.sub("", text)
+    tidy = text.strip()
+    if tidy != text and tidy and findings.add("edge-spaces", place, text[:40]) == DROP:
+        return None
+    return tidy
+
+
+def excerpt(text: str, pattern: re.Pattern) -> str:
+    """The text around the first match."""
+    start = pattern.search(text).start()
+    return text[max(start - 20, 0) : start + 40]
+
+
+def in_turns(turns: list[dict], place: str, findings: Findings) -> list[dict] | None:
+    """System prompt first, then questions and answers by turns, an answer last; None when the row is dropped."""
+    roles = [turn["role"] for turn in turns]
+    if regular(roles) and all(turn["content"] for turn in turns):
+        return turns
+    if "assistant" not in roles:
+        return dropped("no-answer", place, findings, ", ".join(roles))
+    empty = [i for i, turn in enumerate(turns) if not turn["content"]]
+    if any(roles[i] != "system" for i in empty):
+        if findings.add("empty-turn", place, f"turn {empty[0] + 1} ({roles[empty[0]]})") == DROP:
+            return None
+        # An exchange goes as a whole: its question with its answer.
+        gone = {j for i in empty for j in (i, i + 1 if roles[i] == "user" else i - 1) if 0 <= j < len(roles)}
+        turns = [turn for i, turn in enumerate(turns) if i not in gone or (roles[i] == "system" and i not in empty)]
+    turns = [turn for turn in turns if turn["content"]]
+    systems = [turn["content"] for turn in turns if turn["role"] == "system"]
+    if any(turn["role"] == "system" for turn in turns[1:]) and findings.add("late-system", place) == DROP:
+        return None
+    turns = [turn for turn in turns if turn["role"] != "system"]
+    joined: list[dict] = []
+    for turn in turns:
+        if joined and joined[-1]["role"] == turn["role"]:
+            joined[-1] = {"role": turn["role"], "content": joined[-1]["content"] + "\n\n" + turn["content"]}
+        else:
+            joined.append(turn)
+    if len(joined) < len(turns) and findings.add("same-role-twice", place) == DROP:
+        return None
+    if joined and joined[0]["role"] == "assistant":
+        if findings.add("answer-first", place, joined[0]["content"][:40]) == DROP:
+            return None
+        joined = joined[1:]
+    if joined and joined[-1]["role"] == "user":
+        if findings.add("no-answer-last", place, joined[-1]["content"][:40]) == DROP:
+            return None
+        joined = joined[:-1]
+    if not joined:
+        return dropped("no-answer", place, findings, ", ".join(roles))
+    return ([{"role": "system", "content": "\n\n".join(systems)}] if systems else []) + joined
+
+
+def regular(roles: list[str]) -> bool:
+    """An optional system prompt, then user and assistant by turns, the assistant last.
+
+    >>> regular(["system", "user", "assistant"]), regular(["user", "user", "assistant"])
+    (True, False)
+    """
+    start = 1 if roles[:1] == ["system"] else 0
+    turns = roles[start:]
+    half = len(turns) // 2
+    return half > 0 and len(turns) % 2 == 0 and turns == ["user", "assistant"] * half

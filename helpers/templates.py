@@ -1,0 +1,271 @@
+"""From messages to token ids: the model's chat template, an end after every answer, and a mask exact to the token.
+
+A conversation is cut into chunks where an answer begins and where it ends, and every chunk is tokenized by itself. So
+no token straddles a border, the mask needs no guess about offsets, and an answer's tokens are those that the model
+itself would have to write after the prompt. (mistral-common tokenizes piece by piece too.)
+
+>>> from helpers.models import TINY
+>>> template = Template(load_tokenizer(TINY))
+>>> template.chunks([{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello!"}])
+[('<s>[INST] Hi.[/INST]', False), (' Hello!</s>', True)]
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from helpers.hub import hub_sentence
+
+MISTRAL_V1 = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}
+        {{- ' [INST] ' + message['content'] + ' [/INST]' }}
+    {%- elif message['role'] == 'assistant' %}
+        {{- ' ' + message['content'] + eos_token }}
+    {%- else %}
+        {{- raise_exception('only user and assistant roles') }}
+    {%- endif %}
+{%- endfor %}"""
+"""v0.1 and v0.2: [INST] is text, a space before it; a system prompt stands at the head of the first user turn."""
+
+MISTRAL_V3 = """\
+{{- bos_token }}
+{%- set place = namespace(last_user=-1) %}
+{%- for message in messages if message['role'] == 'user' %}
+    {%- set place.last_user = loop.length - 1 %}
+{%- endfor %}
+{%- set place.users = 0 %}
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}
+        {{- '[INST] ' }}
+        {%- if messages[0]['role'] == 'system' and place.users == place.last_user %}
+            {{- messages[0]['content'] + '\\n\\n' }}
+        {%- endif %}
+        {{- message['content'] + '[/INST]' }}
+        {%- set place.users = place.users + 1 %}
+    {%- elif message['role'] == 'assistant' %}
+        {{- ' ' + message['content'] + eos_token }}
+    {%- elif not loop.first %}
+        {{- raise_exception('a system message comes first') }}
+    {%- endif %}
+{%- endfor %}"""
+"""v0.3: [INST] and [/INST] are tokens of their own; a system prompt stands at the head of the *last* user turn."""
+
+PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<unk>")
+MARK = "\ue000{}\ue001"  # private use characters: no template writes them
+
+
+class Layout(NamedTuple):
+    """What a template writes around the messages: pieces[k] comes before message order[k], pieces[-1] after all."""
+
+    pieces: tuple[str, ...]
+    order: tuple[int, ...]
+
+
+class Encoded(NamedTuple):
+    """One training sequence; the lists have the same length."""
+
+    messages: list[dict[str, str]]
+    input_ids: list[int]
+    assistant_masks: list[int]
+    full_tokens: int
+    """Tokens before turns were left out to fit the context."""
+
+
+def load_tokenizer(name: str | Path, revision: str | None = None, padding_side: str = "right") -> Any:
+    """A model's tokenizer, ready for chat: a pad token that is not eos, a chat template, a padding side.
+
+    Raises ValueError with the remedy when it cannot be had, or has no token that could pad.
+    """
+    from transformers import AutoTokenizer
+
+    if str(name).startswith((".", "/")) and not Path(name).exists():
+        raise ValueError(f"there is no model folder {name}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name), revision=revision, padding_side=padding_side)
+    except Exception as error:  # the hub's client raises many kinds for "not there" and "no network"
+        raise ValueError(hub_sentence(error, "model", str(name))) from None
+    if tokenizer.eos_token is None:
+        raise ValueError(f"the tokenizer of {name} has no end-of-sequence token: a model could never learn to stop")
+    tokenizer.pad_token = pad_token(tokenizer)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = MISTRAL_V3 if "[INST]" in added_tokens(tokenizer) else MISTRAL_V1
+    return tokenizer
+
+
+def pad_token(tokenizer: Any) -> str:
+    """A token to pad with that is neither eos nor bos. <unk> will do: byte fallback never writes it."""
+    taken = (tokenizer.eos_token, tokenizer.bos_token)
+    words = tokenizer.get_vocab()
+    for token in (tokenizer.pad_token, *PAD_TOKENS, tokenizer.unk_token):
+        if token is not None and token not in taken and token in words:
+            return token
+    raise ValueError(
+        f"the tokenizer of {tokenizer.name_or_path} has no token to pad with but {tokenizer.eos_token}, and a model "
+        f"that is padded with its end token never learns to stop: set tokenizer.pad_token to an unused token"
+    )
+
+
+@cache
+def added_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Tokens that stand for no text, the longest first: <s>, </s>, [INST], <|im_end|> …"""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    return tuple(sorted((token for token in added if token.strip()), key=lambda token: (-len(token), token)))
+
+
+@cache
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The added tokens that a text must not hold: tokenizers also add ordinary words, such as runs of spaces."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(token for token in added_tokens(tokenizer) if token in special | set(tokenizer.all_special_tokens))
+
+
+class Template:
+    """A tokenizer's chat template, rendered once for each sequence of roles and filled in from then on."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.layouts: dict[tuple[str, ...], Layout | None] = {}
+        self.ending = re.compile(r"\s*(?:" + "|".join(re.escape(token) for token in added_tokens(tokenizer)) + ")")
+        # Tokenizers put ▁ before a text's first word. A chunk in the middle of a row must not get one, so it is
+        # tokenized behind a special token, which is taken off again.
+        self.anchor = tokenizer.eos_token
+        self.system_last = self.layout_order(("system", "user", "assistant", "user"))[-2:] == (0, 3)
+
+    def layout_order(self, roles: tuple[str, ...]) -> tuple[int, ...]:
+        layout = self.layout(roles)
+        return layout.order if layout else ()
+
+    def layout(self, roles: tuple[str, ...]) -> Layout | None:
+        """What the template writes around messages with these roles; None when it refuses them or leaves one out."""
+        if roles not in self.layouts:
+            marks = [MARK.format(i) for i in range(len(roles))]
+            try:
+                text = self.render([{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)])
+            except Exception:  # whatever a template raises, it does not want these roles
+                text = ""
+            whole = all(text.count(mark) == 1 for mark in marks)
+            self.layouts[roles] = split_at_marks(text, marks) if whole else None
+        return self.layouts[roles]
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """The text of a conversation as the template writes it, with bos where the tokenizer has one."""
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        bos = self.tokenizer.bos_token or ""
+        return text if text.startswith(bos) else bos + text
+
+    def fold_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        """Without a system message: its text stands at the head of a user turn, where mistral-common puts it.
+
+        Templates that refuse a system message get it in the first user turn (v0.1, v0.2); those that put it into the
+        last user turn only when no answer follows, as the official one of v0.3 does, in the last.
+        """
+        system, *turns = messages
+        users = [i for i, message in enumerate(turns) if message["role"] == "user"]
+        place = users[-1 if self.system_last else 0]
+        text = system["content"] + "\n\n" + turns[place]["content"]
+        return [*turns[:place], {"role": "user", "content": text}, *turns[place + 1 :]]
+
+    def chunks(self, messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
+        """(text, trained) of a conversation, in order: prompts are not trained; answers and their ends are.
+
+        Raises ValueError when the template cannot write this sequence of roles.
+        """
+        layout = self.layout(tuple([message["role"] for message in messages]))
+        if layout is None and messages[0]["role"] == "system":
+            messages = self.fold_system(messages)
+            layout = self.layout(tuple([message["role"] for message in messages]))
+        if layout is None:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"the chat template of {self.tokenizer.name_or_path} does not take the roles {roles}")
+        chunks, prompt = [], layout.pieces[0]
+        for i, after in zip(layout.order, layout.pieces[1:], strict=True):
+            content = messages[i]["content"]
+            if messages[i]["role"] == "assistant":
+                head = prompt.rstrip(" ")  # the space before an answer is part of its first token: ▁Hello
+                if head:
+                    chunks.append((head, False))
+                end = self.ending.match(after)
+                chunks.append((prompt[len(head) :] + content + (end[0] if end else self.tokenizer.eos_token), True))
+                prompt = after[end.end() :] if end else after
+            else:
+                prompt += content + after
+        if prompt:
+            chunks.append((prompt, False))
+        return chunks
+
+    def text(self, messages: list[dict[str, str]]) -> str:
+        """The whole text of a conversation."""
+        return "".join(text for text, _ in self.chunks(messages))
+
+    def encode(self, conversations: list[list[dict[str, str]]]) -> list[tuple[list[int], list[int], list[int]]]:
+        """(input ids, mask, ends of the answers) of each conversation; one call of the tokenizer for all."""
+        chunked = [self.chunks(messages) for messages in conversations]
+        texts = [(self.anchor if k else "") + text for chunks in chunked for k, (text, _) in enumerate(chunks)]
+        tokens = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+        rows = []
+        for chunks in chunked:
+            ids: list[int] = []
+            mask: list[int] = []
+            ends: list[int] = []
+            for k, (_, trained) in enumerate(chunks):
+                new = next(tokens)[1 if k else 0 :]
+                ids += new
+                mask += [int(trained)] * len(new)
+                if trained:
+                    ends.append(len(ids))
+            rows.append((ids, mask, ends))
+        return rows
+
+    def fit(self, conversations: list[list[dict[str, str]]], seq_len: int) -> list[Encoded | None]:
+        """Conversations of at most seq_len tokens: the last exchanges go first, whole; None when not one fits."""
+        fitted: list[Encoded | None] = []
+        for messages, (ids, mask, ends) in zip(conversations, self.encode(conversations), strict=True):
+            kept, full_tokens = messages, len(ids)
+            while len(ids) > seq_len and ends:
+                answers = min(sum(end <= seq_len for end in ends), len(ends) - 1)
+                kept = first_answers(kept, answers)
+                # The system prompt may move to a turn that was not the last before: so encode again.
+                ids, mask, ends = self.encode([kept])[0] if answers else ([], [], [])
+            fitted.append(Encoded(kept, ids, mask, full_tokens) if ends else None)
+        return fitted
+
+    def fit_text(self, text: str, seq_len: int) -> list[Encoded]:
+        """Plain text without roles: bos, text, eos, all of it trained but bos; as many rows as it takes."""
+        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + [self.tokenizer.eos_token_id]
+        size = seq_len - len(bos)
+        pieces = [ids[i : i + size] for i in range(0, len(ids), size)]
+        if len(pieces) > 1 and len(pieces[-1]) == 1:  # an end without a text before it teaches nothing
+            pieces.pop()
+        return [
+            Encoded(
+                [{"role": "text", "content": text if len(pieces) == 1 else self.tokenizer.decode(piece)}],
+                bos + piece,
+                [0] * len(bos) + [1] * len(piece),
+                len(bos) + len(piece),
+            )
+            for piece in pieces
+        ]
+
+
+def split_at_marks(text: str, marks: list[str]) -> Layout:
+    """The pieces of a text around marks that it holds once each, and the marks' order."""
+    order = sorted(range(len(marks)), key=lambda i: text.index(marks[i]))
+    pieces, rest = [], text
+    for i in order:
+        before, _, rest = rest.partition(marks[i])
+        pieces.append(before)
+    return Layout((*pieces, rest), tuple(order))
+
+
+def first_answers(messages: list[dict[str, str]], answers: int) -> list[dict[str, str]]:
+    """Messages up to the given number of assistant turns.
+
+    >>> first_answers([{"role": "user"}, {"role": "assistant"}, {"role": "user"}, {"role": "assistant"}], 1)
+    [{'role': 'user'}, {'role': 'assistant'}]
+    """
+    ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: ends[answers - 1]] if answers else []
