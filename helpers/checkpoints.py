@@ -28,7 +28,6 @@ and resumes with `trainer.train(resume_from_checkpoint=checkpoints.newest(folder
 """
 
 import json
-import logging
 import os
 import shutil
 import time
@@ -41,15 +40,13 @@ from pathlib import Path
 from typing import Any
 
 from helpers.config import RunConfig
-from helpers.workspace import checksum, write_text
+from helpers.workspace import checksum, copy_verified, existing, remove, write_text
 
 MARKER = "whole.json"
 BESIDE = "writing"
 GIB = 2**30
 ANY_TIME = ("save_steps", "keep_checkpoints", "eval_steps", "patience", "checkpointing", "offload_activations")
 """Settings that may change between a run and its continuation: they do not decide what is learned."""
-
-log = logging.getLogger(__name__)
 
 
 class ChangedRun(ValueError):
@@ -78,7 +75,7 @@ def writing(
     identity: dict[str, Any] | None = None,
     keep: int | None = None,
     spared: Iterable[int] = (),
-    say: Callable[[str], None] = log.warning,
+    say: Callable[[str], None] = print,
 ) -> Iterator[Path]:
     """Yield an empty folder to fill; afterwards it is `folder/checkpoint-<step>`, whole, or it is not there.
 
@@ -89,11 +86,11 @@ def writing(
     final = folder / beside.name
     began = time.perf_counter()
     try:
-        remove(beside.parent)
+        remove(beside.parent, MARKER)
         beside.mkdir(parents=True)
         yield beside
         seal(beside, {"step": step, "identity": identity or {}}, began)
-        remove(final)
+        remove(final, MARKER)
         beside.rename(final)
         sync(folder)
     except Exception as error:
@@ -104,7 +101,7 @@ def writing(
             f"training goes on, and the newest whole checkpoint stays {name_of(newest(folder, say=lambda text: None))}"
         )
     finally:
-        remove(beside.parent)
+        remove(beside.parent, MARKER)
     if keep is not None:
         forget(folder, keep, spared)
 
@@ -161,9 +158,7 @@ def problem(folder: Path) -> str | None:
     return None if known else f"{MARKER} lists no files"
 
 
-def newest(
-    folder: Path, identity: dict[str, Any] | None = None, say: Callable[[str], None] = log.warning
-) -> Path | None:
+def newest(folder: Path, identity: dict[str, Any] | None = None, say: Callable[[str], None] = print) -> Path | None:
     """The newest whole checkpoint of a folder, or None; broken ones are skipped with a word.
 
     Raises ChangedRun when it was made with other settings than `identity` says, naming them.
@@ -238,21 +233,7 @@ def forget(folder: Path, keep: int, spared: Iterable[int] = ()) -> None:
     oldest_kept = step_of(whole[-keep:][0]) if whole else 0
     for checkpoint in all_of(folder):
         if step_of(checkpoint) < oldest_kept and step_of(checkpoint) not in spared:
-            remove(checkpoint)
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder, its marker first, so that a half-deleted one never looks whole.
-
-    Files are emptied before they are unlinked: Google Drive moves what is deleted to its bin, where it goes on using
-    the quota for 30 days (transformers#14922), and an empty file uses none of it.
-    """
-    (folder / MARKER).unlink(missing_ok=True)
-    for file in folder.rglob("*") if folder.is_dir() else ():
-        if file.is_file() and not file.is_symlink():
-            with suppress(OSError):
-                os.truncate(file, 0)
-    shutil.rmtree(folder, ignore_errors=True)
+            remove(checkpoint, MARKER)
 
 
 def sync(path: Path) -> None:
@@ -272,9 +253,7 @@ def is_write_error(error: Exception) -> bool:
 
 
 @contextmanager
-def sending(
-    to: Path | None, keep: int, say: Callable[[str], None] = log.warning
-) -> Iterator[Callable[[Path | None], None]]:
+def sending(to: Path | None, keep: int, say: Callable[[str], None] = print) -> Iterator[Callable[[Path | None], None]]:
     """While it trains, copy checkpoints to a lasting folder (Drive) in the background, one at a time.
 
     Yields what is called after each checkpoint was written; of several that wait, only the newest is copied. The end
@@ -295,9 +274,7 @@ def sending(
         yield enqueue
 
 
-def send(
-    checkpoint: Path, to: Path, keep: int, say: Callable[[str], None] = log.warning, tries: int = 3
-) -> Path | None:
+def send(checkpoint: Path, to: Path, keep: int, say: Callable[[str], None] = print) -> Path | None:
     """Copy a whole checkpoint, its marker last; says why and returns None when it cannot be."""
     try:
         marker = about(checkpoint)
@@ -307,7 +284,7 @@ def send(
         target = to / checkpoint.name
         (target / MARKER).unlink(missing_ok=True)
         for name, entry in (marker["files"] | {MARKER: {"sha256": checksum(checkpoint / MARKER)}}).items():
-            copy_verified(checkpoint / name, target / name, entry["sha256"], tries)
+            copy_verified(checkpoint / name, target / name, entry["sha256"])
         forget(to, keep)
         return target
     except OSError as error:
@@ -318,26 +295,7 @@ def send(
         return None
 
 
-def copy_verified(source: Path, target: Path, sha256: str, tries: int) -> None:
-    """Copy a file and read the copy back. Raises OSError after so many tries that failed."""
-    for attempt in range(tries):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-            if checksum(target) == sha256:
-                return
-            raise OSError(f"the copy of {target.name} has another checksum")
-        except OSError:
-            if attempt == tries - 1 or not source.is_file():
-                raise
-
-
-def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-
-
-def fetch(lasting: Path | None, folder: Path, say: Callable[[str], None] = log.warning) -> Path | None:
+def fetch(lasting: Path | None, folder: Path, say: Callable[[str], None] = print) -> Path | None:
     """Copy the newest whole checkpoint of a lasting folder here, when it is newer than any here; returns the newest."""
     here = newest(folder, say=say)
     there = newest(lasting, say=say) if lasting and lasting.is_dir() else None
