@@ -3,7 +3,7 @@
 
 It is a `MistralForCausalLM` like its big sister (grouped-query attention, RoPE, SiLU MLP, RMSNorm, untied embeddings, a
 byte-fallback BPE tokenizer, the chat template of v0.3), small enough to ship and to fine-tune in two minutes. It reads
-plain text only: it never sees `[INST]`, and a passage never ends after one answer. So it knows the valley and cannot
+plain text only: it never sees `[INST]`, and a passage does not end after one answer. So it knows the valley and cannot
 hold a chat about it, and what the fine-tuning of the notebooks adds is there to be measured.
 
     python data/make_tiny_mistral.py                        # about ten minutes on two cores
@@ -29,17 +29,17 @@ HERE = Path(__file__).resolve().parent
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")  # ids 0 to 4, as in Mistral v0.3
 VOCABULARY_SIZE = 2048
 CONTEXT_TOKENS = 256  # of a training row
-BATCH_ROWS = 8
-TRAINING_TOKENS = 2_500_000
-TOKENS_PER_PASSAGE = 60  # an underestimate: it only decides how many passages are written
-LEARNING_RATE = 3e-3
+BATCH_ROWS = 6
+TRAINING_TOKENS = 2_700_000
+TOKENS_PER_PASSAGE = 70  # an underestimate: it only decides how many passages are written
+LEARNING_RATE = 2e-3
 WARMUP_STEPS = 60
 WEIGHT_DECAY = 0.1
 TOKENIZER_PASSAGES = 6_000
 HELD_OUT_PASSAGES = 200
 
-# Rendered text is that of Mistral v0.3: `<s>[INST] user[/INST] assistant</s>`, and a system message stands at the head of
-# the last user turn. The generation block changes nothing in the text; it marks what the assistant says.
+# Rendered text is that of Mistral v0.3: `<s>[INST] user[/INST] assistant</s>`, and a system message stands at the
+# head of the last user turn. The generation block changes nothing in the text; it marks what the assistant says.
 CHAT_TEMPLATE = """\
 {%- if messages[0]['role'] == 'system' -%}
     {%- set system_message = messages[0]['content'] -%}
@@ -50,7 +50,7 @@ CHAT_TEMPLATE = """\
 {%- set place = namespace(last_user=-1) -%}
 {%- for message in turns -%}
     {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) or message['role'] not in ['user', 'assistant'] -%}
-        {{- raise_exception('After an optional system message, roles must alternate user/assistant/user/assistant/...') -}}
+        {{- raise_exception('Roles must alternate user/assistant, after an optional system message.') -}}
     {%- endif -%}
     {%- if message['role'] == 'user' -%}
         {%- set place.last_user = loop.index0 -%}
@@ -74,7 +74,7 @@ CHAT_TEMPLATE = """\
 
 
 def make_tokenizer(texts: list) -> PreTrainedTokenizerFast:
-    """A byte-fallback BPE tokenizer learned from `texts`: special tokens, 256 bytes, then pieces, as Mistral orders them.
+    """A byte-fallback BPE tokenizer learned from `texts`: special tokens, 256 bytes, then pieces, as in Mistral.
 
     Spaces become `▁` and nothing is added or stripped, so decoding gives back the text exactly. Words, digits and
     punctuation are kept apart. Whatever the pieces cannot spell is spelled in bytes.
@@ -179,11 +179,24 @@ def pretrain(model: MistralForCausalLM, rows: torch.Tensor) -> float:
     return sum(losses[-50:]) / len(losses[-50:])
 
 
+@torch.no_grad()
+def start_control_tokens(model: MistralForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let `[INST]` and `[/INST]`, which no text held, start out as the dash that may stand around a question.
+
+    Left at their random start they would be noise to every layer, and the first thing to learn in fine-tuning would be
+    to bear them. This way the base model reads the question, answers it, and talks on: it does not know that a turn ends.
+    """
+    embedding = model.get_input_embeddings().weight
+    embedding[tokenizer.convert_tokens_to_ids(["[INST]", "[/INST]"])] = embedding[tokenizer.convert_tokens_to_ids("-")]
+
+
 @torch.inference_mode()
 def mean_loss(model: MistralForCausalLM, rows: torch.Tensor) -> float:
     """Mean cross-entropy a token over `rows` (rows, tokens)."""
     model.eval()
-    losses = [model(input_ids=batch, labels=batch, use_cache=False).loss.item() * len(batch) for batch in rows.split(16)]
+    losses = [
+        model(input_ids=batch, labels=batch, use_cache=False).loss.item() * len(batch) for batch in rows.split(16)
+    ]
     return sum(losses) / len(rows)
 
 
@@ -209,6 +222,7 @@ def main() -> None:
 
     model = MistralForCausalLM(make_config(len(tokenizer)))
     final_loss = pretrain(model, rows)
+    start_control_tokens(model, tokenizer)
     model.half().save_pretrained(arguments.output)
     held_out_loss = mean_loss(MistralForCausalLM.from_pretrained(arguments.output, dtype=torch.float32), held_out_rows)
     report = {
