@@ -23,7 +23,7 @@ from statistics import median
 from helpers.config import QuantizeConfig, RunConfig, load_yaml
 from helpers.merge import TOKENIZER_FILES, nearest_folder, refuse_output, stored_tensors
 from helpers.models import ROOT, ModelShape, shape
-from helpers.workspace import building, exclusive
+from helpers.workspace import building, exclusive, write_text
 
 GIB = 2**30
 GENERAL = ROOT / "data" / "calibration.jsonl"
@@ -326,7 +326,7 @@ def worker(task: str, job: dict, log: Path) -> Iterator[dict]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stream,
-            cwd=ROOT,
+            cwd=job["output"],  # GPTQModel writes a folder of logs where it stands
             env=os.environ | worker_settings(),
             text=True,
         )
@@ -349,7 +349,7 @@ def worker_settings() -> dict[str, str]:
     return {
         "GPTQMODEL_CPU_WORKERS": os.environ.get("GPTQMODEL_CPU_WORKERS", "2"),
         "GPTQMODEL_DISABLE_PACK_EXT": os.environ.get("GPTQMODEL_DISABLE_PACK_EXT", "1"),
-        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
 
 
@@ -395,14 +395,17 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def gptq_task(job: dict, report: Callable[[dict], object]) -> None:
-    """Quantize job["model"] into job["output"], a message a module, then one with time and memory."""
+def gptq_task(job: dict, report: Callable[[dict], object], batch_tokens: int = BATCH_TOKENS, **library: object) -> None:
+    """Quantize job["model"] into job["output"], a message a module, then one with time and memory.
+
+    library: more of GPTQModel's own settings, for measurements.
+    """
     import torch
     from gptqmodel import GPTQModel
     from gptqmodel import QuantizeConfig as LibraryConfig
     from gptqmodel.looper.gptq_processor import GPTQProcessor
 
-    config, output = job["config"], Path(job["output"])
+    config, output, gpu = job["config"], Path(job["output"]), torch.cuda.is_available()
     show_row = GPTQProcessor.log_new_row
 
     def report_row(processor: GPTQProcessor, row: dict) -> None:
@@ -410,24 +413,25 @@ def gptq_task(job: dict, report: Callable[[dict], object]) -> None:
         show_row(processor, row)
 
     GPTQProcessor.log_new_row = report_row
-    offload = output / "offload"
     settings = LibraryConfig(
         bits=config["bits"],
         group_size=config["group_size"],
         sym=config["symmetric"],
         desc_act=config["act_order"],
-        offload_to_disk_path=str(offload),
+        offload_to_disk_path=str(output / "offload"),
+        **library,
     )
     start = time.monotonic()
-    # fp16 whatever the folder says: a T4 has no bf16, and GPTQModel would keep it
-    model = GPTQModel.load(job["model"], settings, dtype=torch.float16)
+    # fp16 whatever the folder says: a T4 has no bf16, and GPTQModel would keep it; a CPU computes fp32 twice as fast
+    model = GPTQModel.load(job["model"], settings, dtype=torch.float16 if gpu else torch.float32)
     rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job["rows"]]
-    model.quantize(rows, batch_size=max(1, BATCH_TOKENS // config["calibration_tokens"]))
+    model.quantize(rows, batch_size=max(1, batch_tokens // config["calibration_tokens"]))
     quantized = time.monotonic()
-    settings.meta_set("offload_to_disk_path", None)
     model.save(str(output))
-    shutil.rmtree(offload, ignore_errors=True)
-    gpu = torch.cuda.is_available()
+    if not gpu:
+        store_in_fp16(output)
+    for scratch in ("offload", "logs"):
+        shutil.rmtree(output / scratch, ignore_errors=True)
     report(
         {
             "quantize_s": round(quantized - start, 1),
@@ -436,6 +440,19 @@ def gptq_task(job: dict, report: Callable[[dict], object]) -> None:
             "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3) if gpu else None,
         }
     )
+
+
+def store_in_fp16(folder: Path) -> None:
+    """Write what GPTQModel saved in fp32 (embedding, head, norms) as fp16."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        halves = {name: value.half() if value.dtype == torch.float32 else value for name, value in tensors.items()}
+        save_file(halves, file, metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_text(folder / "config.json", json.dumps(settings | {"dtype": "float16"}, indent=2) + "\n")
 
 
 def error_of(loss: str) -> dict:
@@ -449,35 +466,47 @@ def error_of(loss: str) -> dict:
 def check_task(job: dict, report: Callable[[dict], object]) -> None:
     """Perplexity of the merged and of the quantized model on job["rows"], and an answer of the quantized one."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    gpu = torch.cuda.is_available()
-    perplexities = []
-    for folder in (job["model"], job["output"]):
-        place = {"device_map": "cuda"} if gpu else {}
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16 if gpu else None, **place)
-        perplexities.append(perplexity(model, job["rows"]))
-        if folder == job["model"]:
-            del model
-            torch.cuda.empty_cache()
+    merged = open_model(Path(job["model"]), Path(job["output"]) / "offload")
+    before = perplexity(merged, job["rows"])
+    del merged
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    model = open_model(Path(job["output"]), Path(job["output"]) / "offload")
+    after = perplexity(model, job["rows"])
     tokenizer = AutoTokenizer.from_pretrained(job["output"])
+    prompt = [{"role": "user", "content": "Hello, who are you?"}]
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": "Hello, who are you?"}]
-        prompt = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     else:
-        prompt = tokenizer("Hello", return_tensors="pt")
-    ids = prompt["input_ids"].to(model.device)
-    answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+        ids = tokenizer(prompt[0]["content"])["input_ids"]
+    batch = torch.tensor([ids], device=model.device)
+    answer = model.generate(batch, attention_mask=torch.ones_like(batch), max_new_tokens=16, do_sample=False)
+    shutil.rmtree(Path(job["output"]) / "offload", ignore_errors=True)
     report(
         {
-            "perplexity_merged": perplexities[0],
-            "perplexity_gptq": perplexities[1],
-            "perplexity_ratio": perplexities[1] / perplexities[0],
-            "answer": tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True),
+            "perplexity_merged": before,
+            "perplexity_gptq": after,
+            "perplexity_ratio": after / before,
+            "answer": tokenizer.decode(answer[0, len(ids) :], skip_special_tokens=True),
         }
     )
+
+
+def open_model(folder: Path, offload: Path, gpu_gib: float | None = None):
+    """A model as its users open it; layers that do not fit the GPU (gpu_gib, else what is free) stay on disk."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if not torch.cuda.is_available():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    room = int((gpu_gib or torch.cuda.mem_get_info()[0] / GIB) * GIB) - 3 * GIB // 2
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    place = {"device_map": "cuda"}
+    if weights > room:
+        place = {"device_map": "auto", "max_memory": {0: room, "cpu": 0}, "offload_folder": str(offload)}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, **place)
 
 
 def perplexity(model, rows: list[list[int]]) -> float:
