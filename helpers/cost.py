@@ -1,0 +1,123 @@
+"""What a model costs: bytes on disk, peak memory, time to the first token, tokens a second."""
+
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from helpers.inference import GIB, Loaded, generation_config, pad_left
+from helpers.workspace import size_bytes
+
+BATCHES = (1, 8)
+REPEATS = 3
+PROMPT_TOKENS, NEW_TOKENS = 128, 32
+
+
+def disk_bytes(name: str | Path) -> int | None:
+    """Bytes of all files in a model's own folder; of a hub model, of its snapshot in the cache. None when not there."""
+    if Path(name).is_dir():
+        return size_bytes(Path(name))
+    from huggingface_hub import snapshot_download
+
+    try:
+        return size_bytes(Path(snapshot_download(str(name), local_files_only=True)))
+    except Exception:  # the hub's client raises many kinds for "not in the cache"
+        return None
+
+
+def speed(loaded: Loaded) -> dict[str, float]:
+    """Greedy decoding of random prompts, which it may not end, and reading of prompts; medians of three.
+
+    first_token_s: from the call to the first new token, prompt of prompt_tokens; decode: tokens after the first, of
+    all rows, a second; prompt_tokens_per_s: what the first token's time makes of the prompt.
+    """
+    prompt = min(PROMPT_TOKENS, loaded.context // 2)
+    new = min(NEW_TOKENS, loaded.context - prompt)
+    figures: dict[str, float] = {"prompt_tokens": prompt}
+    for batch in BATCHES:
+        decode_times(loaded, batch, prompt, 4)  # kernels are chosen and compiled at the first call
+        runs = [decode_times(loaded, batch, prompt, new) for _ in range(REPEATS)]
+        first_s = statistics.median(run[0] for run in runs)
+        rate = statistics.median(batch * (len(run) - 1) / (run[-1] - run[0]) for run in runs)
+        if batch == 1:
+            figures |= {"first_token_s": first_s, "tokens_per_s": rate, "prompt_tokens_per_s": prompt / first_s}
+        else:
+            figures |= {f"tokens_per_s_batch_{batch}": rate}
+    return figures
+
+
+def decode_times(loaded: Loaded, batch: int, prompt: int, new: int) -> list[float]:
+    """Seconds from the call of generate to each of `new` tokens, none of which may be the last."""
+    import torch
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    settings = generation_config(loaded, new, temperature=0.0, top_p=1.0)
+    settings.min_new_tokens = new
+    words = torch.randint(
+        0, loaded.model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)
+    )
+    rows = pad_left(words.tolist(), settings.pad_token_id, loaded.model.device)
+    times: list[float] = []
+
+    class Clock(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            wait(input_ids.device)
+            times.append(time.perf_counter() - started)
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    wait(loaded.model.device)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        loaded.model.generate(**rows, generation_config=settings, stopping_criteria=StoppingCriteriaList([Clock()]))
+    return times
+
+
+def wait(device: Any) -> None:
+    """Let a GPU finish what it was given: its work is asynchronous, a clock is not."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def peak_memory() -> Iterator[dict[str, float]]:
+    """Peaks inside the block: of VRAM (peak_allocated_gib, peak_reserved_gib) and of this process (peak_host_gib).
+
+    The dict is filled when the block ends.
+    """
+    import torch
+
+    found: dict[str, float] = {}
+    reset_host_peak()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        yield found
+    finally:
+        if torch.cuda.is_available():
+            found["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
+            found["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
+        found["peak_host_gib"] = host_peak_bytes() / GIB
+
+
+def reset_host_peak() -> None:
+    """Start the kernel's count of this process's resident memory anew, where it lets us (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def host_peak_bytes() -> int:
+    """The most resident memory since the count was started anew; without a count, what is resident now."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        import psutil
+
+        return psutil.Process(os.getpid()).memory_info().rss

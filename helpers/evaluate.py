@@ -1,0 +1,273 @@
+"""One table that says whether the model got better, what the 4 bits cost, and whether it is fast enough.
+
+    report = evaluate({"base": base, "finetuned": adapter, "merged": merged, "gptq": gptq}, config, prepared, output)
+    print(table(report))
+
+One model is in memory at a time. Every figure is from the same held-out texts and questions for all of them, so that
+each pair of models is compared item by item.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from helpers import cost, metrics
+from helpers.config import RunConfig
+from helpers.inference import Generation, Loaded, batch_generate, free_memory, kind, load, open_tokenizer, stream
+from helpers.perplexity import Perplexity, perplexity, read_items, read_jsonl
+from helpers.workspace import building, write_text
+
+UNASKED_PROMPTS = 32
+"""Without questions, so many held-out conversations begin the generations."""
+LOWER_IS_BETTER = ("perplexity",)
+COLUMNS = {
+    "perplexity": ("perplexity", "{:.3f}"),
+    "bits_per_byte": ("bits/byte", "{:.3f}"),
+    "exact_match": ("exact match", "{:.1%}"),
+    "f1": ("F1", "{:.3f}"),
+    "rouge_l": ("ROUGE-L", "{:.3f}"),
+    "ended_share": ("ended", "{:.0%}"),
+    "size_bytes": ("size MiB", "{:,.1f}"),
+    "tokens_per_s": ("tokens/s", "{:,.1f}"),
+}
+MIB = 2**20
+
+
+def evaluate(models: dict[str, str | Path], config: RunConfig, data: Path, output: Path) -> dict[str, dict[str, Any]]:
+    """Evaluate models by name (a folder or a hub id each) on held-out data; returns and writes report.json.
+
+    data: a folder that prepare wrote (its held-out split), a JSONL of messages or text, or a text file. Questions come
+    from config.evaluate.questions; without them the first turns of the held-out conversations are asked, and scored
+    against what was answered there. An entry holds perplexity, bits_per_byte, exact_match (0..1; None without
+    questions), f1, rouge_l, chrf, bleu, ended_share, size_bytes, load_s, first_token_s, tokens_per_s …, the 95%
+    `intervals`, and under `against` its comparison with every model before it.
+    Raises ValueError with one sentence for what the reader can mend.
+    """
+    data, asked = Path(data), config.evaluate
+    check_models(models, config)
+    questions = read_questions(asked.questions, asked.max_questions) if asked.questions else None
+    tokenizer = open_tokenizer(next(iter(models.values())), config)
+    items = read_items(data, tokenizer, asked.max_heldout)
+    next(items)  # an empty file is found here, before anything is loaded
+    prompts = questions or conversation_starts(data, asked.max_questions or UNASKED_PROMPTS)
+    report: dict[str, dict[str, Any]] = {}
+    evidence: dict[str, Evidence] = {}
+    named = {name: Path(path) for name, path in models.items()}
+    with building(output, "evaluate", config, {**named, "data": data}) as stage:
+        for name, path in (bar := tqdm(models.items(), unit="model")):
+            bar.set_description(name)
+            report[name], evidence[name] = evaluate_one(path, config, data, prompts, exact=questions is not None)
+            report[name]["against"] = {
+                other: compare_models(evidence[name], evidence[other]) for other in evidence if other != name
+            }
+        write_generations(stage.folder / "generations.jsonl", prompts, evidence)
+        stage.measurements.update(report)
+        write_text(stage.folder / "report.json", json.dumps(report, indent=1))
+    return report
+
+
+class Evidence(dict):
+    """What comparisons need of one model: items' scores by metric, BLEU's counts, answers."""
+
+
+def check_models(models: dict[str, str | Path], config: RunConfig) -> None:
+    """Raises ValueError for no model, a folder that is none, or models whose tokenizers differ."""
+    if not models:
+        raise ValueError("there is no model to evaluate: give at least one NAME=FOLDER")
+    for path in models.values():
+        kind(path)
+    first, *others = models
+    words = open_tokenizer(models[first], config).get_vocab()
+    for name in others:
+        theirs = open_tokenizer(models[name], config).get_vocab()
+        if theirs != words:
+            different = len(set(words.items()) ^ set(theirs.items()))
+            raise ValueError(
+                f"{first} and {name} have different tokenizers ({len(words)} and {len(theirs)} words, {different} of "
+                "them differ), so their perplexities a token cannot be compared: evaluate them apart, and compare "
+                "bits_per_byte"
+            )
+
+
+def read_questions(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """Rows of question and answer, and choices where it is a classification. Raises ValueError with one sentence."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no questions file {path}: give a JSONL of question and answer, or none")
+    rows = list(read_jsonl(Path(path)))
+    for number, row in enumerate(rows, 1):
+        if not (isinstance(row.get("question"), str) and isinstance(row.get("answer"), str)):
+            raise ValueError(f"{path}, row {number} lacks question or answer: both are needed, as text")
+    if not rows:
+        raise ValueError(f"{path} holds no question: give a JSONL of question and answer, or none")
+    return rows[:limit]
+
+
+def conversation_starts(data: Path, limit: int) -> list[dict[str, Any]]:
+    """First user turn and first answer of held-out conversations, as questions; none when data is plain text."""
+    if data.is_dir():
+        from datasets import load_from_disk
+
+        rows = load_from_disk(str(data / "heldout" if (data / "heldout").is_dir() else data))
+    elif data.suffix in (".jsonl", ".json"):
+        rows = read_jsonl(data)
+    else:
+        return []
+    starts = []
+    for row in rows:
+        turns = {turn["role"]: turn["content"] for turn in reversed(row.get("messages") or [])}
+        if "user" in turns and "assistant" in turns:
+            starts.append({"question": turns["user"], "answer": turns["assistant"]})
+        if len(starts) == limit:
+            break
+    return starts
+
+
+def evaluate_one(
+    path: str | Path, config: RunConfig, data: Path, prompts: list[dict[str, Any]], exact: bool
+) -> tuple[dict[str, Any], Evidence]:
+    """Load one model, measure everything, give its memory back."""
+    asked = config.evaluate
+    entry: dict[str, Any] = {"path": str(path)}
+    with cost.peak_memory() as peaks:
+        loaded = load(path, config)
+        read = perplexity(
+            loaded,
+            read_items(data, loaded.tokenizer, asked.max_heldout),
+            min(asked.eval_context, loaded.context),
+            min(asked.eval_stride, asked.eval_context),
+            asked.eval_batch_size,
+            config.seed,
+        )
+        answers = ask(loaded, prompts, config)
+    entry |= {"kind": loaded.kind, "loaded_as": loaded.how, "load_s": loaded.load_s} | peaks
+    entry |= sizes(path, loaded) | cost.speed(loaded)
+    del loaded
+    free_memory()
+    evidence = Evidence(perplexity=read, answers=answers, references=[row["answer"] for row in prompts])
+    entry |= perplexity_figures(read)
+    entry |= answer_figures(evidence, prompts, exact, entry["intervals"], config.seed)
+    return entry, evidence
+
+
+def ask(loaded: Loaded, prompts: list[dict[str, Any]], config: RunConfig) -> list[Generation]:
+    """Greedy answers, each to its question in a conversation of its own."""
+    asked = config.evaluate
+    chats = [[{"role": "user", "content": row["question"]}] for row in prompts]
+    return batch_generate(loaded, chats, asked.max_new_tokens, asked.eval_batch_size) if chats else []
+
+
+def sizes(path: str | Path, loaded: Loaded) -> dict[str, Any]:
+    """size_bytes of the model's own folder; an adapter's with its base beside it."""
+    own = cost.disk_bytes(path)
+    if loaded.kind != "adapter":
+        return {"size_bytes": own}
+    base = cost.disk_bytes(loaded.base)
+    return {"size_bytes": own, "size_with_base_bytes": None if base is None else own + base}
+
+
+def perplexity_figures(read: Perplexity) -> dict[str, Any]:
+    """The entry's part about held-out texts."""
+    return {
+        "perplexity": read.perplexity.value,
+        "bits_per_byte": read.bits_per_byte.value,
+        "scored_tokens": read.tokens,
+        "scored_items": len(read.losses),
+        "context": read.context,
+        "stride": read.stride,
+        "intervals": {
+            "perplexity": [read.perplexity.low, read.perplexity.high],
+            "bits_per_byte": [read.bits_per_byte.low, read.bits_per_byte.high],
+        },
+    }
+
+
+def answer_figures(
+    evidence: Evidence, prompts: list[dict[str, Any]], exact: bool, intervals: dict[str, list[float]], seed: int
+) -> dict[str, Any]:
+    """The entry's part about answers; fills evidence with items' scores, and intervals."""
+    answers: list[Generation] = evidence["answers"]
+    figures: dict[str, Any] = {"exact_match": None, "answers": len(answers)}
+    if not answers:
+        return figures
+    texts = [answer.text for answer in answers]
+    scores = metrics.answer_scores(texts, evidence["references"])
+    if not exact:  # an open answer is never the same word for word
+        del scores["exact_match"]
+    evidence["scores"] = scores | {"ended_share": np.array([float(answer.ended) for answer in answers])}
+    for name, values in evidence["scores"].items():
+        estimate = metrics.mean_interval(values, seed)
+        figures[name], intervals[name] = estimate.value, [estimate.low, estimate.high]
+    evidence["bleu"] = metrics.bleu_counts(texts, evidence["references"])
+    estimate = metrics.bleu_interval(evidence["bleu"], seed)
+    figures["bleu"], intervals["bleu"] = estimate.value, [estimate.low, estimate.high]
+    labelled = [i for i, row in enumerate(prompts) if row.get("choices")]
+    if labelled:
+        figures["classification"] = metrics.classification(
+            [texts[i] for i in labelled], [evidence["references"][i] for i in labelled]
+        )
+    return figures
+
+
+def compare_models(one: Evidence, other: Evidence) -> dict[str, dict[str, Any]]:
+    """Metric -> verdict, difference (one − other), its interval and p; of perplexity the difference is in log."""
+    ours, theirs = one["perplexity"], other["perplexity"]
+    found = {"perplexity": metrics.compare(ours.losses, theirs.losses, ours.weights, lower_is_better=True)}
+    for name in one.get("scores", {}):
+        found[name] = metrics.compare(one["scores"][name], other["scores"][name])
+    if "bleu" in one:
+        found["bleu"] = metrics.compare_bleu(one["bleu"], other["bleu"])
+    return {name: asdict(comparison) for name, comparison in found.items()}
+
+
+def write_generations(path: Path, prompts: list[dict[str, Any]], evidence: dict[str, Evidence]) -> Path:
+    """A line a prompt: question, answer, and under `models` each model's text, tokens, ended."""
+    lines = []
+    for i, row in enumerate(prompts):
+        said = {name: asdict(found["answers"][i]) for name, found in evidence.items()}
+        lines.append(json.dumps(row | {"models": said}, ensure_ascii=False) + "\n")
+    return write_text(path, "".join(lines))
+
+
+def table(report: dict[str, dict[str, Any]]) -> str:
+    """The report as text: a row a model, and a line for each comparison with the first one."""
+    rows = [["", *(title for title, _ in COLUMNS.values())]]
+    for name, entry in report.items():
+        rows.append([name, *(cell(entry, column) for column in COLUMNS)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            text.ljust(width) if i == 0 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([*lines, "", *verdict_lines(report)])
+
+
+def cell(entry: dict[str, Any], column: str) -> str:
+    """A figure as the table shows it; a dash when it was not measured."""
+    value = entry.get(column)
+    if value is None:
+        return "–"
+    return COLUMNS[column][1].format(value / MIB if column == "size_bytes" else value)
+
+
+def verdict_lines(report: dict[str, dict[str, Any]]) -> list[str]:
+    """Each model against the one before it, in words."""
+    return [
+        f"{name} against {other}: "
+        + "; ".join(
+            f"{COLUMNS[metric][0]} {found[metric]['verdict']} (p={found[metric]['p_value']:.2g})"
+            for metric in ("perplexity", "exact_match", "f1")
+            if metric in found
+        )
+        for name, entry in report.items()
+        for other, found in entry.get("against", {}).items()
+    ]
+
+
+__all__ = ["batch_generate", "evaluate", "load", "perplexity", "stream", "table"]
