@@ -15,7 +15,7 @@ from helpers.models import ROOT
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "optimum", "gptqmodel")
 SHOWN = ("python", *PACKAGES, "numpy", "ipywidgets")
-TESTED_PYTHON = ["3.11", "3.13"]
+TESTED_PYTHON = ["3.11"]
 PINS = ("requirements.txt", "requirements-nodeps.txt", "requirements-local.txt", "requirements-gptq.txt")
 IMAGE_PINS = "tests/colab_versions.txt"
 """The second environment of the tests: what Colab's image has."""

@@ -385,7 +385,7 @@ def keep_copy(folder: Path) -> None:
     except OSError as error:
         print(
             f"{folder} could not be copied to the run's lasting folder ({error}): make room there (empty Drive's bin "
-            "too, deleted files go on using the quota) and copy it with helpers.share.to_folder before this session ends"
+            "too, deleted files go on using the quota), then copy it with helpers.share.to_folder"
         )
 
 
