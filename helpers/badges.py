@@ -96,11 +96,12 @@ if ROOT is None:
 if HOME:  # the image's own torch, numpy and widgets stay as they are: other builds break it
     present = {distribution.name.lower(): distribution.version for distribution in importlib.metadata.distributions()}
     keep = [f"{name}=={present[name]}" for name in ("torch", "numpy", "ipywidgets") if name in present]
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "-r", str(ROOT / "requirements.txt"), *keep]
-    print("Installing requirements.txt, about a minute the first time ...")
-    pip = subprocess.run(command, capture_output=True, text=True)
-    if pip.returncode:
-        raise SystemExit(f"pip could not install requirements.txt; its last words: {pip.stderr.strip()[-600:]}")
+    print("Installing what the recipes need, about a minute the first time ...")
+    for options in (["-r", "requirements.txt", *keep], ["--no-deps", "-r", "requirements-nodeps.txt"]):
+        command = [sys.executable, "-m", "pip", "install", "--quiet", *options]
+        pip = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if pip.returncode:
+            raise SystemExit(f"pip install {' '.join(options)} failed; its last words: {pip.stderr.strip()[-600:]}")
     importlib.invalidate_caches()
 
 if str(ROOT) not in sys.path:
@@ -169,6 +170,22 @@ def with_badge(title: str, text: str) -> str:
     return f"{heading}\n\n<!-- badge -->{text}<!-- /badge -->\n\n{rest.lstrip()}".rstrip()
 
 
+def with_neighbours(last: str, text: str) -> str:
+    """The last cell with these links between their marks; without marks they go below, where there are links."""
+    replaced = between(last, "colab", text)
+    if replaced is not None:
+        return replaced
+    return f"{last}\n\n<!-- colab -->{text}<!-- /colab -->" if text else last
+
+
+def neighbours(repository: str, tag: str, names: list[str], name: str) -> str:
+    """Markdown for Colab, where a link from one notebook's file to another's leads nowhere; "" without a repository."""
+    index = names.index(name)
+    beside = [*names[max(index - 1, 0) : index], *names[index + 1 : index + 2]]
+    links = [f"[{other.removesuffix('.ipynb')}]({colab_url(repository, tag, other)})" for other in beside]
+    return f"In Colab: {' · '.join(links)}" if repository and links else ""
+
+
 def strip(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Only the source: no outputs, counts, injected cells or widget state; the metadata every notebook carries.
 
@@ -192,11 +209,17 @@ def strip(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
-def normalise(notebook: nbformat.NotebookNode, name: str, repository: str, tag: str) -> nbformat.NotebookNode:
-    """Strip a notebook and write its badge and its set-up cell, which is made before the first code where it lacks."""
+def normalise(
+    notebook: nbformat.NotebookNode, name: str, repository: str, tag: str, names: list[str]
+) -> nbformat.NotebookNode:
+    """Strip a notebook and write its badge, its set-up cell (before the first code where there is none) and its links.
+
+    names: all notebooks in their order, this one among them.
+    """
     strip(notebook)
-    title = notebook.cells[0]
+    title, last = notebook.cells[0], [cell for cell in notebook.cells if cell.cell_type == "markdown"][-1]
     title.source = with_badge(title.source, badge(repository, tag, name))
+    last.source = with_neighbours(last.source, neighbours(repository, tag, names, name))
     found = [cell for cell in notebook.cells if "setup" in cell.metadata.get("tags", [])]
     if not found:
         codes = [index for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
@@ -221,8 +244,10 @@ def rendered(root: Path = ROOT) -> dict[Path, str]:
     """
     repository, tag = settings(root)
     files, rows, badges = {}, [], []
-    for path in sorted((root / "notebooks").glob("*.ipynb")):
-        notebook = normalise(nbformat.read(path, as_version=4), path.name, repository, tag)
+    paths = sorted((root / "notebooks").glob("*.ipynb"))
+    for path in paths:
+        names = [other.name for other in paths]
+        notebook = normalise(nbformat.read(path, as_version=4), path.name, repository, tag, names)
         files[path] = nbformat.writes(notebook, version=4) + "\n"
         title, sentence = summary(notebook)
         link = f"[{title}](notebooks/{path.name})"

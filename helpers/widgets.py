@@ -14,6 +14,7 @@ from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import ipywidgets
 from IPython import get_ipython
@@ -46,8 +47,29 @@ RIGHT = {
 }
 KNOBS = LEFT | RIGHT
 
-# A colour a component, apart from its neighbours for any colour vision, on light and dark pages alike.
-COLOURS = ["#4c78a8", "#9ecae9", "#f58518", "#ffbf79", "#54a24b", "#b79a20", "#439894", "#d67195", "#9d755d", "#8a8a8a"]
+# One colour a component, whatever else is in the bar: weights blue, adapter green, activations orange, the rest grey.
+COLOURS = {
+    "4-bit weights": "#4c78a8",
+    "8-bit weights": "#4c78a8",
+    "16-bit weights": "#9ecae9",
+    "32-bit weights": "#9ecae9",
+    "quantization scales": "#2f5582",
+    "LoRA weights": "#54a24b",
+    "LoRA gradients": "#88c87f",
+    "optimizer states": "#2f7d5b",
+    "paged optimizer states": "#79b8a5",
+    "optimizer work": "#a9d6c9",
+    "checkpoints": "#ffbf79",
+    "activations of unchecked layers": "#f58518",
+    "a checkpointed layer, rebuilt": "#c9620c",
+    "layer gradients": "#e0a93b",
+    "attention scores": "#e45756",
+    "logits and loss": "#b279a2",
+    "keys and values": "#d67195",
+    "reserved beyond it": "#a6a6a6",
+    "CUDA context": "#707070",
+}
+SPARE_COLOURS = ["#8c6bb1", "#9d755d", "#439894", "#b79a20", "#d88aa5", "#6b8fb3"]
 GOOD, BAD = "#2e7d32", "#c62828"
 STYLE = f"""<style>
 .needs{{max-width:756px;font-size:13px;line-height:1.45;margin:2px}}
@@ -57,7 +79,8 @@ STYLE = f"""<style>
 .needs .thin{{height:6px}}
 .needs .bar i{{position:absolute;top:0;bottom:0}}
 .needs .bar .over{{background:repeating-linear-gradient(45deg,{BAD} 0 4px,rgba(255,255,255,.5) 4px 8px)}}
-.needs .key{{display:grid;grid-template-columns:repeat(auto-fill,minmax(232px,1fr));gap:0 14px;margin:6px 0 10px}}
+.needs .key{{display:grid;grid-template-columns:repeat(auto-fill,minmax(232px,1fr));gap:0 14px;font-size:12px}}
+.needs .key{{margin:6px 0 10px}}
 .needs .key i{{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:6px}}
 .needs .key div{{display:flex;align-items:baseline}}
 .needs .key b,.needs .key em{{margin-left:auto;font-style:normal;font-variant-numeric:tabular-nums}}
@@ -117,41 +140,29 @@ class Panel(ipywidgets.VBox):
         self.redraw()
 
     def redraw(self, _change: Any = None) -> None:
-        """Budget and plan of what is shown, into the picture, the proposal and its button."""
+        """Budget and plan of what is shown, into the picture, the words, the proposal and its button."""
         try:
             config = self.config()
             self.derived.value = derived(config, self.shape)
             self.plan = budget.plan(config.with_values(checkpointing="auto"), self.shape, self.machine)
-            self.picture.value = picture(self.needs())
+            planned = config.train.checkpointing == "auto"  # then what will run is what the plan makes of it
+            needs = self.plan.budget if planned else budget.budget(config, self.shape, self.machine)
         except ValueError as error:  # what the sliders show is no run at all; the sentence says why
             self.picture.value = f"{STYLE}<div class='needs'>{verdict(False, [str(error)])}</div>"
-            self.button.disabled, self.proposal.value = True, ""
+            self.words, self.button.disabled, self.proposal.value = str(error), True, ""
             return
+        self.picture.value = picture(needs)
+        shown = (f"{KNOBS[name][0]} {label(name, w.value, self.shape)}" for name, w in self.controls.items())
+        self.words = f"{', '.join(shown)}\n{budget.table(needs)}"
         changes = differences(config, self.plan.config, self.shape)
         self.button.disabled = not changes
-        words = (
-            "; ".join(changes) + gain(self.needs(), self.plan.budget) if changes else "The sliders show the proposal."
-        )
-        self.proposal.value = f"<div style='line-height:1.4;margin-left:6px'>{escape(words)}</div>"
-
-    def needs(self) -> budget.Budget:
-        """What the run needs that the sliders show; "auto" is what the plan makes of it."""
-        config = self.config()
-        if config.train.checkpointing == "auto":
-            return self.plan.budget
-        return budget.budget(config, self.shape, self.machine)
-
-    def in_words(self) -> str:
-        """What the panel shows, as text."""
-        shown = ", ".join(
-            f"{KNOBS[name][0]} {label(name, widget.value, self.shape)}" for name, widget in self.controls.items()
-        )
-        return f"{shown}\n{budget.table(self.needs())}"
+        proposal = "; ".join(changes) + gain(needs, self.plan.budget) if changes else "The sliders show the proposal."
+        self.proposal.value = f"<div style='line-height:1.4;margin-left:6px'>{escape(proposal)}</div>"
 
     def _ipython_display_(self, **_: Any) -> None:
         """Sliders where the front end can draw them, words where it cannot; ipywidgets 7 and 8 both call this."""
         view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
-        display({"application/vnd.jupyter.widget-view+json": view, "text/plain": self.in_words()}, raw=True)
+        display({"application/vnd.jupyter.widget-view+json": view, "text/plain": self.words}, raw=True)
 
 
 def panel(config: RunConfig, shape: ModelShape, machine: Machine) -> Panel:
@@ -247,11 +258,10 @@ def bar(parts: dict[str, float], limit_gib: float) -> str:
     total = sum(parts.values())
     scale = 100 / max(total, limit_gib, 1e-9)
     pieces, start = [], 0.0
-    for index, (name, size_gib) in enumerate(parts.items()):
+    for name, size_gib in parts.items():
         title = escape(f"{name}: {size_gib:.2f} GiB", quote=True)
-        colour = COLOURS[index % len(COLOURS)]
         place = f"left:{start * scale:.2f}%;width:{size_gib * scale:.2f}%"
-        pieces.append(f"<i title=\"{title}\" style='{place};background:{colour}'></i>")
+        pieces.append(f"<i title=\"{title}\" style='{place};background:{colour_of(name)}'></i>")
         start += size_gib
     if total > limit_gib:
         place = f"left:{limit_gib * scale:.2f}%;right:0;border-left:3px solid {BAD}"
@@ -262,10 +272,15 @@ def bar(parts: dict[str, float], limit_gib: float) -> str:
 def key(parts: dict[str, float]) -> str:
     """What each colour of the bar is, and its GiB, as HTML."""
     rows = [
-        f"<div><i style='background:{COLOURS[index % len(COLOURS)]}'></i>{escape(name)}<b>{size_gib:.2f}</b></div>"
-        for index, (name, size_gib) in enumerate(parts.items())
+        f"<div><i style='background:{colour_of(name)}'></i>{escape(name)}<b>{size_gib:.2f}</b></div>"
+        for name, size_gib in parts.items()
     ]
     return f"<div class='key'>{''.join(rows)}</div>"
+
+
+def colour_of(name: str) -> str:
+    """A component's colour; one that is not in the list keeps a spare one."""
+    return COLOURS.get(name) or SPARE_COLOURS[crc32(name.encode()) % len(SPARE_COLOURS)]
 
 
 def meter(name: str, used: float, limit: float, unit: str, more: str = "") -> str:
@@ -316,10 +331,13 @@ def differences(shown: RunConfig, proposed: RunConfig, shape: ModelShape) -> lis
 
 
 def gain(shown: budget.Budget, proposed: budget.Budget) -> str:
-    """What the proposal is worth: that it fits, or its hours."""
+    """What the proposal is worth, in words: that it fits, or its hours."""
     if not proposed.fits:
-        return " (even this does not fit)"
-    return f" ({proposed.time.total_h:.1f} h instead of {shown.time.total_h:.1f})" if shown.fits else " (fits)"
+        return ", which does not fit either"
+    before, after = f"{shown.time.total_h:.1f}", f"{proposed.time.total_h:.1f}"
+    if not shown.fits:
+        return f", which fits, in {after} h"
+    return "" if after == before else f": {after} h instead of {before}"
 
 
 def plain_errors() -> None:

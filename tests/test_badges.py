@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from helpers.badges import METADATA, between, main, normalise, set_repository, settings, setup_source, strip
+from helpers.badges import METADATA, between, colab_url, main, normalise, set_repository, settings, setup_source, strip
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,11 +120,23 @@ def test_strip_drops_injected_parameters_and_gives_lost_ids_back():
 def test_setup_cell_is_put_before_the_first_code_and_replaced_where_it_stands():
     notebook = nbformat.v4.new_notebook()
     notebook.cells = [nbformat.v4.new_markdown_cell("# T"), nbformat.v4.new_code_cell("1")]
-    once = normalise(notebook, "a.ipynb", "", "main")
+    once = normalise(notebook, "a.ipynb", "", "main", ["a.ipynb"])
     assert [bool(cell.metadata.get("tags")) for cell in once.cells] == [False, True, False]
     once.cells[1].source = "old"
-    assert normalise(once, "a.ipynb", "", "main").cells[1].source == setup_source("", "main")
+    assert normalise(once, "a.ipynb", "", "main", ["a.ipynb"]).cells[1].source == setup_source("", "main")
     assert len(once.cells) == 3
+
+
+def test_the_last_cell_links_the_neighbours_in_colab_once_there_is_a_repository():
+    names = ["01_a.ipynb", "02_b.ipynb", "03_c.ipynb"]
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [nbformat.v4.new_markdown_cell(text) for text in ("# T", "Next: [3](03_c.ipynb)")]
+    notebook.cells.insert(1, nbformat.v4.new_code_cell("1"))
+    assert normalise(notebook, names[1], "", "main", names).cells[-1].source == "Next: [3](03_c.ipynb)"
+    for repository in ("old/old", "owner/name", "owner/name"):
+        last = normalise(notebook, names[1], repository, "main", names).cells[-1].source
+    assert last.count("In Colab:") == 1 and "old/old" not in last
+    assert colab_url("owner/name", "main", names[0]) in last and colab_url("owner/name", "main", names[2]) in last
 
 
 def test_between_leaves_backslashes_alone_and_reports_missing_marks():
@@ -137,13 +149,14 @@ def test_between_leaves_backslashes_alone_and_reports_missing_marks():
 
 @pytest.fixture
 def archive():
-    """Writes a zip of the recipes as GitHub makes it, all under one folder; no requirements, so that pip is quick."""
+    """Writes a zip of the recipes as GitHub makes it, all under one folder; they need nothing, so that pip is quick."""
 
     def write(path, top="name-main/", extra=None, requirements=""):
         with zipfile.ZipFile(path, "w") as file:
             for source in (ROOT / "pyproject.toml", *(ROOT / "helpers").glob("*.py")):
                 file.write(source, top + str(source.relative_to(ROOT)))
             file.writestr(top + "requirements.txt", requirements)
+            file.writestr(top + "requirements-nodeps.txt", "")
             for name, text in (extra or {}).items():
                 file.writestr(name, text)
         return path
