@@ -75,8 +75,6 @@ class Finding:
     count: int = 0
     place: str = ""
     example: str = ""
-    last: str = ""
-    """The row that was counted last: a row counts once, however often it fails a check."""
 
 
 @dataclass
@@ -90,9 +88,14 @@ class Findings:
         """Count a finding and say what to do about it."""
         action = self.actions[kind]
         finding = self.found.setdefault(kind, Finding(kind, action, 0, place, example))
-        finding.count += finding.last != place
-        finding.last = place
+        finding.count += 1
         return action
+
+    def undo(self, kind: str) -> None:
+        """Take back the last count: the row failed a worse check after all."""
+        self.found[kind].count -= 1
+        if not self.found[kind].count:
+            del self.found[kind]
 
     def table(self) -> list[dict]:
         """The findings as rows, in the order of CHECKS, each with its sentence."""
@@ -155,15 +158,15 @@ def leaks(*tokens: str) -> re.Pattern:
 
 def check(messages: list[dict], place: str, findings: Findings, leaked: re.Pattern) -> list[dict] | None:
     """Messages in order, with text in every turn and an answer at the end; None when the row is dropped."""
-    if len(messages) == 1 and messages[0]["role"] == "text":
-        text = clean(messages[0]["content"], place, findings, leaked)
-        return [{"role": "text", "content": text}] if text else dropped("empty-turn", place, findings)
     turns = []
+    noted: set[str] = set()
     for message in messages:
-        content = clean(message["content"], place, findings, leaked)
+        content = clean(message["content"], place, findings, leaked, noted)
         if content is None:
             return None
         turns.append({"role": message["role"], "content": content})
+    if len(turns) == 1 and turns[0]["role"] == "text":
+        return turns if turns[0]["content"] else dropped("no-answer", place, findings, "no text")
     return in_turns(turns, place, findings)
 
 
@@ -172,25 +175,37 @@ def dropped(kind: str, place: str, findings: Findings, example: str = "") -> Non
     findings.add(kind, place, example)
 
 
-def clean(text: str, place: str, findings: Findings, leaked: re.Pattern) -> str | None:
-    """A turn's text without what nobody wrote; None when the row is dropped for it."""
+def clean(text: str, place: str, findings: Findings, leaked: re.Pattern, noted: set[str]) -> str | None:
+    """A turn's text without what nobody wrote; None when the row is dropped for it.
+
+    noted: checks that an earlier turn of the row failed; a row counts once for each.
+    """
     if CONTROLS.search(text):
         unix = text.replace("\r\n", "\n").replace("\r", "\n")
         tidy = CONTROLS.sub("", unix)
-        action = KEEP if tidy == unix else findings.add("control-characters", place, excerpt(text, CONTROLS))
+        action = KEEP if tidy == unix else note("control-characters", place, excerpt(text, CONTROLS), findings, noted)
         if action == DROP:
             return None
-        text = unix if action == KEEP and tidy != unix else tidy
+        # Half a surrogate pair is no character at all: no file and no tokenizer would take it.
+        text = unix.encode("utf-8", "ignore").decode() if action == KEEP else tidy
     if leaked.search(text):
-        action = findings.add("leaked-template", place, excerpt(text, leaked))
+        action = note("leaked-template", place, excerpt(text, leaked), findings, noted)
         if action == DROP:
             return None
         while action == REPAIR and leaked.search(text):  # taking one out can bring another together
             text = leaked.sub("", text)
     tidy = text.strip()
-    if tidy != text and tidy and findings.add("edge-spaces", place, text[:40]) == DROP:
+    if tidy != text and tidy and note("edge-spaces", place, text[:40], findings, noted) == DROP:
         return None
     return tidy
+
+
+def note(kind: str, place: str, example: str, findings: Findings, noted: set[str]) -> str:
+    """Count a finding once a row, and say what to do about it."""
+    if kind in noted:
+        return findings.actions[kind]
+    noted.add(kind)
+    return findings.add(kind, place, example)
 
 
 def excerpt(text: str, pattern: re.Pattern) -> str:

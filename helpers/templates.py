@@ -128,11 +128,21 @@ class Template:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.layouts: dict[tuple[str, ...], Layout | None] = {}
-        self.ending = re.compile(r"\s*(?:" + "|".join(re.escape(token) for token in added_tokens(tokenizer)) + ")")
+        either = "|".join(re.escape(token) for token in added_tokens(tokenizer))
+        self.ending, self.added = re.compile(rf"\s*(?:{either})"), re.compile(f"({either})")
         # Tokenizers put ▁ before a text's first word. A chunk in the middle of a row must not get one, so it is
-        # tokenized behind a special token, which is taken off again.
-        self.anchor = tokenizer.eos_token
+        # tokenized behind an anchor, whose tokens are taken off again. Mostly a special token will do; older files of
+        # Mistral v0.1 and v0.2 put ▁ behind special tokens too, and there it takes a newline, and a call a text.
+        self.anchor, self.marks_again = tokenizer.eos_token, False
+        if self.first_token_after(self.anchor).startswith("▁"):
+            self.anchor, self.marks_again = "\n", True
+        self.anchor_tokens = len(tokenizer(self.anchor, add_special_tokens=False)["input_ids"])
         self.system_last = self.layout_order(("system", "user", "assistant", "user"))[-2:] == (0, 3)
+
+    def first_token_after(self, anchor: str) -> str:
+        """How the tokenizer writes a word that follows an anchor without a space."""
+        ids = self.tokenizer(anchor + "Hi", add_special_tokens=False)["input_ids"]
+        return self.tokenizer.convert_ids_to_tokens(ids)[1]
 
     def layout_order(self, roles: tuple[str, ...]) -> tuple[int, ...]:
         layout = self.layout(roles)
@@ -200,24 +210,47 @@ class Template:
         """The whole text of a conversation."""
         return "".join(text for text, _ in self.chunks(messages))
 
+    def prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        """Input ids that ask for an answer to messages that end with a user turn: as in training, up to the answer."""
+        chunks = self.chunks([*messages, {"role": "assistant", "content": "?"}])
+        while not chunks.pop()[1]:
+            pass
+        return [token for ids in self.tokens([chunks])[0] for token in ids]
+
     def encode(self, conversations: list[list[dict[str, str]]]) -> list[tuple[list[int], list[int], list[int]]]:
         """(input ids, mask, ends of the answers) of each conversation; one call of the tokenizer for all."""
         chunked = [self.chunks(messages) for messages in conversations]
-        texts = [(self.anchor if k else "") + text for chunks in chunked for k, (text, _) in enumerate(chunks)]
-        tokens = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
         rows = []
-        for chunks in chunked:
+        for chunks, tokens in zip(chunked, self.tokens(chunked), strict=True):
             ids: list[int] = []
             mask: list[int] = []
             ends: list[int] = []
-            for k, (_, trained) in enumerate(chunks):
-                new = next(tokens)[1 if k else 0 :]
+            for (_, trained), new in zip(chunks, tokens, strict=True):
                 ids += new
                 mask += [int(trained)] * len(new)
                 if trained:
                     ends.append(len(ids))
             rows.append((ids, mask, ends))
         return rows
+
+    def tokens(self, chunked: list[list[tuple[str, bool]]]) -> list[list[list[int]]]:
+        """The token ids of each chunk of each conversation."""
+        if self.marks_again:
+            return [[self.pieces(text) for text, _ in chunks] for chunks in chunked]
+        texts = [(self.anchor if k else "") + text for chunks in chunked for k, (text, _) in enumerate(chunks)]
+        ids = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+        return [[next(ids)[self.anchor_tokens if k else 0 :] for k in range(len(chunks))] for chunks in chunked]
+
+    def pieces(self, text: str) -> list[int]:
+        """Token ids of a chunk, its special tokens and the texts between them each by themselves."""
+        ids = []
+        for piece in filter(None, self.added.split(text)):
+            if self.added.fullmatch(piece):
+                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
+            else:
+                behind = self.tokenizer(self.anchor + piece, add_special_tokens=False, verbose=False)["input_ids"]
+                ids += behind[self.anchor_tokens :]
+        return ids
 
     def fit(self, conversations: list[list[dict[str, str]]], seq_len: int) -> list[Encoded | None]:
         """Conversations of at most seq_len tokens: the last exchanges go first, whole; None when not one fits."""
