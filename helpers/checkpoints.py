@@ -12,8 +12,7 @@ and what the run was made of. A trainer writes through it by saving into another
             finally:
                 self._beside = None
 
-and resumes with `trainer.train(resume_from_checkpoint=checkpoints.newest(folder, identity))`. The marker holds
-`write_s` and `size_bytes`: `summary(folder)` adds them up.
+and resumes with `trainer.train(resume_from_checkpoint=checkpoints.newest(folder, identity))`; helpers/finetune.py does.
 
 >>> import tempfile
 >>> folder = Path(tempfile.mkdtemp())
@@ -27,6 +26,7 @@ and resumes with `trainer.train(resume_from_checkpoint=checkpoints.newest(folder
 'checkpoint-5'
 """
 
+import errno
 import json
 import os
 import shutil
@@ -34,13 +34,22 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from helpers.config import RunConfig
-from helpers.workspace import checksum, copy_verified, existing, remove, write_text
+from helpers.workspace import (
+    checksum,
+    confined,
+    copy_verified,
+    existing,
+    lasting_twin,
+    remove,
+    text_checksum,
+    write_text,
+)
 
 MARKER = "whole.json"
 BESIDE = "writing"
@@ -75,12 +84,14 @@ def writing(
     identity: dict[str, Any] | None = None,
     keep: int | None = None,
     spared: Iterable[int] = (),
+    send: Callable[[Path], None] = lambda checkpoint: None,
     say: Callable[[str], None] = print,
 ) -> Iterator[Path]:
     """Yield an empty folder to fill; afterwards it is `folder/checkpoint-<step>`, whole, or it is not there.
 
-    keep: afterwards delete all but the newest so many, and the steps spared. A write that fails (disk full, Drive gone)
-    is said and does not end the training: hours of work matter more than one checkpoint, and older ones stay.
+    keep: afterwards delete all but the newest so many, and the steps spared. send: called with what was written.
+    A write that fails (disk full, Drive gone) is said and does not end the training: hours of work matter more than one
+    checkpoint, and older ones stay.
     """
     beside = folder / BESIDE / f"checkpoint-{step}"
     final = folder / beside.name
@@ -93,12 +104,14 @@ def writing(
         remove(final, MARKER)
         beside.rename(final)
         sync(folder)
+        send(final)
     except Exception as error:
         if not is_write_error(error):
             raise
+        kept, free_gib = newest(folder, say=lambda text: None), shutil.disk_usage(existing(folder)).free / GIB
         say(
-            f"{final.name} could not be written ({error}; {shutil.disk_usage(folder).free / GIB:.2f} GiB free): "
-            f"training goes on, and the newest whole checkpoint stays {name_of(newest(folder, say=lambda text: None))}"
+            f"{final.name} could not be written ({error}; {free_gib:.2f} GiB free): training goes on, and the newest "
+            f"whole checkpoint stays {kept.name if kept else 'none so far'}"
         )
     finally:
         remove(beside.parent, MARKER)
@@ -117,7 +130,8 @@ def seal(folder: Path, about: dict[str, Any], began: float) -> None:
         files[str(file.relative_to(folder))] = {"size_bytes": file.stat().st_size, "sha256": checksum(file)}
     size_bytes = sum(entry["size_bytes"] for entry in files.values())
     marker = about | {"size_bytes": size_bytes, "write_s": round(time.perf_counter() - began, 3), "files": files}
-    sync(write_text(folder / MARKER, json.dumps(marker, indent=1)))
+    marker = plain(marker)
+    sync(write_text(folder / MARKER, json.dumps(marker | {"sha256": text_checksum(marker)}, indent=1)))
     sync(folder)
 
 
@@ -144,12 +158,12 @@ def unreadable(file: Path) -> str | None:
 def problem(folder: Path) -> str | None:
     """Why a checkpoint is not whole; None when every file has the size and the SHA-256 of the marker."""
     try:
-        known = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        known = about(folder)["files"]
         for name, entry in known.items():
-            size_bytes = (folder / name).stat().st_size
-            if size_bytes != entry["size_bytes"]:
-                return f"{name} has {size_bytes} bytes and not {entry['size_bytes']}"
-            if checksum(folder / name) != entry["sha256"]:
+            file = confined(folder, name)
+            if file.stat().st_size != entry["size_bytes"]:
+                return f"{name} has {file.stat().st_size} bytes and not {entry['size_bytes']}"
+            if checksum(file) != entry["sha256"]:
                 return f"{name} has another checksum than when it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -207,21 +221,18 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-def name_of(checkpoint: Path | None) -> str:
-    """How a checkpoint is called in a sentence."""
-    return checkpoint.name if checkpoint else "none yet"
-
-
 def about(checkpoint: Path) -> dict[str, Any]:
-    """The marker of a whole checkpoint."""
-    return json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    """The marker of a checkpoint. Raises ValueError when it is not what was written."""
+    marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    if marker.pop("sha256") != text_checksum(marker):
+        raise ValueError(f"{checkpoint / MARKER} is not what was written")
+    return marker
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    """Of the newest whole checkpoint: step, size in bytes and the seconds that writing and verifying took."""
-    checkpoint = newest(folder, say=lambda text: None)
-    marker = about(checkpoint) if checkpoint else {}
-    return {name: marker.get(name) for name in ("step", "size_bytes", "write_s")}
+    """Of the newest checkpoint: its size in bytes, and the seconds that writing and checking it took."""
+    marked = [checkpoint for checkpoint in all_of(folder) if (checkpoint / MARKER).is_file()]
+    return {f"checkpoint_{name}": about(marked[-1])[name] for name in ("size_bytes", "write_s")} if marked else {}
 
 
 def forget(folder: Path, keep: int, spared: Iterable[int] = ()) -> None:
@@ -240,8 +251,10 @@ def sync(path: Path) -> None:
     """Ask the operating system to put a file or a folder's entries on the disk; Drive's mount may not know how."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError if path.is_dir() else ()):
-            os.fsync(handle)
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
 
@@ -253,7 +266,7 @@ def is_write_error(error: Exception) -> bool:
 
 
 @contextmanager
-def sending(to: Path | None, keep: int, say: Callable[[str], None] = print) -> Iterator[Callable[[Path | None], None]]:
+def sending(to: Path | None, keep: int, say: Callable[[str], None] = print) -> Iterator[Callable[[Path], None]]:
     """While it trains, copy checkpoints to a lasting folder (Drive) in the background, one at a time.
 
     Yields what is called after each checkpoint was written; of several that wait, only the newest is copied. The end
@@ -265,11 +278,10 @@ def sending(to: Path | None, keep: int, say: Callable[[str], None] = print) -> I
     waiting: list[Future] = []
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints") as thread:
 
-        def enqueue(checkpoint: Path | None) -> None:
-            if checkpoint is not None:
-                for earlier in waiting:
-                    earlier.cancel()
-                waiting.append(thread.submit(send, checkpoint, to, keep, say))
+        def enqueue(checkpoint: Path) -> None:
+            for earlier in waiting:
+                earlier.cancel()
+            waiting.append(thread.submit(send, checkpoint, to, keep, say))
 
         yield enqueue
 
@@ -295,11 +307,31 @@ def send(checkpoint: Path, to: Path, keep: int, say: Callable[[str], None] = pri
         return None
 
 
-def fetch(lasting: Path | None, folder: Path, say: Callable[[str], None] = print) -> Path | None:
-    """Copy the newest whole checkpoint of a lasting folder here, when it is newer than any here; returns the newest."""
-    here = newest(folder, say=say)
-    there = newest(lasting, say=say) if lasting and lasting.is_dir() else None
+def lasting(folder: Path) -> Path | None:
+    """Where the checkpoints in `<run>/finetune.partial/checkpoints` are kept for good, if the run has such a place."""
+    twin = lasting_twin(folder.parent)
+    return twin / folder.name if twin else None
+
+
+def fetch(
+    source: Path | None,
+    folder: Path,
+    identity: dict[str, Any] | None = None,
+    say: Callable[[str], None] = print,
+) -> Path | None:
+    """The newest whole checkpoint of a folder, after fetching it from its lasting place when that has a newer one.
+
+    Raises ChangedRun as `newest` does.
+    """
+    here = newest(folder, identity, say)
+    there = newest(source, identity, say) if source and source.is_dir() else None
     if there is None or (here is not None and step_of(here) >= step_of(there)):
         return here
-    say(f"{there.name} comes from {lasting}")
+    say(f"fetching {there.name} from {source}")
     return send(there, folder, keep=len(all_of(folder)) + 1, say=say) or here
+
+
+def clear(folder: Path | None) -> None:
+    """Delete all checkpoints of a folder; nothing for None."""
+    for checkpoint in all_of(folder) if folder else ():
+        remove(checkpoint, MARKER)
