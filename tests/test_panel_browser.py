@@ -138,7 +138,7 @@ def shown(browser, name):
 
 def drag(browser, name, pixels):
     """Drag a slider's handle sideways."""
-    handle = control(browser, name).find_element(By.CSS_SELECTOR, ".noUi-handle")
+    handle = control(browser, name).find_element(By.CSS_SELECTOR, ".noUi-handle, .ui-slider-handle")
     ActionChains(browser).drag_and_drop_by_offset(handle, pixels, 0).perform()
 
 
@@ -191,7 +191,7 @@ def test_run_all_drag_and_take_the_proposal(lab, browser):
     picture(browser, "5-taken")
 
     values = {name: shown(browser, name) for name in ("rank r", "context")}
-    browser.find_elements(By.CSS_SELECTOR, ".jp-CodeCell .cm-content")[-1].click()
+    browser.find_elements(By.CSS_SELECTOR, ".jp-CodeCell .jp-InputArea-editor")[-1].click()
     ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
     wait_for(lambda: f"read: {values['rank r']} {values['context']} end" in page_text(browser))
 
