@@ -10,7 +10,7 @@
 import math
 from dataclasses import asdict, dataclass
 
-from helpers import vram
+from helpers import host, pace, planning, vram
 from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape
@@ -83,6 +83,10 @@ class Plan:
     reasons: tuple[str, ...]
 
 
+class DoesNotFit(ValueError):
+    """A run needs more than the machine has; the message says of what, how much, and which change mends it."""
+
+
 def budget(
     config: RunConfig, shape: ModelShape, machine: Machine, stage: str = "train", tokens_in_dataset: int | None = None
 ) -> Budget:
@@ -90,18 +94,20 @@ def budget(
 
     tokens_in_dataset: of all conversations, cut to seq_len. Raises ValueError naming the field and its range.
     """
-    check(config, shape, stage)
-    memory = vram_of(config, shape, machine, stage)
-    ram = Ram(2.0, machine.host.ram_gib, {"Python and libraries": 2.0})
-    disk = Disk(20.0, machine.host.disk_gib, {"base, 16 bits": 14.5})
-    time = Time(4.0, config.train.max_steps or 1000, 4.0 * 1000 / 3600, 1, {"train": 4.0 * 1000 / 3600})
-    reasons = []
-    if machine.gpu and memory.process_gib > memory.limit_gib:
-        reasons.append(f"needs {memory.process_gib:.1f} GiB of VRAM, this {machine.name} has {memory.limit_gib:.1f}")
-    return Budget(stage, machine, memory, ram, disk, time, not reasons, tuple(reasons))
+    refuse(config, shape, stage)
+    stages = PARTS_OF_A_RUN if stage == "run" else (stage,)
+    memory = max((vram_of(config, shape, machine, part) for part in stages), key=lambda found: found.process_gib)
+    rams = {part: host.ram(config, shape, machine, part) for part in stages}
+    ram_parts = max(rams.values(), key=lambda parts: sum(parts.values()))
+    ram = Ram(sum(ram_parts.values()), machine.host.ram_gib, ram_parts)
+    disk_parts = host.disk(config, shape, stage)
+    disk = Disk(sum(disk_parts.values()), machine.host.disk_gib, disk_parts)
+    time = time_of(config, shape, machine, stages, tokens_in_dataset)
+    reasons = tuple(shortages(config, shape, machine, stage, memory, ram, disk))
+    return Budget(stage, machine, memory, ram, disk, time, not reasons, reasons)
 
 
-def check(config: RunConfig, shape: ModelShape, stage: str) -> None:
+def refuse(config: RunConfig, shape: ModelShape, stage: str) -> None:
     """Raise ValueError for what no machine can do."""
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {', '.join(STAGES)}, not {stage!r}")
@@ -116,32 +122,132 @@ def check(config: RunConfig, shape: ModelShape, stage: str) -> None:
 
 
 def vram_of(config: RunConfig, shape: ModelShape, machine: Machine, stage: str) -> Vram:
-    """The largest moment of a stage."""
-    if machine.gpu is None:
-        return Vram(0.0, 0.0, 0.0, 0.0, "", {})
-    moments = vram.inference(shape, config) if stage == "inference" else vram.moments(shape, config)
+    """The largest moment of a stage; nothing without a card, or when merging, which is the host's work."""
+    if machine.gpu is None or stage == "merge":
+        return Vram(0.0, 0.0, 0.0, machine.vram_gib, "", {})
+    moments = STAGE_MOMENTS[stage](shape, config)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {name: size / GIB for name, size in moments[moment].items() if size}
     allocated = sum(parts.values())
-    paged = vram.optimizer_states(shape, config)[1] / GIB
+    paged = vram.optimizer_states(shape, config)[1] / GIB if stage == "train" else 0.0
     reserved = allocated * 1.03 + 0.05
-    parts |= {"reserved beyond it": reserved - allocated, "paged optimizer states": paged}
+    parts |= {"reserved beyond it": reserved - allocated} | ({"paged optimizer states": paged} if paged else {})
     parts["CUDA context"] = machine.gpu.context_gib
     return Vram(allocated, reserved, sum(parts.values()), machine.vram_gib, moment, parts)
 
 
+def time_of(
+    config: RunConfig, shape: ModelShape, machine: Machine, stages: tuple[str, ...], tokens_in_dataset: int | None
+) -> Time:
+    """Hours by part, and the sessions that they take."""
+    parts: dict[str, float] = {}
+    for stage in stages:
+        for name, hours in pace.stage_hours(config, shape, machine, stage, tokens_in_dataset).items():
+            parts[name] = max(parts.get(name, 0.0), hours) if name == "download" else parts.get(name, 0.0) + hours
+    total = sum(parts.values())
+    session_h = machine.host.session_h
+    sessions = 1 if session_h is None else math.ceil(total / session_h)
+    step = pace.step_s(config, shape, machine) if "train" in stages else 0.0
+    steps = pace.steps(config, tokens_in_dataset)[0] if "train" in stages else 0
+    return Time(step, steps, total, sessions, parts)
+
+
+def shortages(
+    config: RunConfig, shape: ModelShape, machine: Machine, stage: str, memory: Vram, ram: Ram, disk: Disk
+) -> list[str]:
+    """A sentence with number and remedy for each thing that there is too little of."""
+    reasons, work = [], STAGE_NAMES[stage]
+    if machine.gpu is None and shape.parameters > 1e9 and stage != "merge":
+        reasons.append(
+            f"{work} needs a GPU for {shape.parameters / 1e9:.1f}e9 parameters, and {machine.name} has none: take one "
+            "(in Colab: Runtime > Change runtime type > T4 GPU), or the profile tiny, made for a CPU"
+        )
+    if machine.gpu and memory.process_gib > memory.limit_gib:
+        remedy = planning.vram_remedy(config, shape, machine, stage, vram_of)
+        reasons.append(
+            f"{work} needs {memory.process_gib:.1f} GiB of VRAM, this {machine.name} has {memory.limit_gib:.1f}: "
+            f"{remedy}"
+        )
+    if ram.peak_gib > ram.limit_gib:
+        reasons.append(
+            f"{work} needs {ram.peak_gib:.1f} GiB of RAM, {machine.host.name} has {ram.limit_gib:.1f} free: "
+            f"{planning.ram_remedy(config, ram.parts)}"
+        )
+    if disk.peak_gib > disk.limit_gib:
+        reasons.append(
+            f"{work} needs {disk.peak_gib:.1f} GiB of disk, {machine.host.name} has {disk.limit_gib:.1f} free: "
+            f"{planning.disk_remedy(config, disk.parts)}"
+        )
+    return reasons
+
+
 def plan(config: RunConfig, shape: ModelShape, machine: Machine) -> Plan:
-    """The same run with nothing "auto": as few checkpointed layers as fit."""
-    if config.train.checkpointing != "auto":
-        found = budget(config, shape, machine)
-        return Plan(config, found, found.reasons)
-    counts = range(shape.layers + 1) if machine.gpu else [0]
-    for count in counts:
-        candidate = config.with_values(checkpointing=count)
-        found = budget(candidate, shape, machine)
-        if found.fits:
-            break
-    return Plan(candidate, found, (f"{count} of {shape.layers} layers are checkpointed: the fewest that fit",))
+    """The configuration that does the same and finishes first of those that fit (or, when none fits, comes nearest)."""
+    chosen, reasons = planning.search(config, shape, machine, vram_of)
+    return Plan(chosen, budget(chosen, shape, machine), reasons)
+
+
+def check(budget: Budget) -> None:
+    """Raise DoesNotFit, all reasons in its message, for a budget that does not fit."""
+    if not budget.fits:
+        raise DoesNotFit("; ".join(budget.reasons))
+
+
+def summary(budget: Budget) -> dict[str, str]:
+    """A row of a table: peaks of VRAM, RAM and disk against what there is, hours, and whether it fits."""
+    sessions = f", {budget.time.sessions} sessions" if budget.time.sessions > 1 else ""
+    return {
+        "VRAM, GiB": against(budget.vram.process_gib, budget.vram.limit_gib),
+        "RAM, GiB": against(budget.ram.peak_gib, budget.ram.limit_gib),
+        "disk, GiB": against(budget.disk.peak_gib, budget.disk.limit_gib),
+        "hours": f"{budget.time.total_h:.2f}{sessions}",
+        "fits": "yes" if budget.fits else "no: " + "; ".join(budget.reasons),
+    }
+
+
+def against(need_gib: float, limit_gib: float) -> str:
+    """`4.6 of 14.6`, or "none" where nothing is needed.
+
+    >>> against(4.61, 14.56), against(0.0, 14.56)
+    ('4.6 of 14.6', 'none')
+    """
+    return f"{need_gib:.1f} of {limit_gib:.1f}" if need_gib else "none"
+
+
+def against_measured(budget: Budget, measured: dict) -> list[dict]:
+    """Predicted beside measured, a row for each quantity that a stage measured; only RAM and time without a card."""
+    on_gpu = budget.machine.gpu is not None
+    hours = budget.time.parts
+    result = {"merge": "merged model", "quantize": "GPTQ model"}.get(budget.stage, "")
+    predicted = {
+        "peak_allocated_gib": ("VRAM allocated, GiB", budget.vram.allocated_gib if on_gpu else 0.0, 1.0),
+        "peak_reserved_gib": ("VRAM reserved, GiB", budget.vram.reserved_gib if on_gpu else 0.0, 1.0),
+        "peak_anonymous_gib": ("RAM, GiB", budget.ram.peak_gib, 1.0),
+        "peak_host_gib": ("RAM, GiB", budget.ram.peak_gib, 1.0),
+        "peak_rss_gib": ("RAM with file pages, GiB", budget.ram.peak_gib, 1.0),
+        "step_s": ("step, s", budget.time.step_s, 1.0),
+        "train_s": ("training, s", 3600 * hours.get("training", 0.0), 1.0),
+        "merge_s": ("merging, s", 3600 * hours.get("merging", 0.0), 1.0),
+        "total_s": ("GPTQ, s", 3600 * hours.get("GPTQ", 0.0), 1.0),
+        "size_bytes": ("result on disk, GiB", budget.disk.parts.get(result, 0.0), 1 / GIB),
+    }
+    return [
+        {
+            "quantity": name,
+            "predicted": round(value, 3),
+            "measured": round(measured[key] * unit, 3),
+            "difference %": round(100 * (value / (measured[key] * unit) - 1), 1),
+        }
+        for key, (name, value, unit) in predicted.items()
+        if value and measured.get(key)
+    ]
+
+
+def guide_figures() -> list[dict]:
+    """What the guides say of a 7B's needs, and what the formulas give: claim, says, formula gives, verdict."""
+    from helpers import guides  # it asks this file for budgets
+
+    return guides.figures()
 
 
 def to_json(budget: Budget, plan: Plan) -> dict:
@@ -154,16 +260,39 @@ def to_json(budget: Budget, plan: Plan) -> dict:
         "fits": budget.fits,
         "reasons": list(budget.reasons),
         "plan": asdict(plan.config),
+        "plan_reasons": list(plan.reasons),
     }
 
 
 def table(budget: Budget) -> str:
     """The budget as text, a bar a component, for people."""
-    lines = [f"{budget.stage} on {budget.machine.name}"]
+    lines = [f"{STAGE_NAMES[budget.stage]} on {budget.machine.name}"]
     limit = max(budget.vram.limit_gib, budget.vram.process_gib, 1e-9)
     for name, size in budget.vram.parts.items():
         lines.append(f"  {name:<46}{size:6.2f} GiB  {'█' * math.ceil(40 * size / limit)}")
-    lines.append(f"  {'process':<46}{budget.vram.process_gib:6.2f} GiB of {budget.vram.limit_gib:.2f}")
-    lines.append(f"RAM {budget.ram.peak_gib:.1f} of {budget.ram.limit_gib:.1f} GiB, ")
-    lines += [f"- {reason}" for reason in budget.reasons] or ["it fits"]
+    if budget.vram.parts:
+        lines.append(f"  {'VRAM, all of it':<46}{budget.vram.process_gib:6.2f} GiB of {budget.vram.limit_gib:.2f}")
+    lines.append(f"  {'RAM':<46}{budget.ram.peak_gib:6.2f} GiB of {budget.ram.limit_gib:.2f}")
+    lines.append(f"  {'disk':<46}{budget.disk.peak_gib:6.2f} GiB of {budget.disk.limit_gib:.2f}")
+    lines.append(f"  {'time':<46}{time_text(budget)}")
+    lines += [f"It does not fit: {reason}" for reason in budget.reasons] or ["It fits."]
     return "\n".join(lines)
+
+
+def time_text(budget: Budget) -> str:
+    """Steps, seconds a step, hours, sessions."""
+    time = budget.time
+    steps = f"{time.steps:,} steps of {time.step_s:.2g} s, " if time.steps else ""
+    sessions = f", {time.sessions} sessions with resume" if time.sessions > 1 else ""
+    return f"{steps}{time.total_h:.2f} h{sessions}"
+
+
+STAGE_MOMENTS = {"train": vram.moments, "inference": vram.inference, "quantize": vram.quantization}
+STAGE_NAMES = {
+    "train": "training",
+    "merge": "merging",
+    "quantize": "GPTQ",
+    "inference": "evaluation",
+    "run": "the whole run",
+}
+PARTS_OF_A_RUN = ("train", "merge", "quantize", "inference")

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 GIB = 2**30
+SMALLEST_7B_GIB = 6.0
+"""VRAM that QLoRA of a 7B needs with everything checkpointed and short contexts, a little room included."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ GPUS = {
 }
 GPUS["2xt4"] = replace(GPUS["t4"], count=2)
 ALIASES = {"a100": "a100-40", "kaggle": "2xt4", "colab": "t4", "3060": "rtx3060", "3080": "rtx3080"}
+ALIASES |= {"a100-40gb": "a100-40", "a100-80gb": "a100-80"}
 ALIASES |= {"3090": "rtx3090", "4070": "rtx4070", "4090": "rtx4090"}
 
 # Colab: FACTS §1's sources (colabtools#4134, the Colab FAQ); its disk differs, so the figure is on the safe side.
@@ -120,7 +123,7 @@ USUAL_HOST |= {"v100": "server", "a10g": "server", "a100-80": "server", "h100": 
 
 
 def machine(gpu: str, host: str | None = None) -> Machine:
-    """A machine from the tables; without a host, the one where people meet this card. "cpu" has no card.
+    """A machine from the tables; without a host, the one where people meet this card. "cpu" and "none" have no card.
 
     Raises ValueError naming what there is.
 
@@ -129,11 +132,11 @@ def machine(gpu: str, host: str | None = None) -> Machine:
     """
     name = gpu.lower().replace(" ", "").replace("_", "-")
     name = ALIASES.get(name, name)
-    if name not in GPUS and name != "cpu":
-        raise ValueError(f"gpu must be auto, cpu, {', '.join(GPUS)}, not {gpu!r}")
+    if name not in GPUS and name not in ("cpu", "none"):
+        raise ValueError(f"gpu must be auto, none, {', '.join(GPUS)}, not {gpu!r}")
     if host is not None and host not in HOSTS:
         raise ValueError(f"host must be one of {', '.join(HOSTS)}, not {host!r}")
-    usual = "laptop" if name == "cpu" else USUAL_HOST.get(name, "workstation")
+    usual = "laptop" if name not in GPUS else USUAL_HOST.get(name, "workstation")
     return Machine(GPUS.get(name), HOSTS[host or usual])
 
 
@@ -155,6 +158,45 @@ def probe(folder: Path | str = ".") -> Machine:
         download_mb_s=known.download_mb_s if in_colab or in_kaggle else 30.0,
     )
     return Machine(gpu, host, free)
+
+
+def describe(machine: Machine) -> list[tuple[str, str]]:
+    """(what, value) of a machine, for a table.
+
+    >>> describe(machine("t4"))[0]
+    ('GPU', 'Tesla T4')
+    """
+    gpu, host = machine.gpu, machine.host
+    rows = [("GPU", "none: the profile tiny runs on the CPU")]
+    if gpu:
+        major, minor = gpu.capability
+        bf16 = "bf16" if gpu.bf16_tflops else "fp16, which needs loss scaling: no bf16 hardware"
+        rows = [
+            ("GPU", gpu.name if gpu.count == 1 else f"{gpu.count} × {gpu.name}, of which a run uses one"),
+            ("VRAM", f"{machine.vram_gib:.2f} of {gpu.vram_gib:.2f} GiB free"),
+            ("of which CUDA itself takes", f"{gpu.context_gib:.2f} GiB"),
+            ("compute capability", f"{major}.{minor}"),
+            ("16 bits", bf16),
+            ("attention", "flash" if gpu.has_flash else "memory-efficient: no flash kernel below 8.0"),
+        ]
+    session = "stays" if host.session_h is None else f"ends after {host.session_h:.0f} h at most, its disk with it"
+    return [
+        *rows,
+        ("host", host.name),
+        ("RAM free", f"{host.ram_gib:.1f} GiB"),
+        ("disk free", f"{host.disk_gib:.1f} GiB"),
+        ("CPU cores", f"{host.cpus}"),
+        ("session", session),
+    ]
+
+
+def suggested_profile(machine: Machine) -> str:
+    """mistral-7b where the GPU can train it, tiny elsewhere.
+
+    >>> suggested_profile(machine("t4")), suggested_profile(machine("none"))
+    ('mistral-7b', 'tiny')
+    """
+    return "mistral-7b" if machine.vram_gib >= SMALLEST_7B_GIB else "tiny"
 
 
 def existing(path: Path) -> Path:

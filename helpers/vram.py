@@ -204,3 +204,24 @@ def inference(shape: ModelShape, config: RunConfig) -> dict[str, dict[str, float
         "reading the prompt": base | {"one layer": layer},
         "the loss": base | {"keys and values": 0.0, "logits and loss": min(logits, 4 * 2**30)},
     }
+
+
+def quantization(shape: ModelShape, config: RunConfig) -> dict[str, dict[str, float]]:
+    """Moments of GPTQ (https://arxiv.org/abs/2210.17323), one decoder layer at a time on the card.
+
+    The widest module's Hessian, its inverse and Cholesky factor are fp32 squares of its inputs; a layer's inputs and
+    outputs for the whole calibration set stay in fp16.
+    """
+    asked = config.quantize
+    tokens = asked.calibration_samples * asked.calibration_tokens
+    inputs, outputs = max(shape.linears.values())
+    work = min(tokens, 4096) * 3 * shape.intermediate * HALF
+    base = {
+        "one layer": shape.layer_linear_parameters * HALF,
+        "calibration activations": 2 * tokens * shape.hidden * HALF,
+    }
+    return {
+        "the widest module's sweep": base
+        | {"Hessians": 3 * inputs**2 * FULL, "the module's weights in fp32": 2 * inputs * outputs * FULL},
+        "the calibration set's pass": base | {"Hessians": inputs**2 * FULL, "layer work": work},
+    }

@@ -1,0 +1,138 @@
+"""RAM and disk of every stage, from the shape: sizes only, no torch.
+
+>>> from helpers.models import profile, shape
+>>> seven = shape("mistral-7b-v0.3")
+>>> round(sum(disk(profile("mistral-7b"), seven, "merge").values()), 1)
+27.2
+"""
+
+from functools import lru_cache
+from pathlib import Path
+
+from helpers import vram
+from helpers.config import RunConfig
+from helpers.hardware import Machine
+from helpers.models import ModelShape
+
+GIB = 2**30
+LIBRARIES_GIB = {"train": 0.5, "merge": 0.35, "quantize": 0.9, "inference": 0.5}
+"""Memory of a process that has imported what a stage needs (measured: data/measurements/README.md)."""
+CUDA_HOST_GIB = 0.5
+"""What CUDA's libraries take of the host's memory, beside that."""
+KNOWN_CONVERSATIONS = {"HuggingFaceH4/ultrachat_200k": 207_865, "kaitchup/ultrachat-100k-flattened": 100_000}
+"""Rows of data sets that people start with (their cards on the hub)."""
+
+
+def ram(config: RunConfig, shape: ModelShape, machine: Machine, stage: str) -> dict[str, float]:
+    """Component -> GiB of host memory that cannot be given back, at a stage's peak.
+
+    Pages of memory-mapped files (safetensors, Arrow) are left out: the kernel drops them when memory is short.
+    """
+    on_gpu = machine.gpu is not None
+    parts = {"Python and libraries": LIBRARIES_GIB[stage] + (CUDA_HOST_GIB if on_gpu and stage != "merge" else 0.0)}
+    largest = max(shape.vocab * shape.hidden, *(a * b for a, b in shape.linears.values()))
+    lora = vram.lora_parameters(shape, config)
+    if stage == "merge":  # the tensor as read, in fp32, its adapter's product in fp32, and the result in fp16
+        widest = max(a * b for a, b in shape.linears.values())
+        return parts | {"one tensor": max(12 * widest, 4 * largest) / GIB, "adapter": 4 * lora / shape.layers / GIB}
+    if stage == "quantize":
+        rest, layer = 2 * (shape.parameters - shape.linear_parameters), 2 * shape.layer_linear_parameters
+        wide = 1 if on_gpu else 2  # a CPU computes in fp32
+        parts |= {"embedding and head": wide * rest / GIB, "one layer": wide * layer / GIB}
+        parts["calibration activations"] = wide * calibration_bytes(config, shape) / GIB
+        return parts if on_gpu else parts | {"Hessians": gptq_hessian_bytes(shape) / GIB}
+    if on_gpu:
+        parts["tensors on their way to the card"] = 4 * 2 * largest / GIB
+        if stage == "train":
+            parts["adapters, for checkpoints"] = 2 * 4 * lora / GIB
+            if config.train.offload_activations:
+                parts["offloaded activations"] = offloaded_bytes(config, shape) / GIB
+        return parts
+    moments = vram.moments(shape, config) if stage == "train" else vram.inference(shape, config)
+    fixed = {name for name in vram.weights(shape, config) if "16-bit" not in name}
+    held = max(
+        sum(size if name in fixed or "LoRA" in name or "optimizer" in name else 2 * size for name, size in m.items())
+        for m in moments.values()
+    )
+    return parts | {"model and activations, in fp32": held / GIB}
+
+
+def offloaded_bytes(config: RunConfig, shape: ModelShape) -> float:
+    """Bytes of checkpointed layers' inputs in host memory."""
+    tokens = config.train.batch_size * config.data.seq_len
+    return vram.checked_layers(shape, config) * tokens * shape.hidden * vram.stream_bytes(config)
+
+
+def calibration_bytes(config: RunConfig, shape: ModelShape) -> float:
+    """Bytes of one layer's inputs for the whole calibration set, in fp16."""
+    asked = config.quantize
+    return 2 * asked.calibration_samples * asked.calibration_tokens * shape.hidden
+
+
+def gptq_hessian_bytes(shape: ModelShape) -> float:
+    """Bytes that GPTQ of the widest layer works in: Hessian, its inverse and its Cholesky factor, all in fp32."""
+    widest = max(inputs for inputs, _ in shape.linears.values())
+    return 3 * 4 * widest**2
+
+
+def quantized_bytes(config: RunConfig, shape: ModelShape) -> float:
+    """Bytes of the GPTQ model: codes, a scale of 16 bits and a zero of `bits` a group, the rest in 16 bits."""
+    asked, bits = config.quantize, 0.0
+    for name, (inputs, outputs) in shape.linears.items():
+        groups = 1 if asked.group_size < 0 else -(-inputs // asked.group_size)
+        bits += shape.copies(name) * outputs * (inputs * asked.bits + groups * (16 + asked.bits))
+    return shape.layers * bits / 8 + 2 * (shape.parameters - shape.linear_parameters)
+
+
+def checkpoint_bytes(config: RunConfig, shape: ModelShape) -> float:
+    """Bytes of a training checkpoint: adapters in fp32 and the optimizer's states."""
+    return 4 * vram.lora_parameters(shape, config) + sum(vram.optimizer_states(shape, config))
+
+
+def disk(config: RunConfig, shape: ModelShape, stage: str, in_cache: bool = True) -> dict[str, float]:
+    """Component -> GiB on disk at a stage's fullest. in_cache: the downloaded base is (still) there."""
+    local = Path(config.model.model).exists()
+    parts = {"base, 16 bits": 0.0 if local or not in_cache else 2 * shape.parameters / GIB}
+    merged = 2 * shape.parameters / GIB
+    if stage in ("train", "run"):
+        parts["prepared conversations"] = prepared_gib(config)
+        # the newest are kept, and one more is being written beside them
+        parts["checkpoints"] = (config.train.keep_checkpoints + 1) * checkpoint_bytes(config, shape) / GIB
+    if stage in ("merge", "run") and config.merge.free_base:
+        parts["base, 16 bits"] = min(parts["base, 16 bits"], config.merge.shard_gib + 4.6)
+    if stage in ("merge", "quantize", "run"):
+        parts["adapter"] = 4 * vram.lora_parameters(shape, config) / GIB
+        parts["merged model"] = merged
+    if stage in ("quantize", "run"):
+        parts["GPTQ model"] = quantized_bytes(config, shape) / GIB
+        parts["layers parked by GPTQ"] = parts["GPTQ model"]
+    return {name: size for name, size in parts.items() if size}
+
+
+def prepared_gib(config: RunConfig) -> float:
+    """The prepared conversations: text, and 9 bytes a token (a number of 8 bytes, a mask of one)."""
+    return conversations(config) * min(config.data.seq_len, 600) * (9 + 5) / GIB
+
+
+@lru_cache
+def lines_and_bytes(path: str) -> tuple[int, int]:
+    """Lines and bytes of a text file."""
+    text = Path(path).read_bytes()
+    return text.count(b"\n"), len(text)
+
+
+def conversations(config: RunConfig) -> int:
+    """How many conversations the run's data has: counted in a local JSONL, known for a few hub sets, else 10,000."""
+    data = config.data
+    known = KNOWN_CONVERSATIONS.get(data.source, 10_000)
+    if Path(data.source).is_file():
+        known = max(lines_and_bytes(data.source)[0], 1)
+    return min(known, data.max_conversations or known)
+
+
+def mean_tokens(config: RunConfig) -> float:
+    """Tokens of a conversation on average: a fourth of a local file's bytes, else a full context (the safe side)."""
+    if Path(config.data.source).is_file():
+        lines, size = lines_and_bytes(config.data.source)
+        return min(size / 4 / max(lines, 1), config.data.seq_len)
+    return config.data.seq_len
