@@ -66,11 +66,13 @@ COLOURS = {
     "attention scores": "#e45756",
     "logits and loss": "#b279a2",
     "keys and values": "#d67195",
+    "model and activations, in fp32": "#4c78a8",
+    "Python and libraries": "#a6a6a6",
     "reserved beyond it": "#a6a6a6",
     "CUDA context": "#707070",
 }
 SPARE_COLOURS = ["#8c6bb1", "#9d755d", "#439894", "#b79a20", "#d88aa5", "#6b8fb3"]
-GOOD, BAD = "#2e7d32", "#c62828"
+GOOD, LONG, BAD = "#2e7d32", "#b8860b", "#c62828"
 STYLE = f"""<style>
 .needs{{max-width:756px;font-size:13px;line-height:1.45;margin:2px}}
 .needs b{{font-weight:600}}
@@ -242,13 +244,13 @@ def picture(needs: budget.Budget) -> str:
     used = needs.vram.process_gib if on_card else needs.ram.peak_gib
     where = f"VRAM of this {needs.machine.name}" if on_card else f"RAM of {needs.machine.name}, which has no GPU"
     when = f"<span>fullest at {escape(needs.vram.moment)}</span>" if on_card and needs.vram.moment else ""
-    rest = [("Disk", needs.disk.peak_gib, needs.disk.limit_gib, "GiB")]
-    rest = [("RAM", needs.ram.peak_gib, needs.ram.limit_gib, "GiB"), *rest] if on_card else rest
+    rest = space("RAM", needs.ram) if on_card else ""
+    rest += space("Disk", needs.disk) + hours(needs.time, needs.machine.host.session_h)
     return (
         f"{STYLE}<div class='needs'>"
         f"<div class='line'><span><b>{escape(where)}: {used:.2f} of {main.limit_gib:.2f} GiB</b></span>{when}</div>"
         f"{bar(main.parts, main.limit_gib)}{key(main.parts)}"
-        f"<div class='rest'>{''.join(meter(*row) for row in rest)}{hours(needs)}</div>"
+        f"<div class='rest'>{rest}</div>"
         f"{verdict(needs.fits, needs.reasons or (room(needs),))}</div>"
     )
 
@@ -283,24 +285,38 @@ def colour_of(name: str) -> str:
     return COLOURS.get(name) or SPARE_COLOURS[crc32(name.encode()) % len(SPARE_COLOURS)]
 
 
-def meter(name: str, used: float, limit: float, unit: str, more: str = "") -> str:
-    """One thin bar with its figures, as HTML."""
-    colour = BAD if used > limit else GOOD
-    width = min(100 * used / max(limit, 1e-9), 100)
-    figures = f"{'✗ ' if used > limit else ''}<b>{used:.1f}</b> of {limit:.1f} {unit}{more}"
+def meter(name: str, figures: str, share: float, colour: str) -> str:
+    """One thin bar, filled to a share of it, below its name and figures; HTML."""
     return (
         f"<div><div class='line'><span>{name}</span><span>{figures}</span></div>"
-        f"<div class='bar thin'><i style='left:0;width:{width:.1f}%;background:{colour}'></i></div></div>"
+        f"<div class='bar thin'><i style='left:0;width:{100 * min(share, 1):.1f}%;background:{colour}'></i></div></div>"
     )
 
 
-def hours(needs: budget.Budget) -> str:
-    """Hours against a session's, or alone where sessions do not end, as HTML."""
-    session_h = needs.machine.host.session_h
-    if session_h is None:
-        return f"<div><div class='line'><span>Time</span><span><b>{needs.time.total_h:.1f}</b> h</span></div></div>"
-    count = f"{needs.time.sessions} session" + ("s" if needs.time.sessions > 1 else "")
-    return meter("Time", needs.time.total_h, session_h, "h", f", {count}")
+def space(name: str, need: budget.Ram | budget.Disk) -> str:
+    """GiB of RAM or disk against what is free, as HTML."""
+    over = need.peak_gib > need.limit_gib
+    figures = f"{'✗ ' if over else ''}<b>{need.peak_gib:.1f}</b> of {need.limit_gib:.1f} GiB"
+    return meter(name, figures, need.peak_gib / max(need.limit_gib, 1e-9), BAD if over else GOOD)
+
+
+def hours(time: budget.Time, session_h: float | None) -> str:
+    """How long, against a session where there is one; several are no misfit, because a run goes on. HTML."""
+    name = f"{time.steps:,} steps" if time.steps else "Time"
+    sessions = f", {time.sessions} sessions" if time.sessions > 1 else ""
+    share = time.total_h / session_h if session_h else 0.0
+    return meter(name, f"<b>{duration(time.total_h)}</b>{sessions}", share, LONG if sessions else GOOD)
+
+
+def duration(hours: float) -> str:
+    """Hours as people say them.
+
+    >>> duration(0.01), duration(0.5), duration(7.42), duration(346.6)
+    ('1 min', '30 min', '7.4 h', '347 h')
+    """
+    if hours < 1:
+        return f"{max(60 * hours, 1):.0f} min"
+    return f"{hours:.1f} h" if hours < 100 else f"{hours:,.0f} h"
 
 
 def room(needs: budget.Budget) -> str:
@@ -334,16 +350,17 @@ def gain(shown: budget.Budget, proposed: budget.Budget) -> str:
     """What the proposal is worth, in words: that it fits, or its hours."""
     if not proposed.fits:
         return ", which does not fit either"
-    before, after = f"{shown.time.total_h:.1f}", f"{proposed.time.total_h:.1f}"
+    before, after = duration(shown.time.total_h), duration(proposed.time.total_h)
     if not shown.fits:
-        return f", which fits, in {after} h"
-    return "" if after == before else f": {after} h instead of {before}"
+        return f", which fits, in {after}"
+    return "" if after == before else f": {after} instead of {before}"
 
 
 def plain_errors() -> None:
-    """In a notebook, show a ValueError that a helper raised as its one sentence; other errors keep their traceback.
+    """In a notebook, show a ValueError that a helper raises on purpose as its one sentence.
 
-    The cell still fails, so that "Run all" stops there. Outside IPython nothing happens.
+    Other errors keep their traceback: they are bugs, and it is what a report of one needs. The cell fails in any case,
+    so that "Run all" stops there. Outside IPython nothing happens.
     """
     shell = get_ipython()
     if shell is not None:
@@ -351,8 +368,9 @@ def plain_errors() -> None:
 
 
 def sentence_or_traceback(shell, kind, error, trace, tb_offset=None):
-    """IPython's hook: one sentence where the error was raised in helpers/, the usual traceback elsewhere."""
-    if Path(traceback.extract_tb(trace)[-1].filename).parent == HERE:
+    """IPython's hook: one sentence where a `raise` in helpers/ made the error, the usual traceback elsewhere."""
+    made = traceback.extract_tb(trace)[-1]
+    if Path(made.filename).parent == HERE and (made.line or "").startswith("raise "):
         lines = [f"\033[31m{kind.__name__}\033[0m: {error}"]
     else:
         lines = shell.InteractiveTB.structured_traceback(kind, error, trace, tb_offset=tb_offset)
