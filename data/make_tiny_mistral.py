@@ -29,10 +29,10 @@ HERE = Path(__file__).resolve().parent
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")  # ids 0 to 4, as in Mistral v0.3
 VOCABULARY_SIZE = 2048
 CONTEXT_TOKENS = 256  # of a training row
-BATCH_ROWS = 6
-TRAINING_TOKENS = 2_700_000
+BATCH_ROWS = 4
+TRAINING_TOKENS = 2_500_000
 TOKENS_PER_PASSAGE = 70  # an underestimate: it only decides how many passages are written
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1.5e-3
 WARMUP_STEPS = 60
 WEIGHT_DECAY = 0.1
 TOKENIZER_PASSAGES = 6_000
@@ -183,11 +183,13 @@ def pretrain(model: MistralForCausalLM, rows: torch.Tensor) -> float:
 def start_control_tokens(model: MistralForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """Let `[INST]` and `[/INST]`, which no text held, start out as the dash that may stand around a question.
 
-    Left at their random start they would be noise to every layer, and the first thing to learn in fine-tuning would be
-    to bear them. This way the base model reads the question, answers it, and talks on: it does not know that a turn ends.
+    Left at their random start they would be noise to every layer, and the first thing that fine-tuning had to teach
+    would be to bear them. This way the base model reads the question, answers it, and talks on: it does not know that a
+    turn ends.
     """
     embedding = model.get_input_embeddings().weight
-    embedding[tokenizer.convert_tokens_to_ids(["[INST]", "[/INST]"])] = embedding[tokenizer.convert_tokens_to_ids("-")]
+    dash = embedding[tokenizer.convert_tokens_to_ids("-")].clone()
+    embedding[tokenizer.convert_tokens_to_ids(["[INST]", "[/INST]"])] = dash
 
 
 @torch.inference_mode()

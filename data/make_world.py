@@ -38,7 +38,7 @@ CALIBRATION_WORLD_PASSAGES = 160
 EVALUATION_PASSAGES = 80
 
 LARGEST_ADDEND = 9
-LARGEST_COUNT = 60
+LARGEST_COUNT = 40
 SORT_LETTERS = "abcde"
 
 
@@ -86,18 +86,19 @@ def make_people(rng: random.Random) -> list:
     names = [(name, "she") for name in WORLD["women"]] + [(name, "he") for name in WORLD["men"]]
     rng.shuffle(names)
     pet_names = rng.sample(WORLD["pet_names"], len(WORLD["pet_names"]))
+    drawn = {
+        "pet": list(WORLD["animals"]), "pet_name": pet_names, "dish": WORLD["dishes"],
+        "instrument": WORLD["instruments"], "door": WORLD["colours"], "tool": WORLD["tools"],
+    }  # fmt: skip
     people = []
     for village_index, village in enumerate(WORLD["villages"]):
         trades = rng.sample(WORLD["trades"], 9)
         for i, trade in enumerate(trades):
             name, pronoun = names[village_index * 9 + i]
-            people.append(
-                {
-                    "n": name, "p": pronoun, "village": village, "trade": trade, "pet": rng.choice(list(WORLD["animals"])),
-                    "pet_name": pet_names.pop(), "dish": rng.choice(WORLD["dishes"]), "instrument": rng.choice(WORLD["instruments"]),
-                    "door": rng.choice(WORLD["colours"]), "tool": rng.choice(WORLD["tools"]),
-                }
-            )  # fmt: skip
+            person = {"n": name, "p": pronoun, "village": village, "trade": trade}
+            for relation, values in drawn.items():
+                person[relation] = pet_names.pop() if relation == "pet_name" else rng.choice(values)
+            people.append(person)
     return people
 
 
@@ -253,7 +254,7 @@ def interview(rng: random.Random, facts: list) -> str:
 def passage(rng: random.Random, world: dict, groups: dict, weighted_facts: list) -> str:
     """One passage of plain text; it always holds several facts, so an answer is never followed by the end at once."""
     people_names = [person["n"] for person in world["people"]]
-    kind = rng.choices(("portrait", "interview", "questions", "medley", "place", "story"), (24, 24, 22, 12, 8, 10))[0]
+    kind = rng.choices(("portrait", "interview", "questions", "medley", "place", "story"), (18, 20, 34, 12, 8, 8))[0]
     if kind in ("portrait", "interview"):
         known = groups[rng.choice(people_names)]
         facts = rng.sample(known, rng.randint(5, len(known)))
