@@ -3,6 +3,7 @@
 Leaves screenshots in runs/panel/. Needs Chromium and its driver (Debian: chromium, chromium-driver).
 """
 
+import json
 import os
 import shutil
 import socket
@@ -15,8 +16,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-
-from helpers import badges
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: `make setup` installs it")
 pytest.importorskip("jupyterlab", reason="jupyterlab is not installed: `make setup` installs it")
@@ -41,24 +40,32 @@ pytestmark = pytest.mark.skipif(
 
 SLIDERS = ("rank r", "alpha α", "learning rate", "context", "micro-batch", "accumulation", "checkpointed")
 KERNEL_STATUS = "return jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status"
-PARAMETERS = "rank, alpha, learning_rate = 16, 32, 2e-4"
-PANEL = """\
-from helpers import hardware, models, widgets
-config = models.profile("mistral-7b", rank=rank, alpha=alpha, learning_rate=learning_rate)
-panel = widgets.panel(config, models.shape(config.model.model), hardware.machine("t4"))
-panel"""
-READ = 'config = widgets.config_of(panel)\nprint(f"read: {config.adapter.rank} {config.data.seq_len:,} end")'
+SETTINGS = {
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},  # no question over the page
+    "notebook-extension/tracker": {"windowingMode": "none"},  # every cell is there, seen or not
+}
+READ = 'shown = widgets.config_of(panel)\nprint(f"read: {shown.adapter.rank} {shown.data.seq_len:,} end")'
+
+
+def notebook_01(workspace):
+    """Notebook 01 as it is, but for a T4 and a 7B wherever this runs, and with a cell that reads the panel."""
+    notebook = nbformat.read(ROOT / "notebooks" / "01_environment_setup.ipynb", as_version=4)
+    for old, new in (
+        ('profile = "auto"', 'profile = "mistral-7b"'),
+        ("workspace = None", f"workspace = {str(workspace)!r}"),
+        ("hardware.probe()", 'hardware.machine("t4")'),
+    ):
+        assert any(old in cell.source for cell in notebook.cells), old
+        for cell in notebook.cells:
+            cell.source = cell.source.replace(old, new)
+    return nbformat.from_dict({**notebook, "cells": [*notebook.cells, nbformat.v4.new_code_cell(READ)]})
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """JupyterLab's address, serving one notebook: the repository's own set-up cell, then the panel for a T4."""
+    """JupyterLab's address, serving notebook 01."""
     home = tmp_path_factory.mktemp("lab")
-    notebook = nbformat.v4.new_notebook(metadata=badges.METADATA)
-    for source in (badges.setup_source(*badges.settings()), PARAMETERS, PANEL, READ):
-        notebook.cells.append(nbformat.v4.new_code_cell(source))
-    notebook.cells[0].metadata = nbformat.from_dict(badges.SETUP_METADATA)
-    nbformat.write(notebook, home / "panel.ipynb")
+    nbformat.write(notebook_01(home / "run"), home / "panel.ipynb")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -66,9 +73,10 @@ def lab(tmp_path_factory):
     folders |= {name: str(home / name.lower()) for name in ("JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1"]
     command += [f"--ServerApp.root_dir={home}", "--IdentityProvider.token=panel", "--expose-app-in-browser"]
-    quiet = home / "jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-    quiet.parent.mkdir(parents=True)
-    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    for name, settings in SETTINGS.items():
+        path = home / "jupyterlab_settings_dir" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(settings))
     with (home / "lab.log").open("w") as log:
         server = subprocess.Popen(
             command, cwd=home, env=os.environ | folders | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log
@@ -155,6 +163,8 @@ def bar(browser):
 
 
 def picture(browser, name):
+    panel = browser.find_element(By.CSS_SELECTOR, ".needs")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", panel)
     browser.save_screenshot(str(SCREENSHOTS / f"{name}.png"))
 
 
