@@ -99,7 +99,8 @@ class Panel(ipywidgets.VBox):
 
     def __init__(self, config: RunConfig, shape: ModelShape, machine: Machine):
         self.base, self.shape, self.machine = config, shape, machine
-        self.controls = {name: control(name, value_of(config, name, shape), shape) for name in KNOBS}
+        values = values_of(config, shape)
+        self.controls = {name: control(name, values[name], shape) for name in KNOBS}
         self.derived, self.picture, self.proposal = (ipywidgets.HTML() for _ in range(3))
         self.button = ipywidgets.Button(
             description="Take the proposal", icon="check", layout=Layout(width="160px", flex="0 0 auto")
@@ -133,11 +134,11 @@ class Panel(ipywidgets.VBox):
     def show(self, config: RunConfig) -> None:
         """Move the controls to a configuration, and draw once."""
         self.base = config
+        values = values_of(config, self.shape)
         self.listen(False)
         for name, widget in self.controls.items():
-            value = value_of(config, name, self.shape)
-            widget.options = stops(name, value, self.shape)
-            widget.value = value
+            widget.options = stops(name, values[name], self.shape)
+            widget.value = values[name]
         self.listen(True)
         self.redraw()
 
@@ -177,11 +178,12 @@ def config_of(panel: Panel) -> RunConfig:
     return panel.config()
 
 
-def value_of(config: RunConfig, name: str, shape: ModelShape) -> Any:
-    """A field by its name; a number of checkpointed layers that is none or all of them goes by that word."""
-    tree, part = asdict(config), field_parts()[name]
-    value = (tree[part] if part else tree)[name]
-    return {0: "none", shape.layers: "all"}.get(value, value) if name == "checkpointing" else value
+def values_of(config: RunConfig, shape: ModelShape) -> dict[str, Any]:
+    """Field name -> value, whatever its part; no or all layers checkpointed go by that word."""
+    tree = asdict(config)
+    values = {name: (tree[part] if part else tree)[name] for name, part in field_parts().items()}
+    count = values["checkpointing"]
+    return values | {"checkpointing": {0: "none", shape.layers: "all"}.get(count, count)}
 
 
 def label(name: str, value: Any, shape: ModelShape) -> str:
@@ -336,13 +338,13 @@ def verdict(fits: bool, reasons: tuple[str, ...] | list[str]) -> str:
 
 def differences(shown: RunConfig, proposed: RunConfig, shape: ModelShape) -> list[str]:
     """What taking the proposal would change, setting by setting, in words."""
-    values = [(name, value_of(shown, name, shape), value_of(proposed, name, shape)) for name in field_parts()]
+    old, new = values_of(shown, shape), values_of(proposed, shape)
     return [
-        f"{KNOBS[name][0]} {label(name, old, shape)} → {label(name, new, shape)}"
+        f"{KNOBS[name][0]} {label(name, old[name], shape)} → {label(name, new[name], shape)}"
         if name in KNOBS
-        else f"{name} {old} → {new}"
-        for name, old, new in values
-        if old != new
+        else f"{name} {old[name]} → {new[name]}"
+        for name in old
+        if old[name] != new[name]
     ]
 
 
