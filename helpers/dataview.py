@@ -1,6 +1,7 @@
 """What prepared data looks like: its numbers, its findings, and a row as the model sees it."""
 
 import math
+import re
 from html import escape
 from typing import Any
 
@@ -11,6 +12,7 @@ from helpers.config import RunConfig
 SHOWN_TOKENS = 2000
 """A longer row would slow the browser, and shows nothing new."""
 
+BYTE = re.compile("<0x([0-7][0-9A-F])>")
 STYLE = """<style>
 .tokens {font: 13px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; color: inherit}
 .tokens span {padding: 1px 0; border-radius: 3px}
@@ -80,6 +82,13 @@ def epoch(made: dict[str, Any], config: RunConfig, budget: Any) -> list[tuple[st
     ]
 
 
+def text_of(name: str, token: int, tokenizer: Any) -> str:
+    """What an ordinary token writes; a byte that is only part of a letter stays <0xE6>."""
+    if byte := BYTE.fullmatch(name):
+        return chr(int(byte[1], 16))
+    return name.replace("▁", " ") if "▁" in name or name.startswith("<0x") else tokenizer.decode([token])
+
+
 def token_view(row: dict[str, Any], tokenizer: Any) -> str:
     """HTML of a row's tokens: trained ones coloured, ends of turns in orange, what is only read pale.
 
@@ -90,8 +99,7 @@ def token_view(row: dict[str, Any], tokenizer: Any) -> str:
     spans = []
     for token, trained in zip(ids[:SHOWN_TOKENS], masks, strict=False):
         name = tokenizer.convert_ids_to_tokens(token)
-        text = name if token in special else name.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n")
-        text = "\n" if text == "<0x0A>" else text
+        text = name if token in special else text_of(name, token, tokenizer)
         kind = "end" if trained and token in special else "trained" if trained else "read"
         kind += " special" if token in special else ""
         title = f"{token} {name} · {'trained' if trained else 'read, not trained'}"

@@ -60,6 +60,8 @@ KINDS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
     ".txt": "text", ".text": "text", ".md": "text",
 }  # fmt: skip
+BETWEEN_ELEMENTS = re.compile(r"[ \t\r\n,]*")
+ESCAPED_BYTES = re.compile("[\udc80-\udcff]")
 HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -90,13 +92,18 @@ class Guarded(io.RawIOBase):
                 f"{self.name} is damaged after {self.unpacked_bytes:,} unpacked bytes ({error}): download it again"
             ) from None
         self.unpacked_bytes += len(data)
-        if self.unpacked_bytes > max(BOMB_FLOOR, RATIO_LIMIT * self.packed_bytes):
-            raise ValueError(
-                f"{self.name} unpacks to more than {RATIO_LIMIT} times its {self.packed_bytes:,} bytes: "
-                f"it is made to fill a disk; unpack it yourself if you trust it"
-            )
+        refuse_bomb(self.name, self.unpacked_bytes, self.packed_bytes)
         buffer[: len(data)] = data
         return len(data)
+
+
+def refuse_bomb(name: str, unpacked_bytes: int, packed_bytes: int) -> None:
+    """Raise ValueError for an archive that is made to fill a disk."""
+    if unpacked_bytes > max(BOMB_FLOOR, RATIO_LIMIT * packed_bytes):
+        raise ValueError(
+            f"{name} unpacks to more than {RATIO_LIMIT} times its {packed_bytes:,} bytes: "
+            f"it is made to fill a disk; unpack it yourself if you trust it"
+        )
 
 
 def read(source: str, split: str = "train") -> Iterator[Record]:
@@ -255,69 +262,59 @@ def read_text(stream: io.BufferedReader, name: str) -> Iterator[Record]:
 
 
 def read_array(stream: io.BufferedReader, name: str) -> Iterator[Record]:
-    """The elements of one JSON array, or of the first list in one JSON object, one after the other."""
+    """The elements of one JSON array, or of the list in one JSON object, one after the other."""
     # surrogateescape keeps bytes that are not UTF-8 inside their element, so that the others can still be read.
     text = codecs.getreader("utf-8")(stream, errors="surrogateescape")
-    decoder = json.JSONDecoder()
-    buffer, line, at_end = "", 1, False
-
-    def more() -> bool:
-        nonlocal buffer, at_end
-        new = text.read(MIB)
-        at_end = not new
-        buffer += new
-        return not at_end
-
-    more()
-    buffer = buffer.lstrip()
+    buffer = text.read(MIB).lstrip()
     if buffer.startswith("{"):
-        while len(buffer) < 8 * ROW_LIMIT and more():
-            pass
-        yield from read_object(buffer, name)
+        yield from read_object(buffer + text.read(8 * ROW_LIMIT), name)
         return
-    line += 0
-    buffer = buffer[1:]
-    first = True
+    decoder = json.JSONDecoder()
+    at, line, at_end = 1, 1, False
     while True:
-        body = buffer.lstrip(" \t\r\n" if first else " \t\r\n,")
-        line += buffer.count("\n", 0, len(buffer) - len(body))
-        buffer = body
-        if not buffer and more():
-            continue
-        if buffer.startswith("]"):
+        start = BETWEEN_ELEMENTS.match(buffer, at).end()
+        problem: Exception | str = "it ends before its closing ]"
+        value, end = None, None
+        if buffer.startswith("]", start):
             return
         try:
-            value, end = decoder.raw_decode(buffer)
-            whole = end < len(buffer) or at_end
+            value, end = decoder.raw_decode(buffer, start)
         except (ValueError, RecursionError) as error:
-            whole, problem = False, error
-        if not whole:
-            if len(buffer) < ROW_LIMIT and more():
-                continue
-            reason = "ends before its closing ]" if at_end and not buffer.strip() else f"is not JSON ({problem})"
-            raise ValueError(f"{name} {reason} at line {line}: mend it there, or give one JSON object a line")
-        element = buffer[:end]
-        place = f"{name} line {line}"
-        if any("\udc80" <= letter <= "\udcff" for letter in element if letter > "\ud7ff"):
+            problem = error if start < len(buffer) else problem
+        # A number that reaches the end of the buffer may go on behind it; a string, a list or an object does not.
+        if end is None or (end == len(buffer) and not at_end and not isinstance(value, str | list | dict)):
+            if at_end or len(buffer) - start > ROW_LIMIT:
+                line += buffer.count("\n", at, start)
+                raise ValueError(
+                    f"{name} is not JSON at line {line} ({problem}): mend it there, or give one JSON object a line"
+                )
+            more = text.read(MIB)
+            buffer, at, at_end = buffer[at:] + more, 0, not more
+            continue
+        line += buffer.count("\n", at, start)
+        place, element = f"{name} line {line}", buffer[start:end]
+        if ESCAPED_BYTES.search(element):
             raw = element.encode("utf-8", "surrogateescape")
             yield Record(place, None, "invalid-utf8", shown(raw), raw)
         else:
             yield Record(place, value)
         line += element.count("\n")
-        buffer, first = buffer[end:], False
+        at = end
 
 
 def read_object(text: str, name: str) -> Iterator[Record]:
-    """The rows of one JSON object: the first list in it, or itself."""
+    """The rows of one JSON object: the list in it, or itself."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON ({error}): mend it there, or give one JSON object a line") from None
-    lists = [rows for rows in value.values() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+    lists = [key for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
     if FIELDS & set(value) or not lists:
         yield Record(f"{name} line 1", value)
+    elif len(lists) > 1:
+        raise ValueError(f"{name} holds the lists {', '.join(lists)}: give each a file of its own, and choose one")
     else:
-        for number, row in enumerate(lists[0], 1):
+        for number, row in enumerate(value[lists[0]], 1):
             yield Record(f"{name} row {number}", row)
 
 
@@ -339,7 +336,7 @@ def read_csv(stream: io.BufferedReader, name: str, head: bytes) -> Iterator[Reco
         if None in row or None in row.values():
             columns = len(reader.fieldnames or [])
             yield Record(place, None, "broken-row", f"a row with another number of columns than the header's {columns}")
-        elif any("\udc80" <= letter <= "\udcff" for value in row.values() if not value.isascii() for letter in value):
+        elif any(map(ESCAPED_BYTES.search, row.values())):
             raw = {
                 field: value.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
                 for field, value in row.items()
@@ -398,6 +395,7 @@ def read_zip(stream: io.BufferedReader, name: str) -> Iterator[Record]:
         raise ValueError(f"{name} holds no data file ({', '.join(KINDS)}), only {', '.join(names[:5]) or 'nothing'}")
     for member in data:
         place = f"{name}/{member.filename}"
+        refuse_bomb(place, member.file_size, member.compress_size)
         try:
             opened = archive.open(member)
         except (RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
