@@ -19,11 +19,15 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from helpers.config import QuantizeConfig, RunConfig, load_yaml
 from helpers.merge import TOKENIZER_FILES, nearest_folder, refuse_output, stored_tensors
 from helpers.models import ROOT, ModelShape, shape
 from helpers.workspace import building, exclusive, write_text
+
+if TYPE_CHECKING:
+    import torch
 
 GIB = 2**30
 GENERAL = ROOT / "data" / "calibration.jsonl"
@@ -267,7 +271,7 @@ def run_gptq(job: dict, sizes: ModelShape, log: Path) -> dict:
     modules = []
     with (
         closing(worker("gptq", job, log)) as messages,
-        tqdm(total=sizes.layers * len(sizes.linears) * 1, unit="module", desc="GPTQ") as bar,
+        tqdm(total=sizes.layers * len(sizes.linears), unit="module", desc="GPTQ") as bar,
     ):
         for message in messages:
             if "module" in message:
@@ -371,6 +375,62 @@ def copy_tokenizer(model: Path, work: Path) -> None:
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (model / name).is_file():
             shutil.copyfile(model / name, work / name)
+
+
+# ---- what the 4-bit weights look like --------------------------------------------------------------------------------
+
+
+def dequantized(folder: Path, module: str) -> "torch.Tensor":
+    """The weights (out, in) that a module of a quantized model stands for, in fp32.
+
+    module: such as model.layers.0.self_attn.q_proj. The format: qweight holds the codes of 32 inputs in `bits` words of
+    32 bits, qzeros the zero of each group less one, scales the size of a step; w = scale × (code - zero).
+    """
+    from safetensors import safe_open
+
+    settings = json.loads((folder / "quantize_config.json").read_text(encoding="utf-8"))
+    parts = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            names = [name for name in tensors.keys() if name.rpartition(".")[0] == module]  # noqa: SIM118
+            parts |= {name.rpartition(".")[2]: tensors.get_tensor(name) for name in names}
+    if "qweight" not in parts:
+        raise ValueError(f"{folder} has no quantized {module}")
+    codes = unpack(parts["qweight"].T, settings["bits"])  # (out, in)
+    zeros = unpack(parts["qzeros"], settings["bits"]).T + 1  # (out, groups)
+    group = parts["g_idx"].long()  # (in,)
+    return parts["scales"].float().T[:, group] * (codes - zeros[:, group])
+
+
+def unpack(words: "torch.Tensor", bits: int) -> "torch.Tensor":
+    """Codes of `bits` bits that lie one after another in 32-bit words. words: (rows, n); returns (rows, 32 n / bits).
+
+    >>> import torch
+    >>> unpack(torch.tensor([[0x76543210]], dtype=torch.int32), bits=4).tolist()
+    [[0, 1, 2, 3, 4, 5, 6, 7]]
+    """
+    import numpy as np
+    import torch
+
+    raw = np.ascontiguousarray(words.numpy()).view(np.uint8)  # (rows, 4 n)
+    stream = np.unpackbits(raw, axis=1, bitorder="little").reshape(len(raw), -1, bits)
+    return torch.from_numpy(stream @ (1 << np.arange(bits)))
+
+
+def rounded(weight: "torch.Tensor", bits: int, group_size: int) -> "torch.Tensor":
+    """Round to nearest, what GPTQ is held against: the same symmetric grid a group, no look at the data. (out, in)
+
+    >>> import torch
+    >>> rounded(torch.tensor([[7.5, -7.0, 1.2, 0.0]]), bits=4, group_size=4).tolist()
+    [[7.0, -7.0, 1.0, 0.0]]
+    """
+    import torch
+
+    groups = weight.float().reshape(len(weight), -1, weight.shape[1] if group_size < 0 else group_size)
+    levels = 2**bits - 1
+    step = (2 * groups.abs().amax(dim=-1, keepdim=True) / levels).clamp(min=1e-12)
+    zero = (levels + 1) / 2
+    return (step * (torch.clamp(torch.round(groups / step) + zero, 0, levels) - zero)).reshape(weight.shape)
 
 
 # ---- in the process of its own ---------------------------------------------------------------------------------------
