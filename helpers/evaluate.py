@@ -15,26 +15,27 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from helpers import cost, metrics
+from helpers import cost, metrics, plots, vram
+from helpers import report as report_pages
 from helpers.config import RunConfig
-from helpers.inference import Generation, Loaded, batch_generate, free_memory, kind, load, open_tokenizer, stream
+from helpers.inference import (
+    GIB,
+    Generation,
+    Loaded,
+    batch_generate,
+    free_memory,
+    kind,
+    load,
+    open_tokenizer,
+    read_config,
+    stream,
+)
+from helpers.models import shape_from_config
 from helpers.perplexity import Perplexity, perplexity, read_items, read_jsonl
-from helpers.workspace import building, write_text
+from helpers.workspace import MANIFEST, building, write_text
 
 UNASKED_PROMPTS = 32
 """Without questions, so many held-out conversations begin the generations."""
-LOWER_IS_BETTER = ("perplexity",)
-COLUMNS = {
-    "perplexity": ("perplexity", "{:.3f}"),
-    "bits_per_byte": ("bits/byte", "{:.3f}"),
-    "exact_match": ("exact match", "{:.1%}"),
-    "f1": ("F1", "{:.3f}"),
-    "rouge_l": ("ROUGE-L", "{:.3f}"),
-    "ended_share": ("ended", "{:.0%}"),
-    "size_bytes": ("size MiB", "{:,.1f}"),
-    "tokens_per_s": ("tokens/s", "{:,.1f}"),
-}
-MIB = 2**20
 
 
 def evaluate(models: dict[str, str | Path], config: RunConfig, data: Path, output: Path) -> dict[str, dict[str, Any]]:
@@ -64,10 +65,53 @@ def evaluate(models: dict[str, str | Path], config: RunConfig, data: Path, outpu
             report[name]["against"] = {
                 other: compare_models(evidence[name], evidence[other]) for other in evidence if other != name
             }
-        write_generations(stage.folder / "generations.jsonl", prompts, evidence)
+        write_cards(report, config, stage.folder / "cards")
         stage.measurements.update(report)
         write_text(stage.folder / "report.json", json.dumps(report, indent=1))
+        generations = write_generations(stage.folder / "generations.jsonl", prompts, evidence)
+        drawn = report_pages.figures(report, training_log(models))
+        for name, figure in drawn.items():
+            plots.save(figure, stage.folder / "plots" / f"{name}.png")
+        about = describe(report, data, len(prompts), asked.questions)
+        report_pages.write_html(stage.folder / "report.html", report, generations, drawn, about)
     return report
+
+
+def write_cards(report: dict[str, dict[str, Any]], config: RunConfig, folder: Path) -> None:
+    """A model card each: into folder, and as README.md beside the models that a run made; sizes count it."""
+    folder.mkdir()
+    for name, entry in report.items():
+        made_with = run_configuration(Path(entry["path"])) or asdict(config)
+        card = report_pages.model_card(name, entry, made_with)
+        write_text(folder / f"{name}.md", card)
+        if report_pages.put_card(card, Path(entry["path"])):
+            grown = cost.disk_bytes(entry["path"]) - entry["size_bytes"]
+            for key in {"size_bytes", "size_with_base_bytes"} & set(entry):
+                entry[key] += grown
+
+
+def run_configuration(folder: Path) -> dict[str, Any] | None:
+    """What the manifest of a model's own stage holds; None for models from elsewhere."""
+    for place in (folder, folder.parent):
+        if (place / MANIFEST).is_file():
+            return json.loads((place / MANIFEST).read_text(encoding="utf-8"))["config"]
+    return None
+
+
+def training_log(models: dict[str, str | Path]) -> list[dict[str, Any]] | None:
+    """The trainer's log history beside an adapter, when there is one."""
+    logs = [Path(path).parent / "log.json" for path in models.values() if kind(path) == "adapter"]
+    return next((json.loads(log.read_text(encoding="utf-8")) for log in logs if log.is_file()), None)
+
+
+def describe(report: dict[str, dict[str, Any]], data: Path, prompts: int, questions: str | None) -> str:
+    """How the figures came about, in two sentences."""
+    first = next(iter(report.values()))
+    asked = f"the questions of {Path(questions).name}" if questions else f"the first turns of {data.name}"
+    return (
+        f"Perplexity of {first['scored_tokens']:,} tokens of {first['scored_items']} texts ({data.name}), in windows "
+        f"of {first['context']} tokens with stride {first['stride']}. {prompts} greedy answers, to {asked}."
+    )
 
 
 class Evidence(dict):
@@ -144,6 +188,8 @@ def evaluate_one(
         )
         answers = ask(loaded, prompts, config)
     entry |= {"kind": loaded.kind, "loaded_as": loaded.how, "load_s": loaded.load_s} | peaks
+    if "peak_allocated_gib" in peaks:
+        entry["predicted_allocated_gib"] = predicted_gib(loaded, config)
     entry |= sizes(path, loaded) | cost.speed(loaded)
     del loaded
     free_memory()
@@ -151,6 +197,17 @@ def evaluate_one(
     entry |= perplexity_figures(read)
     entry |= answer_figures(evidence, prompts, exact, entry["intervals"], config.seed)
     return entry, evidence
+
+
+def predicted_gib(loaded: Loaded, config: RunConfig) -> float:
+    """VRAM that the budget gives to evaluation of a model in the precision that it was opened in."""
+    weights = {"adapter": config.model.weights, "gptq": "nf4"}.get(loaded.kind, "nf4" if loaded.quantized else "fp16")
+    shape = shape_from_config(read_config(loaded.base), loaded.base)
+    moments = vram.inference(shape, config.with_values(weights=weights))
+    own = [
+        {k: v for k, v in parts.items() if loaded.kind == "adapter" or "LoRA" not in k} for parts in moments.values()
+    ]
+    return max(sum(parts.values()) for parts in own) / GIB
 
 
 def ask(loaded: Loaded, prompts: list[dict[str, Any]], config: RunConfig) -> list[Generation]:
@@ -223,51 +280,19 @@ def compare_models(one: Evidence, other: Evidence) -> dict[str, dict[str, Any]]:
     return {name: asdict(comparison) for name, comparison in found.items()}
 
 
-def write_generations(path: Path, prompts: list[dict[str, Any]], evidence: dict[str, Evidence]) -> Path:
-    """A line a prompt: question, answer, and under `models` each model's text, tokens, ended."""
-    lines = []
-    for i, row in enumerate(prompts):
-        said = {name: asdict(found["answers"][i]) for name, found in evidence.items()}
-        lines.append(json.dumps(row | {"models": said}, ensure_ascii=False) + "\n")
-    return write_text(path, "".join(lines))
+def write_generations(path: Path, prompts: list[dict[str, Any]], evidence: dict[str, Evidence]) -> list[dict[str, Any]]:
+    """A line a prompt: question, answer, and under `models` each model's text, tokens, ended. Returns the rows."""
+    rows = [
+        row | {"models": {name: asdict(found["answers"][i]) for name, found in evidence.items()}}
+        for i, row in enumerate(prompts)
+    ]
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return rows
 
 
 def table(report: dict[str, dict[str, Any]]) -> str:
-    """The report as text: a row a model, and a line for each comparison with the first one."""
-    rows = [["", *(title for title, _ in COLUMNS.values())]]
-    for name, entry in report.items():
-        rows.append([name, *(cell(entry, column) for column in COLUMNS)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            text.ljust(width) if i == 0 else text.rjust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([*lines, "", *verdict_lines(report)])
-
-
-def cell(entry: dict[str, Any], column: str) -> str:
-    """A figure as the table shows it; a dash when it was not measured."""
-    value = entry.get(column)
-    if value is None:
-        return "–"
-    return COLUMNS[column][1].format(value / MIB if column == "size_bytes" else value)
-
-
-def verdict_lines(report: dict[str, dict[str, Any]]) -> list[str]:
-    """Each model against the one before it, in words."""
-    return [
-        f"{name} against {other}: "
-        + "; ".join(
-            f"{COLUMNS[metric][0]} {found[metric]['verdict']} (p={found[metric]['p_value']:.2g})"
-            for metric in ("perplexity", "exact_match", "f1")
-            if metric in found
-        )
-        for name, entry in report.items()
-        for other, found in entry.get("against", {}).items()
-    ]
+    """The most wanted figures as text, and each model against the one before it in words."""
+    return report_pages.text_table(report)
 
 
 __all__ = ["batch_generate", "evaluate", "load", "perplexity", "stream", "table"]

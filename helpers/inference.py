@@ -46,6 +46,11 @@ class Loaded:
     load_s: float
 
     @property
+    def quantized(self) -> bool:
+        """Whether its weights are below 16 bits."""
+        return getattr(self.model.config, "quantization_config", None) is not None
+
+    @property
     def context(self) -> int:
         """Tokens that the model's positions reach."""
         return self.model.config.max_position_embeddings
@@ -107,7 +112,7 @@ def base_of(adapter: Path, config: RunConfig) -> str:
     return config.model.model if gone else named
 
 
-def load(name: str | Path, config: RunConfig) -> Loaded:
+def load(name: str | Path, config: RunConfig | None = None) -> Loaded:
     """Open a base or merged model, an adapter on its base, or a GPTQ model, on the GPU when there is one.
 
     On a CPU everything computes in float32. On a GPU below compute capability 8 in fp16, else in bf16; a 16-bit model
@@ -118,6 +123,7 @@ def load(name: str | Path, config: RunConfig) -> Loaded:
     import torch
     from transformers import AutoModelForCausalLM
 
+    config = config or RunConfig()
     what = kind(name)
     source = base_of(Path(name), config) if what == "adapter" else str(name)
     read_config(source)
@@ -319,38 +325,68 @@ def pad_left(rows: list[list[int]], pad: int, device: Any) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def stream(
+def stream(loaded: Loaded, messages: str | Messages, **settings: Any) -> None:
+    """Print the answer as it is written; settings as in `pieces`."""
+    for piece in pieces(loaded, messages, **settings):
+        print(piece, end="", flush=True)
+    print()
+
+
+def pieces(
     loaded: Loaded,
     messages: str | Messages,
     max_new_tokens: int = 256,
-    temperature: float = 0.7,
+    temperature: float = 0.0,
     top_p: float = 0.9,
 ) -> Iterator[str]:
-    """The answer, piece by piece as it is written: `for piece in stream(…): print(piece, end="", flush=True)`.
+    """The answer, piece by piece as it is written; who stops listening stops the model.
 
-    Raises what generation raises, in the caller's thread.
+    The answer is cut where the model's context ends. Raises ValueError for a prompt that fills the context, and what
+    generation raises, in the caller's thread.
     """
     import torch
-    from transformers import TextIteratorStreamer
+    from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
     ids = prompt_ids(loaded.tokenizer, messages)
+    max_new_tokens = min(max_new_tokens, max(1, loaded.context - len(ids)))
     check_lengths([len(ids)], max_new_tokens, loaded.context)
     settings = generation_config(loaded, max_new_tokens, temperature, top_p)
     batch = pad_left([ids], settings.pad_token_id, loaded.model.device)
     streamer = TextIteratorStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    failures: list[Exception] = []
+    abandoned, failures = threading.Event(), []
+
+    class Abandoned(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            return torch.full((len(input_ids),), abandoned.is_set(), device=input_ids.device)
 
     def write() -> None:
         try:
             with torch.inference_mode():
-                loaded.model.generate(**batch, generation_config=settings, streamer=streamer)
+                loaded.model.generate(
+                    **batch,
+                    generation_config=settings,
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([Abandoned()]),
+                )
         except Exception as error:
             failures.append(error)
             streamer.end()
 
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
-    yield from streamer
-    writer.join()
+    try:
+        yield from streamer
+    finally:
+        abandoned.set()
+        writer.join()
     if failures:
         raise failures[0]
+
+
+def example_question(config: RunConfig) -> str:
+    """A question to begin a chat with: the first of the run's questions, or one that any model can answer."""
+    path = Path(config.evaluate.questions or "")
+    if path.is_file():
+        with path.open(encoding="utf-8") as lines:
+            return json.loads(next(lines))["question"]
+    return "Explain in two sentences why the sky is blue."
