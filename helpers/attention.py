@@ -10,7 +10,7 @@ window (Mistral v0.1) is applied here too, both without a context² mask.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -96,3 +96,100 @@ def causal(
 def repeat_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
     """(batch, kv_heads, tokens, head_dim) -> (batch, heads, tokens, head_dim): heads repeated."""
     return states.repeat_interleave(heads // states.shape[1], dim=1)
+
+
+class Packing(NamedTuple):
+    """Several conversations in one row: where each starts, and the end (int32), and the length of the longest."""
+
+    bounds: torch.Tensor
+    longest: int
+
+
+def forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: "Packing | None", window: int | None
+) -> tuple[torch.Tensor, tuple]:
+    """Causal attention outside of autograd, and the statistics that `backward` needs beside its result.
+
+    query: (batch, tokens, heads, head_dim); key, value: (batch, tokens, kv_heads, head_dim). Returns
+    (batch, tokens, heads, head_dim).
+    """
+    kernel = kernel_for(query)
+    bounds, longest = packing or (None, query.shape[1])
+    if kernel == "flash":
+        left, right = (-1 if window is None else window - 1), 0
+        out, *stats = torch.ops.aten._flash_attention_forward(
+            query, key, value, bounds, bounds, longest, longest, 0.0, True, False,
+            window_size_left=left, window_size_right=right,
+        )  # fmt: skip
+        return out, tuple(stats[:3])
+    if kernel == "memory-efficient":
+        heads = query.shape[2]
+        out, *stats = torch.ops.aten._efficient_attention_forward(
+            query, spread(key, heads), spread(value, heads), None, bounds, bounds, longest, longest, 0.0, 1, True,
+            window_size=window if window is not None and window < longest else None,
+        )  # fmt: skip
+        return out, tuple(stats[:3])
+    return through_sdpa(query, key, value, bounds, window), ()
+
+
+def backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    stats: tuple,
+    packing: "Packing | None",
+    window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients for query, key and value, from `forward`'s result and statistics; shapes as there."""
+    kernel = kernel_for(query)
+    bounds, longest = packing or (None, query.shape[1])
+    if kernel == "flash":
+        lse, rng, unused = stats
+        left, right = (-1 if window is None else window - 1), 0
+        return torch.ops.aten._flash_attention_backward(
+            grad, query, key, value, out, lse, bounds, bounds, longest, longest, 0.0, True, rng, unused,
+            window_size_left=left, window_size_right=right,
+        )  # fmt: skip
+    if kernel == "memory-efficient":
+        lse, seed, offset = stats
+        heads = query.shape[2]
+        query_grad, key_grad, value_grad, _ = torch.ops.aten._efficient_attention_backward(
+            grad, query, spread(key, heads), spread(value, heads), None, out, bounds, bounds, longest, longest,
+            lse, 0.0, seed, offset, 1, False,
+            window_size=window if window is not None and window < longest else None,
+        )  # fmt: skip
+        return query_grad, gathered(key_grad, key.shape[2]), gathered(value_grad, value.shape[2])
+    with torch.enable_grad():
+        leaves = [states.detach().requires_grad_() for states in (query, key, value)]
+        return torch.autograd.grad(through_sdpa(*leaves, bounds, window), leaves, grad)
+
+
+def kernel_for(query: torch.Tensor) -> str:
+    """Which kernel: "flash" from compute capability 8 on, "memory-efficient" on other GPUs, "sdpa" elsewhere."""
+    if not query.is_cuda or query.shape[-1] % 8:
+        return "sdpa"
+    flash = torch.backends.cuda.flash_sdp_enabled() and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return "flash" if flash and query.dtype != torch.float32 else "memory-efficient"
+
+
+def through_sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor | None, window: int | None
+) -> torch.Tensor:
+    """`attention` with tokens before heads, as the layers lay them."""
+    swapped = (states.transpose(1, 2) for states in (query, key, value))
+    return attention(None, *swapped, attention_mask=None, sliding_window=window, cu_seq_lens_q=bounds)[0]
+
+
+def spread(states: torch.Tensor, heads: int) -> torch.Tensor:
+    """(batch, tokens, kv_heads, head_dim) -> (batch, tokens, heads, head_dim)."""
+    batch, tokens, kv_heads, size = states.shape
+    grouped = states[:, :, :, None].expand(batch, tokens, kv_heads, heads // kv_heads, size)
+    return grouped.reshape(batch, tokens, heads, size)
+
+
+def gathered(grad: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """`spread`'s gradient: the heads that shared a key-value head, added up."""
+    batch, tokens, heads, size = grad.shape
+    return grad.view(batch, tokens, kv_heads, heads // kv_heads, size).sum(3)

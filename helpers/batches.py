@@ -83,13 +83,14 @@ def packed(
     return batches
 
 
-def collate(rows: list[dict[str, Any]], pad_id: int, packing: bool = False) -> dict[str, Any]:
+def collate(rows: list[dict[str, Any]], pad_id: int, packing: bool = False, by_bounds: bool = True) -> dict[str, Any]:
     """Tensors of one micro-batch from rows with input_ids and assistant_masks.
 
-    Padded on the right: input_ids, attention_mask and labels (batch, longest). Packed: one row (1, all tokens) with
-    position_ids that start again at each conversation, and cu_seq_lens_q/k with max_length_q/k, as transformers'
-    attention functions take them. Labels are IGNORE where assistant_masks is 0, and on every first token: nothing
-    predicts it.
+    Padded on the right: input_ids and labels (batch, longest); there is no attention mask, for under causal attention
+    no token sees the padding behind it. Packed: one row (1, all tokens) with position_ids that start again at each
+    conversation, and cu_seq_lens_q/k with max_length_q/k. by_bounds: the attention function keeps to those
+    (helpers.attention does), so transformers need not make a tokens² mask from position_ids. Labels are IGNORE where
+    assistant_masks is 0, and on every first token: nothing predicts it.
     """
     import torch
 
@@ -104,13 +105,13 @@ def collate(rows: list[dict[str, Any]], pad_id: int, packing: bool = False) -> d
         pad = torch.nn.utils.rnn.pad_sequence
         return {
             "input_ids": pad(ids, batch_first=True, padding_value=pad_id),
-            "attention_mask": pad([torch.ones_like(tokens) for tokens in ids], batch_first=True),
             "labels": pad(labels, batch_first=True, padding_value=IGNORE),
         }
     sizes = torch.tensor([len(tokens) for tokens in ids])
     ends = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(torch.int32)
     return {
         "input_ids": torch.cat(ids)[None],
+        **({"attention_mask": torch.ones(1, int(ends[-1]), dtype=torch.long)} if by_bounds else {}),
         "position_ids": torch.cat([torch.arange(len(tokens)) for tokens in ids])[None],
         "labels": torch.cat(labels)[None],
         "cu_seq_lens_q": ends,

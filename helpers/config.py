@@ -110,11 +110,13 @@ class TrainConfig:
     optimizer: Literal["paged_adamw_8bit", "adamw_8bit", "adamw_torch"] = "paged_adamw_8bit"
     checkpointing: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0, strict=True)] = "auto"
     """How many decoder layers recompute their activations; auto: as few as the budget allows."""
+    keep_attention: bool = True
+    """Layers that recompute keep attention's result: 16 instead of 8 KiB a token at 7B, and it is never repeated."""
     offload_activations: bool = False
     """Keep the inputs of checkpointed layers in host memory."""
     loss: Literal["chunked", "fused", "full"] = "chunked"
-    fused_kernels: bool = True
-    """Liger's RMSNorm, RoPE and SwiGLU, where it is installed and there is a GPU: they save fewer activations."""
+    kernels: Literal["own", "liger", "plain"] = "own"
+    """own: helpers/layers.py where it can compute the model, else transformers' layers; liger, plain: those always."""
     packing: bool = False
     neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
     """Noise on the embeddings (https://arxiv.org/abs/2310.05914); 0: none."""

@@ -4,7 +4,7 @@ The notebook's way, one function a cell:
 
     model, tokenizer = load_base(config)
     model = attach_adapter(model, config)
-    trainer = build_trainer(config, model, tokenizer, prepared, checkpoints)
+    trainer = build_trainer(config, model, tokenizer, prepared, saves)
     measured = train(trainer)
     save(trainer, output)
 
@@ -40,7 +40,8 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from helpers import attention, batches, workspace
+from helpers import attention, batches, checkpoints, losses, workspace
+from helpers import layers as decoder
 from helpers.config import RunConfig
 from helpers.models import shape
 
@@ -89,7 +90,10 @@ def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "aut
             trainer = build_trainer(config, model, tokenizer, prepared, stage.folder / "checkpoints")
             stage.measurements.update(train(trainer, resume))
             save(trainer, stage.folder)
-        shutil.rmtree(stage.folder / "checkpoints", ignore_errors=True)
+        saves = stage.folder / "checkpoints"
+        lasting = checkpoints.lasting(saves)
+        shutil.rmtree(saves, ignore_errors=True)
+    checkpoints.clear(lasting)
     return stage.measurements
 
 
@@ -120,6 +124,9 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     )
     model.config.use_cache = False
     model.requires_grad_(False)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # answering once would repack the weights: no gradients after
     if config.model.upcast:
         for parameter in model.parameters():
             if parameter.dtype in (torch.float16, torch.bfloat16):
@@ -194,11 +201,11 @@ def count_parameters(model: torch.nn.Module) -> dict[str, float]:
 
 
 def build_trainer(
-    config: RunConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prepared: Path, checkpoints: Path
+    config: RunConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prepared: Path, saves: Path
 ) -> "FineTuner":
     """trl's trainer over micro-batches laid out beforehand; nothing has run yet.
 
-    prepared: folder with train/ and heldout/ as helpers.data writes them. checkpoints: where they go while it trains.
+    prepared: folder with train/ and heldout/ as helpers.data writes them. saves: where checkpoints go while it trains.
     """
     rows, heldout = load_split(prepared, "train"), load_split(prepared, "heldout")
     train_config = config.train
@@ -223,7 +230,7 @@ def build_trainer(
     ]
     dtype = precision().dtype
     arguments = SFTConfig(
-        output_dir=str(checkpoints),
+        output_dir=str(saves),
         per_device_train_batch_size=1,  # an item of the dataset is a micro-batch already
         per_device_eval_batch_size=1,
         gradient_accumulation_steps=train_config.accumulation,
@@ -257,6 +264,8 @@ def build_trainer(
         report_to="none",
         max_length=None,
     )
+    losses.install(model.get_base_model(), train_config.loss)
+    layers_reason = choose_layers(model, config)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = FineTuner(
         model=model,
@@ -271,12 +280,14 @@ def build_trainer(
             splits={"train": rows, "heldout": heldout},
             pad_id=pad_id,
             packing=train_config.packing,
+            by_bounds=config.model.attention == "efficient",
         ),
     )
     trainable_to_fp32(trainer.model)
-    checkpoint_layers(model, config)
     trainer.remove_callback(PrinterCallback)
     counts = batches.token_counts(plan, lengths, train_config.packing)
+    trainer.layers_reason = layers_reason
+    trainer.identity = checkpoints.identity(config, workspace.identify(Path(prepared))["sha256"])
     trainer.prepare_watch(config, counts, label_count(heldout) / max(1, len(heldout_plan)))
     return trainer
 
@@ -312,11 +323,13 @@ def label_count(rows: Dataset) -> int:
     return sum(sum(mask[1:]) for mask in rows["assistant_masks"]) if len(rows) else 0
 
 
-def gather(items: list[dict], splits: dict[str, Dataset], pad_id: int, packing: bool) -> dict[str, Any]:
+def gather(
+    items: list[dict], splits: dict[str, Dataset], pad_id: int, packing: bool, by_bounds: bool
+) -> dict[str, Any]:
     """The tensors of one planned micro-batch."""
     (item,) = items
     rows = splits[item["split"]]
-    return batches.collate([rows[row] for row in item["rows"]], pad_id, packing)
+    return batches.collate([rows[row] for row in item["rows"]], pad_id, packing, by_bounds)
 
 
 def usable_optimizer(name: str) -> str:
@@ -324,20 +337,27 @@ def usable_optimizer(name: str) -> str:
     return name if torch.cuda.is_available() else "adamw_torch"
 
 
-def checkpoint_layers(model: PeftModel, config: RunConfig) -> int:
-    """Let exactly as many decoder layers recompute their activations as configured; returns how many."""
-    layers = model.get_base_model().model.layers
+def choose_layers(model: PeftModel, config: RunConfig) -> str:
+    """Let exactly as many decoder layers recompute their activations as configured; returns how they compute."""
+    base = model.get_base_model()
+    layers = base.model.layers
     wanted = config.train.checkpointing
     if wanted == "auto":
         wanted = "all" if torch.cuda.is_available() else "none"
     count = {"all": len(layers), "none": 0}.get(wanted, wanted)
     if count > len(layers):
         raise ValueError(f"checkpointing={count} layers, but this model has {len(layers)}: choose 0 to {len(layers)}")
+    reason = decoder.why_not(base)
+    if reason is None:
+        checked = "attention" if config.train.keep_attention else "input"
+        keeps = [checked] * count + ["everything"] * (len(layers) - count)
+        decoder.install(base, keeps, config.train.offload_activations)
+        return f"{count} of {len(layers)} layers recompute, through helpers.layers"
     if count:
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        base.gradient_checkpointing_enable({"use_reentrant": False})
         for place, layer in enumerate(layers):
             layer.gradient_checkpointing = place < count
-    return count
+    return f"{count} of {len(layers)} layers recompute, through transformers' layers: {reason}"
 
 
 class FineTuner(SFTTrainer):
@@ -362,54 +382,18 @@ class FineTuner(SFTTrainer):
         return 0
 
     def _save_checkpoint(self, model, trial):
-        """Write beside, verify, rename; then forget old ones (transformers writes into the final place: trap 17)."""
-        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        staging = Path(self.args.output_dir) / "writing"
-        shutil.rmtree(staging, ignore_errors=True)
-        self._staging = staging
-        try:
-            Trainer._save_checkpoint(self, model, trial)
-        finally:
-            self._staging = None
-        commit_checkpoint(staging / final.name, final)
-        best = self.state.best_global_step
-        forget_checkpoints(final.parent, self.recipe.train.keep_checkpoints, {f"checkpoint-{best}"} if best else set())
+        """Whole or not there: transformers writes into the final place (trap 17)."""
+        folder, best = Path(self.args.output_dir), self.state.best_global_step
+        keep, spared = self.recipe.train.keep_checkpoints, [best] if best else []
+        with checkpoints.writing(folder, self.state.global_step, self.identity, keep, spared, self.send) as beside:
+            self._beside = beside.parent
+            try:
+                Trainer._save_checkpoint(self, model, trial)
+            finally:
+                self._beside = None
 
     def _get_output_dir(self, trial):
-        return str(getattr(self, "_staging", None) or self.args.output_dir)
-
-
-def commit_checkpoint(staging: Path, final: Path) -> Path:
-    """Rename a written checkpoint into place, with a list of its files' checksums as the last one written."""
-    files = {file.name: workspace.checksum(file) for file in sorted(staging.iterdir()) if file.is_file()}
-    workspace.write_text(staging / "whole.json", json.dumps(files, indent=1))
-    if final.exists():
-        shutil.rmtree(final)
-    staging.rename(final)
-    staging.parent.rmdir()
-    return final
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all there with the right checksums; others are skipped with a word."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    for path in found:
-        try:
-            known = json.loads((path / "whole.json").read_text(encoding="utf-8"))
-            if known and all(workspace.checksum(path / name) == value for name, value in known.items()):
-                return path
-        except (OSError, json.JSONDecodeError):
-            pass
-        print(f"{path.name} is not whole and is skipped")
-    return None
-
-
-def forget_checkpoints(folder: Path, keep: int, spared: set[str]) -> None:
-    """Delete all but the newest `keep` checkpoints, and those spared."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    for path in found[:-keep]:
-        if path.name not in spared:
-            shutil.rmtree(path, ignore_errors=True)
+        return str(getattr(self, "_beside", None) or self.args.output_dir)
 
 
 class Watch(TrainerCallback):
@@ -495,9 +479,12 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
     An interrupt (Ctrl-C, a notebook's stop button, SIGTERM) lets the step finish, saves a checkpoint and stops. Raises
     NotTrained when the loss is NaN, no update was applied, or no adapter differs from its start.
     """
-    checkpoint = newest_checkpoint(Path(trainer.args.output_dir)) if resume == "auto" else None
+    folder, keep = Path(trainer.args.output_dir), trainer.recipe.train.keep_checkpoints
+    lasting = checkpoints.lasting(folder)
+    checkpoint = checkpoints.fetch(lasting, folder, trainer.identity) if resume == "auto" else None
     if checkpoint is None:
-        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        checkpoints.clear(lasting)
     else:
         print(f"continuing from {checkpoint.name}")
     watch, on_gpu = trainer.watch, torch.cuda.is_available()
@@ -505,7 +492,7 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     before_gib = torch.cuda.memory_allocated() / GIB if on_gpu else 0.0
     started = time.perf_counter()
-    with interrupts(watch):
+    with interrupts(watch), checkpoints.sending(lasting, keep) as trainer.send:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     train_s = time.perf_counter() - started
     if watch.interrupted is not None:
@@ -520,6 +507,7 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
     busy_s = sum(watch.step_s)
     share = len(watch.step_s) / trainer.state.max_steps
     return {
+        "layers": trainer.layers_reason,
         "loss_first": losses[0],
         "loss_last": sum(losses[-10:]) / len(losses[-10:]),
         "steps": trainer.state.global_step,
@@ -534,7 +522,8 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
         "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3) if on_gpu else 0.0,
         "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3) if on_gpu else 0.0,
         "heldout_loss": trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None,
-        "resumed_from_step": int(checkpoint.name.split("-")[1]) if checkpoint else 0,
+        "resumed_from_step": checkpoints.step_of(checkpoint) if checkpoint else 0,
+        **checkpoints.summary(folder),
     }
 
 

@@ -1,0 +1,158 @@
+"""Elementwise pieces of a decoder layer with their gradients: one Triton kernel each on a GPU, plain PyTorch elsewhere.
+
+Each reads its inputs once and writes its result once, where PyTorch's own operations would take three to eight passes
+over memory and keep fp32 copies. Rounding follows transformers' modules: statistics and exponentials in fp32, results
+in the activations' type.
+
+>>> x, ones = torch.tensor([[3.0, 4.0]]), torch.ones(2)
+>>> rms_norm(x, ones, eps=0.0)
+tensor([[0.8485, 1.1314]])
+"""
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # PyTorch's CPU wheels have none
+    triton = None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * weight over the last axis (https://arxiv.org/abs/1910.07467). x: (tokens, hidden)."""
+    if not on_triton(x):
+        inverse = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+        return weight * (x.float() * inverse).to(x.dtype)
+    out = torch.empty_like(x)
+    block, warps = row_block(x.shape[1])
+    _rms_norm[(x.shape[0],)](x, weight, out, eps, x.shape[1], BLOCK=block, num_warps=warps)
+    return out
+
+
+def rms_norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """out = residual + gradient for x of rms_norm(x), given the gradient for its result. All (tokens, hidden)."""
+    if not on_triton(x):
+        inverse = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+        normed, scaled = x.float() * inverse, (grad * weight).float()
+        inner = inverse * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+        return out.copy_(residual.float() + inner)
+    block, warps = row_block(x.shape[1])
+    _rms_norm_backward[(x.shape[0],)](grad, x, weight, residual, out, eps, x.shape[1], BLOCK=block, num_warps=warps)
+    return out
+
+
+def rotate_(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool = False) -> torch.Tensor:
+    """Rotary positions, in place (https://arxiv.org/abs/2104.09864). back: the gradient, a rotation the other way.
+
+    states: (tokens, heads, head_dim), contiguous. cos, sin: (rows, head_dim); token t takes row t % rows.
+    """
+    tokens, heads, size = states.shape
+    half = size // 2
+    if not on_triton(states):
+        repeat = tokens // cos.shape[0]
+        cos, sin = cos.repeat(repeat, 1)[:, None, :half], sin.repeat(repeat, 1)[:, None, :half]
+        first, second = states[..., :half].clone(), states[..., half:].clone()
+        sin = -sin if back else sin
+        states[..., :half] = first * cos - second * sin
+        states[..., half:] = second * cos + first * sin
+        return states
+    _rotate[(tokens,)](
+        states, cos, sin, cos.shape[0], cos.stride(0), heads, HALF=half, BACK=back, HEADS=triton.next_power_of_2(heads)
+    )
+    return states
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """silu(gate) * up (https://arxiv.org/abs/2002.05202), into out when it is given (gate itself may be)."""
+    if not on_triton(gate):
+        return torch.mul(torch.nn.functional.silu(gate), up, out=out)
+    out = torch.empty_like(gate) if out is None else out
+    _swiglu[(triton.cdiv(gate.numel(), 1024),)](gate, up, out, gate.numel(), BLOCK=1024)
+    return out
+
+
+def swiglu_backward_(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients for gate and up, written over them, given the gradient for swiglu's result."""
+    if not on_triton(gate):
+        sigmoid = torch.sigmoid(gate.float())
+        silu = gate.float() * sigmoid
+        slope = sigmoid * (1 + gate.float() * (1 - sigmoid))
+        gate_grad, up_grad = grad.float() * up.float() * slope, grad.float() * silu
+        return gate.copy_(gate_grad), up.copy_(up_grad)
+    _swiglu_backward[(triton.cdiv(gate.numel(), 1024),)](grad, gate, up, gate.numel(), BLOCK=1024)
+    return gate, up
+
+
+def on_triton(x: torch.Tensor) -> bool:
+    """Whether a tensor is where Triton's kernels run."""
+    return triton is not None and x.is_cuda
+
+
+def row_block(columns: int) -> tuple[int, int]:
+    """(block, warps) for a kernel that holds one row."""
+    block = triton.next_power_of_2(columns)
+    return block, min(max(block // 512, 1), 16)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _rms_norm(x, weight, out, eps, columns, BLOCK: tl.constexpr):
+        row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        inside = column < columns
+        values = tl.load(x + row * columns + column, mask=inside, other=0.0)
+        wide = values.to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(wide * wide, 0) / columns + eps)
+        scale = tl.load(weight + column, mask=inside, other=0.0)
+        tl.store(out + row * columns + column, (wide * inverse).to(values.dtype) * scale, mask=inside)
+
+    @triton.jit
+    def _rms_norm_backward(grad, x, weight, residual, out, eps, columns, BLOCK: tl.constexpr):
+        row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        inside = column < columns
+        place = row * columns + column
+        wide = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(wide * wide, 0) / columns + eps)
+        normed = wide * inverse
+        scaled = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+        scaled *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        inner = inverse * (scaled - normed * (tl.sum(scaled * normed, 0) / columns))
+        straight = tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + place, straight + inner, mask=inside)
+
+    @triton.jit
+    def _rotate(states, cos, sin, rows, stride, heads, HALF: tl.constexpr, BACK: tl.constexpr, HEADS: tl.constexpr):
+        token = tl.program_id(0).to(tl.int64)
+        head, place = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+        inside = (head < heads) & (place < HALF)
+        cosine = tl.load(cos + (token % rows) * stride + place).to(tl.float32)
+        sine = tl.load(sin + (token % rows) * stride + place).to(tl.float32)
+        if BACK:
+            sine = -sine
+        start = states + token * heads * (2 * HALF) + head * (2 * HALF) + place
+        first = tl.load(start, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(start + HALF, mask=inside, other=0.0).to(tl.float32)
+        tl.store(start, first * cosine - second * sine, mask=inside)
+        tl.store(start + HALF, second * cosine + first * sine, mask=inside)
+
+    @triton.jit
+    def _swiglu(gate, up, out, size, BLOCK: tl.constexpr):
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = place < size
+        left = tl.load(gate + place, mask=inside, other=0.0)
+        right = tl.load(up + place, mask=inside, other=0.0)
+        wide = left.to(tl.float32)
+        tl.store(out + place, (wide * tl.sigmoid(wide)).to(left.dtype) * right, mask=inside)
+
+    @triton.jit
+    def _swiglu_backward(grad, gate, up, size, BLOCK: tl.constexpr):
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = place < size
+        above = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+        left = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
+        right = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(left)
+        tl.store(gate + place, above * right * sigmoid * (1 + left * (1 - sigmoid)), mask=inside)
+        tl.store(up + place, above * left * sigmoid, mask=inside)
