@@ -1,6 +1,7 @@
 """The panel without a browser: values in and out, what it draws, what it says where nothing can be drawn."""
 
 import re
+from itertools import pairwise
 
 import nbformat
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbclient import NotebookClient
 
-from helpers import budget, hardware, models, vram, widgets
+from helpers import budget, hardware, models, widgets
 from helpers.config import RunConfig
 
 SHAPE = models.shape("mistral-7b-v0.3")
@@ -76,7 +77,7 @@ def test_it_says_in_words_and_marks_what_its_colours_say():
 
 
 def test_the_proposal_is_taken_whole_and_then_there_is_none_left():
-    sliders = panel(rank=64, seq_len=2048, checkpointing="none")
+    sliders = panel(seq_len=8192, checkpointing="none")
     assert not budget.budget(widgets.config_of(sliders), SHAPE, T4).fits
     assert "→" in sliders.proposal.value and not sliders.button.disabled
     proposed = sliders.plan
@@ -121,17 +122,14 @@ def test_the_bar_never_leaves_its_frame(parts, limit_gib):
     assert ("over" in widgets.bar(parts, limit_gib)) == (sum(parts.values()) > limit_gib)
 
 
-def test_every_component_of_training_has_a_colour_of_its_own():
-    for values in (
-        {},
-        {"attention": "eager"},
-        {"loss": "full", "upcast": True},
-        {"checkpointing": 3},
-        {"weights": "int8"},
-    ):
-        config = models.profile("mistral-7b", **values)
-        for parts in (*vram.moments(SHAPE, config).values(), budget.budget(config, SHAPE, T4).vram.parts):
-            assert set(parts) <= set(widgets.COLOURS)
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"attention": "eager"}, {"loss": "full", "upcast": True}, {"checkpointing": 3}, {"weights": "int8"}],
+)
+def test_neighbours_in_the_bar_differ_in_colour(values):
+    parts = budget.budget(models.profile("mistral-7b", **values), SHAPE, T4).vram.parts
+    colours = [widgets.colour_of(name) for name in parts]
+    assert all(one != next_one for one, next_one in pairwise(colours)), dict(zip(parts, colours, strict=True))
 
 
 def test_a_notebook_shows_sliders_or_words_and_a_helpers_error_as_one_sentence():
