@@ -10,7 +10,7 @@
 import math
 from dataclasses import asdict, dataclass
 
-from helpers import host, pace, planning, vram
+from helpers import activations, host, pace, planning, vram
 from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape
@@ -118,14 +118,14 @@ def refuse(config: RunConfig, shape: ModelShape, stage: str) -> None:
     unknown = [name for name in config.adapter.target_modules if name not in shape.linears]
     if unknown:
         raise ValueError(f"targets must be among {', '.join(shape.linears)}, all-linear or attention, not {unknown[0]}")
-    vram.checked_layers(shape, config)
+    activations.checked_layers(shape, config)
 
 
 def vram_of(config: RunConfig, shape: ModelShape, machine: Machine, stage: str) -> Vram:
     """The largest moment of a stage; nothing without a card, or when merging, which is the host's work."""
     if machine.gpu is None or stage == "merge":
         return Vram(0.0, 0.0, 0.0, machine.vram_gib, "", {})
-    moments = STAGE_MOMENTS[stage](shape, config)
+    moments = STAGE_MOMENTS[stage](shape, config, machine.gpu.capability)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {name: size / GIB for name, size in moments[moment].items() if size}
     allocated = sum(parts.values())

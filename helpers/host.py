@@ -9,7 +9,7 @@
 from functools import lru_cache
 from pathlib import Path
 
-from helpers import vram
+from helpers import activations, vram
 from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape
@@ -60,7 +60,7 @@ def ram(config: RunConfig, shape: ModelShape, machine: Machine, stage: str) -> d
 def offloaded_bytes(config: RunConfig, shape: ModelShape) -> float:
     """Bytes of checkpointed layers' inputs in host memory."""
     tokens = config.train.batch_size * config.data.seq_len
-    return vram.checked_layers(shape, config) * tokens * shape.hidden * vram.stream_bytes(config)
+    return activations.checked_layers(shape, config) * tokens * shape.hidden * activations.stream_bytes(config)
 
 
 def calibration_bytes(config: RunConfig, shape: ModelShape) -> float:

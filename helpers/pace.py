@@ -8,7 +8,7 @@ and where a card is so fast that it waits for Python, Python's time.
 import math
 from dataclasses import dataclass
 
-from helpers import host, vram
+from helpers import activations, host, vram
 from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape
@@ -38,7 +38,7 @@ def work(config: RunConfig, shape: ModelShape, seq_len: int | None = None) -> Wo
     """
     seq_len = seq_len or config.data.seq_len
     tokens = config.train.batch_size * seq_len
-    again = vram.checked_layers(shape, config) / shape.layers
+    again = activations.checked_layers(shape, config) / shape.layers
     linear = 2 * shape.layers * shape.active_linear_parameters
     adapters = 2 * vram.lora_parameters(shape, config)
     head = 2 * shape.vocab * shape.hidden
@@ -47,9 +47,9 @@ def work(config: RunConfig, shape: ModelShape, seq_len: int | None = None) -> Wo
     attention = tokens * scores * (1 + again + 2.5)
     # NF4: read half a byte, write two, read two again, a weight and a pass
     dequantized = shape.linear_parameters * (4.5 if config.model.weights == "nf4" else 2) * (2 + again)
-    passes = tokens * shape.layers * sum(vram.saved_by_layer(shape, config).values()) * 2 * (2 + again)
+    passes = tokens * shape.layers * sum(activations.kept_by_layer(shape, config).values()) * 2 * (2 + again)
     if config.model.attention != "efficient":
-        passes += vram.score_bytes(shape, config) * shape.layers * 2 * (2 + again)
+        passes += activations.score_bytes(shape, config) * shape.layers * 2 * (2 + again)
     python = shape.layers * (PYTHON_S_PER_LAYER + PYTHON_S_PER_RECOMPUTED_LAYER * again)
     return Work(matrix, attention, dequantized + passes, python)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from helpers import vram
+from helpers import activations
 from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape
@@ -30,7 +30,7 @@ def search(
 
 def single_changes(config: RunConfig, shape: ModelShape) -> Iterator[tuple[str, RunConfig]]:
     """(in words, configuration) for each single setting that needs less VRAM, what costs least first."""
-    if vram.checked_layers(shape, config) < shape.layers:
+    if activations.checked_layers(shape, config) < shape.layers:
         yield "checkpointing=all", config.with_values(checkpointing="all")
     if config.model.attention != "efficient":
         yield "attention=efficient", config.with_values(attention="efficient")
@@ -47,7 +47,7 @@ def single_changes(config: RunConfig, shape: ModelShape) -> Iterator[tuple[str, 
         batch = max(batch // 2, 1)
         times = config.train.accumulation * (config.train.batch_size // batch)
         yield f"batch_size={batch} accumulation={times}", config.with_values(batch_size=batch, accumulation=times)
-    if not config.train.offload_activations and vram.checked_layers(shape, config):
+    if not config.train.offload_activations and activations.checked_layers(shape, config):
         yield "offload_activations=True", config.with_values(offload_activations=True)
     for seq_len in CONTEXTS:
         if seq_len < config.data.seq_len:
