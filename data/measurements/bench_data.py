@@ -1,0 +1,165 @@
+"""Measure data preparation: conversations a second on one core, tokens a second, peak memory on a large file.
+
+    python data/measurements/bench_data.py                   # speed, a minute
+    python data/measurements/bench_data.py --file-gb 2       # and the memory of a 2 GB JSONL, many minutes
+
+Prints one JSON object a line; `data/measurements/data.jsonl` holds those of the machine it names.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+os.environ.setdefault("RAYON_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from helpers import data  # noqa: E402 - the environment of the tokenizer's threads comes first
+from helpers.checks import Findings, actions  # noqa: E402
+from helpers.duplicates import groups, sketches  # noqa: E402
+from helpers.models import TINY, profile  # noqa: E402
+from helpers.outliers import scripts  # noqa: E402
+from helpers.readers import read  # noqa: E402
+from helpers.templates import Template, load_tokenizer  # noqa: E402
+
+SHORT = 30_000
+"""Conversations of the speed measurement."""
+
+
+def write(path: Path, size_bytes: int = 0, count: int = 0) -> int:
+    """Short conversations, of two to four exchanges, until the file has a size or a count; the number written."""
+    rng = random.Random(0)
+    words = [line.split() for line in (ROOT / "data" / "prose.txt").read_text(encoding="utf-8").splitlines() if line]
+    words = [word for line in words for word in line]
+    written = size = 0
+    with path.open("w", encoding="utf-8") as file:
+        while written < count or size < size_bytes:
+            messages = [
+                {"role": role, "content": " ".join(rng.choices(words, k=rng.randint(5, length)))}
+                for _ in range(rng.randint(2, 4))
+                for role, length in (("user", 20), ("assistant", 40))
+            ]
+            size += file.write(json.dumps({"prompt_id": f"{written:08}", "messages": messages}) + "\n")
+            written += 1
+    return written
+
+
+def timed(name: str, count: int, unit: str, work) -> object:
+    """Run work, print what it reached."""
+    start = time.process_time()
+    result = work()
+    seconds = time.process_time() - start
+    print(json.dumps({"what": name, unit: count, "cpu_s": round(seconds, 2), f"{unit}_per_s": round(count / seconds)}))
+    return result
+
+
+def speed(folder: Path) -> None:
+    """Each step by itself, in processor seconds of one core."""
+    path = folder / "short.jsonl"
+    write(path, count=SHORT)
+    size = path.stat().st_size
+    print(json.dumps({"what": "file", "conversations": SHORT, "bytes": size, "bytes_each": round(size / SHORT)}))
+    config = profile("tiny", seq_len=512)
+    template = Template(load_tokenizer(TINY))
+
+    def talks():
+        found = Findings(actions())
+        return list(data.conversations(str(path), config, found, template, Counter()))
+
+    def templated():
+        found = Findings(actions())
+        return [
+            template.chunks(talk.messages) for talk in data.conversations(str(path), config, found, template, Counter())
+        ]
+
+    timed("read", SHORT, "conversations", lambda: sum(1 for _ in read(str(path))))
+    checked = timed("read and check", SHORT, "conversations", talks)
+    chunked = timed("read, check and template", SHORT, "conversations", templated)
+    texts = [text for chunks in chunked for text, _ in chunks]
+    ids = timed(
+        "the tokenizer alone",
+        SHORT,
+        "conversations",
+        lambda: [template.tokenizer(texts[i : i + 2048], add_special_tokens=False) for i in range(0, len(texts), 2048)],
+    )
+    tokens = sum(len(row) for batch in ids for row in batch["input_ids"])
+    timed(
+        "template and tokenize",
+        tokens,
+        "tokens",
+        lambda: [template.encode([talk.messages for talk in checked[i : i + 512]]) for i in range(0, SHORT, 512)],
+    )
+    bodies = [talk.text for talk in checked]
+    sketched = timed("sketches", SHORT, "conversations", lambda: sketches(bodies))
+    timed("groups of near duplicates", SHORT, "conversations", lambda: groups(sketched))
+    timed("scripts", SHORT, "conversations", lambda: scripts(bodies))
+    config = profile("tiny", seq_len=512, heldout_source=None)
+    timed("prepare, all of it", SHORT, "conversations", lambda: data.prepare(config, folder / "out", str(path)))
+
+
+def memory(folder: Path, file_gb: float) -> None:
+    """Peak memory of prepare on a file of so many GB (10⁹ bytes): resident, and of it anonymous, that is not files."""
+    path = folder / "large.jsonl"
+    count = write(path, size_bytes=int(file_gb * 1e9))
+    peak, stop = [0], threading.Event()
+
+    def watch():
+        while not stop.wait(0.2):
+            status = Path("/proc/self/status").read_text()
+            anonymous = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+            peak[0] = max(peak[0], int(anonymous.split()[1]) * 1024)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.monotonic()
+    try:
+        made = data.prepare(profile("tiny", seq_len=512, heldout_source=None), folder / "out", str(path))
+    finally:
+        stop.set()
+        watcher.join()
+    assert made["in"] == count == made["kept"] + sum(made["dropped"].values())
+    print(
+        json.dumps(
+            {
+                "what": "prepare of a large file",
+                "bytes": path.stat().st_size,
+                "conversations": count,
+                "tokens": made["train_tokens"] + made["heldout_tokens"],
+                "wall_s": round(time.monotonic() - start),
+                "peak_anonymous_gib": round(peak[0] / 2**30, 2),
+                "peak_resident_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30, 2),
+            }
+        )
+    )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--file-gb", type=float, default=0)
+    parser.add_argument("--skip-speed", action="store_true")
+    arguments = parser.parse_args()
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        "",
+    )
+    print(json.dumps({"what": "machine", "cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()}))
+    with tempfile.TemporaryDirectory() as folder:
+        if not arguments.skip_speed:
+            speed(Path(folder))
+        if arguments.file_gb:
+            memory(Path(folder), arguments.file_gb)
+
+
+if __name__ == "__main__":
+    main()
