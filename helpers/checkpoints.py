@@ -29,6 +29,7 @@ and resumes with `trainer.train(resume_from_checkpoint=checkpoints.newest(folder
 import errno
 import json
 import os
+import re
 import shutil
 import time
 import zipfile
@@ -260,9 +261,14 @@ def sync(path: Path) -> None:
 
 
 def is_write_error(error: Exception) -> bool:
-    """Whether an error says that a file could not be written: PyTorch and safetensors have kinds of their own."""
-    torch_writer = isinstance(error, RuntimeError) and ("Writer" in str(error) or "inline_container" in str(error))
-    return isinstance(error, OSError) or torch_writer or type(error).__name__ == "SafetensorError"
+    """Whether an error says that a file could not be written; PyTorch, safetensors and tokenizers have their own kinds.
+
+    >>> is_write_error(Exception("No space left on device (os error 28)")), is_write_error(ValueError("rank"))
+    (True, False)
+    """
+    said = str(error)
+    torch_writer = isinstance(error, RuntimeError) and ("Writer" in said or "inline_container" in said)
+    return isinstance(error, OSError) or torch_writer or re.search(r"\(os error \d+\)|I/O error", said) is not None
 
 
 @contextmanager
