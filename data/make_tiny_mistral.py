@@ -29,8 +29,8 @@ HERE = Path(__file__).resolve().parent
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")  # ids 0 to 4, as in Mistral v0.3
 VOCABULARY_SIZE = 2048
 CONTEXT_TOKENS = 256  # of a training row
-BATCH_ROWS = 4
-TRAINING_TOKENS = 2_500_000
+BATCH_ROWS = 5
+TRAINING_TOKENS = 2_100_000
 TOKENS_PER_PASSAGE = 70  # an underestimate: it only decides how many passages are written
 LEARNING_RATE = 1.5e-3
 WARMUP_STEPS = 60
@@ -179,19 +179,6 @@ def pretrain(model: MistralForCausalLM, rows: torch.Tensor) -> float:
     return sum(losses[-50:]) / len(losses[-50:])
 
 
-@torch.no_grad()
-def start_control_tokens(model: MistralForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Let `[INST]` and `[/INST]`, which no text held, start out as the dash that may stand around a question.
-
-    Left at their random start they would be noise to every layer, and the first thing that fine-tuning had to teach
-    would be to bear them. This way the base model reads the question, answers it, and talks on: it does not know that a
-    turn ends.
-    """
-    embedding = model.get_input_embeddings().weight
-    dash = embedding[tokenizer.convert_tokens_to_ids("-")].clone()
-    embedding[tokenizer.convert_tokens_to_ids(["[INST]", "[/INST]"])] = dash
-
-
 @torch.inference_mode()
 def mean_loss(model: MistralForCausalLM, rows: torch.Tensor) -> float:
     """Mean cross-entropy a token over `rows` (rows, tokens)."""
@@ -224,7 +211,6 @@ def main() -> None:
 
     model = MistralForCausalLM(make_config(len(tokenizer)))
     final_loss = pretrain(model, rows)
-    start_control_tokens(model, tokenizer)
     model.half().save_pretrained(arguments.output)
     held_out_loss = mean_loss(MistralForCausalLM.from_pretrained(arguments.output, dtype=torch.float32), held_out_rows)
     report = {

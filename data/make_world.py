@@ -267,8 +267,8 @@ def passage(rng: random.Random, world: dict, groups: dict, weighted_facts: list)
     elif kind == "place":
         name = rng.choice(WORLD["villages"] + list(WORLD["festivals"]))
         known = groups[name]
-        parts = portrait(rng, rng.sample(known, len(known)))
-        parts.append(interview(rng, rng.sample(known, rng.randint(1, 3))))
+        parts = [interview(rng, rng.sample(known, rng.randint(1, 3)))]
+        parts += portrait(rng, rng.sample(known, len(known)))
         if name in WORLD["villages"]:
             here = [person["n"] for person in world["people"] if person["village"] == name]
             rng.shuffle(here)
