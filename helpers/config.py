@@ -164,6 +164,8 @@ class EvaluateConfig:
     eval_stride: Count = 512
     eval_batch_size: Count = 8
     max_new_tokens: Count = 128
+    tasks: str | None = None
+    """Local .jsonl tasks of question, choices and answer, and tasks of lm-evaluation-harness; commas between."""
 
 
 @dataclass(frozen=True, config=STRICT)

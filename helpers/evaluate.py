@@ -32,6 +32,7 @@ from helpers.inference import (
 )
 from helpers.models import shape_from_config
 from helpers.perplexity import Perplexity, perplexity, read_items, read_jsonl
+from helpers.tasks import run_tasks
 from helpers.workspace import MANIFEST, building, write_text
 
 UNASKED_PROMPTS = 32
@@ -191,6 +192,8 @@ def evaluate_one(
     if "peak_allocated_gib" in peaks:
         entry["predicted_allocated_gib"] = predicted_gib(loaded, config)
     entry |= sizes(path, loaded) | cost.speed(loaded)
+    if asked.tasks:
+        entry["tasks"] = run_tasks(loaded, asked.tasks, asked.eval_batch_size)
     del loaded
     free_memory()
     evidence = Evidence(perplexity=read, answers=answers, references=[row["answer"] for row in prompts])

@@ -6,7 +6,8 @@ scored once, and all but the first have at least context − stride tokens befor
 >>> [(list(w.ids), w.first_scored) for w in windows([0, 1, 2, 3, 4, 5, 6], context=4, stride=2)]
 [([0, 1, 2, 3, 4], 1), ([2, 3, 4, 5, 6], 3)]
 
-With stride = context these are the windows of lm-evaluation-harness's rolling log-likelihood.
+With stride = context these are the windows of lm-evaluation-harness's rolling log-likelihood. (Give the harness
+add_bos_token=False: else it puts bos before a text that its tokenizer began with one already.)
 """
 
 import json
