@@ -390,11 +390,15 @@ def keep_copy(folder: Path) -> None:
 
 
 def fetch(folder: Path) -> None:
-    """Copy a finished stage from its lasting twin when it is not here."""
+    """Copy a finished stage from its lasting twin when it is not here. Raises DamagedArtifact when it is not whole."""
     twin = lasting_twin(folder)
     if twin is not None and not (folder / MANIFEST).is_file() and (twin / MANIFEST).is_file():
         print(f"fetching {folder.name}, {size_bytes(twin) / GIB:.2f} GiB, from {twin}")
-        copy_stage(twin, folder)
+        try:
+            copy_stage(twin, folder)
+        except OSError as error:
+            again = NOTEBOOKS.get(folder.name, "that makes it")
+            raise DamagedArtifact(f"{twin} could not be fetched ({error}): run notebook {again} again") from None
 
 
 def copy_stage(source: Path, target: Path) -> Path:

@@ -1,0 +1,257 @@
+"""The workspace: nothing half-written under a finished name, every byte checked, stale inputs told, kept for good."""
+
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers import models, share, workspace
+from helpers.workspace import building, open_run, require, run_config, run_models
+
+CONFIG = models.profile("tiny")
+
+
+def make(folder: Path, stage: str, content: str = "weights", inputs: dict | None = None, config=CONFIG) -> Path:
+    """A finished stage with a file of data, one in a folder, and a log."""
+    with building(folder, stage, config, inputs) as work:
+        (work.folder / "adapter").mkdir()
+        (work.folder / "adapter" / "adapter_model.safetensors").write_text(content)
+        (work.folder / "rows.arrow").write_text("rows")
+        (work.folder / "log.json").write_text("[]")
+        work.measurements["loss"] = 1.5
+    return folder
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    name=st.sampled_from(
+        ["adapter/adapter_model.safetensors", "rows.arrow", "log.json", "config.yaml", workspace.MANIFEST]
+    ),
+    place=st.floats(0, 1, exclude_max=True),
+    bit=st.integers(0, 7),
+)
+def test_a_flipped_bit_is_noticed_by_the_next_stage_with_the_file_named(name, place, bit):
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        make(root / "finetune", "finetune")
+        file = root / "finetune" / name
+        content = bytearray(file.read_bytes())
+        content[int(place * len(content))] ^= 1 << bit
+        file.write_bytes(content)
+        with pytest.raises(workspace.DamagedArtifact, match=Path(name).name):
+            require(root / "finetune", "finetune")
+        with pytest.raises(workspace.DamagedArtifact, match=Path(name).name):
+            make(root / "merge", "merge", inputs={"adapter": root / "finetune"})
+        assert not (root / "merge").exists() and not (root / "merge.partial").exists()
+
+
+@pytest.mark.parametrize("harm", ["missing", "longer", "no manifest", "not there", "leads outside"])
+def test_what_is_not_whole_is_refused_with_a_remedy(tmp_path, harm):
+    folder = make(tmp_path / "finetune", "finetune")
+    if harm == "missing":
+        (folder / "rows.arrow").unlink()
+    elif harm == "longer":
+        (folder / "rows.arrow").write_text("more rows")
+    elif harm == "no manifest":
+        (folder / workspace.MANIFEST).unlink()
+    elif harm == "not there":
+        shutil.rmtree(folder)
+    else:
+        manifest = workspace.read_manifest(folder)
+        manifest["outputs"]["../../secret"] = manifest["outputs"]["rows.arrow"]
+        text = json.dumps(manifest | {"sha256": workspace.text_checksum(manifest)})
+        (folder / workspace.MANIFEST).write_text(text)
+    with pytest.raises(workspace.MissingArtifact, match=r"03_qlora_finetuning|outside of") as caught:
+        require(folder, "finetune")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failed_stage_leaves_the_former_one(tmp_path):
+    folder = make(tmp_path / "finetune", "finetune", "old")
+    with pytest.raises(RuntimeError), building(folder, "finetune", CONFIG) as work:
+        (work.folder / "half").write_text("half")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["finetune"]
+    require(folder, "finetune")
+    make(folder, "finetune", "new")
+    assert (folder / "adapter" / "adapter_model.safetensors").read_text() == "new"
+
+
+def test_a_kill_between_two_renames_loses_nothing(tmp_path):
+    folder = make(tmp_path / "finetune", "finetune")
+    folder.rename(tmp_path / "finetune.former")
+    assert require(folder, "finetune")["measurements"] == {"loss": 1.5}
+    assert not (tmp_path / "finetune.former").exists()
+
+
+def test_what_was_made_from_something_else_is_stale(tmp_path):
+    make(tmp_path / "prepare", "prepare")
+    make(tmp_path / "finetune", "finetune", inputs={"prepared": tmp_path / "prepare"})
+    make(tmp_path / "merge", "merge", inputs={"adapter": tmp_path / "finetune"})
+    make(tmp_path / "finetune", "finetune", inputs={"prepared": tmp_path / "prepare"})  # the same again
+    make(tmp_path / "quantize", "quantize", inputs={"merged": tmp_path / "merge"})
+    make(tmp_path / "finetune", "finetune", "another rank", inputs={"prepared": tmp_path / "prepare"})
+    with pytest.raises(workspace.StaleArtifact, match=r"another finetune .* 04_gptq"):
+        make(tmp_path / "quantize", "quantize", inputs={"merged": tmp_path / "merge"})
+    make(tmp_path / "elsewhere" / "quantize", "quantize", inputs={"merged": tmp_path / "merge"})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"), [({"seq_len": 64}, "seq_len = 192 and this run says 64"), ({"model": "x/y"}, "model")]
+)
+def test_settings_that_do_not_fit_the_prepared_data_are_explained(tmp_path, values, message):
+    make(tmp_path / "prepare", "prepare")
+    with pytest.raises(workspace.StaleArtifact, match=message):
+        make(
+            tmp_path / "finetune",
+            "finetune",
+            inputs={"prepared": tmp_path / "prepare"},
+            config=CONFIG.with_values(**values),
+        )
+    longer = CONFIG.with_values(seq_len=256, rank=4)
+    make(tmp_path / "finetune", "finetune", inputs={"prepared": tmp_path / "prepare"}, config=longer)
+
+
+def test_manifest_tells_configuration_versions_inputs_outputs(tmp_path):
+    (tmp_path / "questions.jsonl").write_text("{}")
+    make(tmp_path / "prepare", "prepare", inputs={"questions": tmp_path / "questions.jsonl"})
+    manifest = require(tmp_path / "prepare", "prepare")
+    assert manifest["finished"] and manifest["config"]["adapter"]["rank"] == 16
+    assert manifest["versions"]["torch"] and manifest["versions"]["python"]
+    assert manifest["inputs"]["questions"]["sha256"] == workspace.checksum(tmp_path / "questions.jsonl")
+    assert manifest["outputs"]["rows.arrow"]["size_bytes"] == 4
+
+
+# ---- a rented machine ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drive(tmp_path, monkeypatch) -> Path:
+    """A mounted Drive."""
+    store = tmp_path / "drive"
+    store.mkdir()
+    monkeypatch.setenv("RECIPES_LASTING", str(store))
+    return store
+
+
+def test_a_new_machine_finds_the_adapter_in_drive(tmp_path, drive, capsys):
+    first = open_run(CONFIG, tmp_path / "one" / "run")
+    make(first.folder("prepare"), "prepare")
+    make(first.folder("finetune"), "finetune", inputs={"prepared": first.folder("prepare")})
+    make(first.folder("merge"), "merge", inputs={"adapter": first.folder("finetune")})
+    make(first.folder("quantize"), "quantize", inputs={"merged": first.folder("merge")})
+    shutil.rmtree(tmp_path / "one")
+    second = open_run(CONFIG, tmp_path / "two" / "run")
+    assert run_config(second, "finetune") == CONFIG
+    assert second.folder("prepare").is_dir(), "its calibration comes with it"
+    models_there = run_models(second, CONFIG)
+    assert set(models_there) == {"base", "finetuned", "gptq"}, "a merged 7B is too large for Drive"
+    assert "merged is left out" in capsys.readouterr().out
+
+
+def test_a_damaged_copy_in_drive_is_noticed(tmp_path, drive):
+    first = open_run(CONFIG, tmp_path / "one" / "run")
+    make(first.folder("finetune"), "finetune")
+    shutil.rmtree(tmp_path / "one")
+    (file,) = drive.rglob("adapter_model.safetensors")
+    file.write_text("weightz")
+    second = open_run(CONFIG, tmp_path / "two" / "run")
+    with pytest.raises(workspace.DamagedArtifact, match=r"adapter_model\.safetensors"):
+        run_config(second, "finetune")
+
+
+def test_a_copy_that_broke_off_goes_on(tmp_path, monkeypatch):
+    stage = make(tmp_path / "finetune", "finetune")
+    copied, copy = [], shutil.copyfile
+
+    def breaks(source, target):
+        if "log.json" in str(target) and not copied.count("log.json"):
+            copied.append("log.json")
+            raise OSError(5, "Input/output error")
+        copied.append(Path(target).name)
+        return copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", breaks)
+    monkeypatch.setattr(workspace.copy_verified, "__defaults__", (1,))
+    with pytest.raises(ValueError, match="Input/output error"):
+        share.to_folder(stage, tmp_path / "home")
+    assert not (tmp_path / "home" / "finetune" / workspace.MANIFEST).exists()
+    share.to_folder(stage, tmp_path / "home")
+    assert copied.count("adapter_model.safetensors") == 1, "what was whole is not copied twice"
+    require(tmp_path / "home" / "finetune", "finetune")
+
+
+def test_a_full_drive_ends_nothing(tmp_path, drive, monkeypatch, capsys):
+    run = open_run(CONFIG, tmp_path / "run")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(15, 15, 0))
+    make(run.folder("finetune"), "finetune")
+    require(run.folder("finetune"), "finetune")
+    assert "empty Drive's bin" in capsys.readouterr().out
+
+
+def test_a_workspace_inside_drive_has_no_twin(tmp_path, drive):
+    run = open_run(CONFIG, drive / "runs" / "tiny")
+    assert workspace.lasting_twin(run.folder("finetune")) is None
+
+
+def test_a_note_from_another_machine_is_not_followed(tmp_path):
+    (tmp_path / workspace.LASTING).write_text("/content/drive/MyDrive/mistral-t4-recipes/tiny")
+    make(tmp_path / "finetune", "finetune")
+    assert not Path("/content").exists()
+
+
+@pytest.mark.parametrize(
+    ("variable", "place", "home"),
+    [("COLAB_RELEASE_TAG", "colab", "/content"), ("KAGGLE_KERNEL_RUN_TYPE", "kaggle", "/kaggle/working")],
+)
+def test_rented_machines_are_recognised(monkeypatch, variable, place, home):
+    for name in ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE", "RECIPES_LASTING"):
+        monkeypatch.delenv(name, raising=False)
+    assert workspace.place() == "own" and workspace.home() == workspace.ROOT
+    monkeypatch.setenv(variable, "1")
+    assert workspace.place() == place and workspace.home() == Path(home)
+    assert workspace.lasting_store() is None, "no Drive is mounted here"
+
+
+# ---- taking it home --------------------------------------------------------------------------------------------------
+
+
+def test_a_download_comes_back_whole(tmp_path, capsys):
+    stage = make(tmp_path / "finetune", "finetune")
+    archive = share.to_download(stage)
+    assert "GiB" in capsys.readouterr().out.splitlines()[0], "the size is said before"
+    shutil.rmtree(stage)
+    assert share.unpack(archive, tmp_path / "home") == tmp_path / "home" / "finetune"
+    assert "AutoPeftModelForCausalLM" in (tmp_path / "home" / "finetune" / "README.md").read_text()
+    os.truncate(archive, 300)
+    with pytest.raises(ValueError, match="not a whole zip"):
+        share.unpack(archive, tmp_path / "again")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/outside", "finetune/../../outside"])
+def test_an_archive_cannot_leave_its_folder(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as packed:
+        packed.writestr(name, "x")
+    with pytest.raises(ValueError, match="leads out"):
+        share.unpack(tmp_path / "bad.zip", tmp_path / "home")
+    assert not (tmp_path / "home").exists() and not (tmp_path / "outside").exists()
+
+
+def test_the_hub_is_not_reached_without_a_token(tmp_path, monkeypatch):
+    monkeypatch.setattr(share.tokens, "hub_token", lambda: None)
+    with pytest.raises(ValueError, match="HF_TOKEN"):
+        share.to_hub(make(tmp_path / "finetune", "finetune"), "me/mine")
+
+
+def test_nothing_that_holds_a_token_leaves(tmp_path):
+    with building(tmp_path / "finetune", "finetune", CONFIG) as work:
+        (work.folder / "log.json").write_text('{"token": "hf_' + "a" * 34 + '"}')
+    for leave in (share.to_download, lambda stage: share.to_folder(stage, tmp_path / "home")):
+        with pytest.raises(ValueError, match=r"log\.json holds a Hugging Face token"):
+            leave(tmp_path / "finetune")
