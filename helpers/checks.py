@@ -66,6 +66,9 @@ TEMPLATE_TOKENS = (
 )  # fmt: skip
 
 
+REPEATS = 4
+
+
 @dataclass
 class Finding:
     """What one check found."""
@@ -192,8 +195,10 @@ def clean(text: str, place: str, findings: Findings, leaked: re.Pattern, noted: 
         action = note("leaked-template", place, excerpt(text, leaked), findings, noted)
         if action == DROP:
             return None
-        while action == REPAIR and leaked.search(text):  # taking one out can bring another together
+        for _ in range(REPEATS if action == REPAIR else 0):  # taking one out can bring another together
             text = leaked.sub("", text)
+        if action == REPAIR:  # and where somebody nested them without end, a space takes them apart
+            text = leaked.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)
     tidy = text.strip()
     if tidy != text and tidy and note("edge-spaces", place, text[:40], findings, noted) == DROP:
         return None

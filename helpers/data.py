@@ -27,7 +27,7 @@ from helpers.duplicates import groups, sketches
 from helpers.formats import BadRow, recognise, to_messages
 from helpers.models import PROFILES
 from helpers.outliers import far_lengths, rare_scripts, scripts
-from helpers.readers import read
+from helpers.readers import ROW_LIMIT, read
 from helpers.templates import Encoded, Template, load_tokenizer, special_tokens
 from helpers.uploads import save_upload
 from helpers.workspace import building, require
@@ -111,8 +111,13 @@ def conversations(
             found.add(error.kind, place, str(error))
             continue
         messages = check(messages, place, found, leaked)
-        if messages is not None:
-            yield Conversation(place, messages, "\n".join([turn["content"] for turn in messages]))
+        if messages is None:
+            continue
+        text = "\n".join([turn["content"] for turn in messages])
+        if len(text) > ROW_LIMIT:  # only tables get this far: a line of JSON was stopped while it was read
+            found.add("over-long-row", place, text[:40])
+        else:
+            yield Conversation(place, messages, text)
 
 
 def repaired(raw: bytes) -> tuple[Any, str | None]:

@@ -43,10 +43,14 @@ ROLES = {
 TOOL_ROLES = {"tool", "function", "ipython", "observation", "function_call", "tool_call", "tool_response"}
 
 HASHES = re.compile(r"###\s*(Human|User|Instruction|Input|Assistant|Response|System)\s*:\s*", re.IGNORECASE)
-INST = re.compile(r"\[INST\](.*?)\[/INST\](.*?)(?=\[INST\]|\Z)", re.DOTALL)
+INST = re.compile(r"\[INST\]")
 INST_SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>\s*", re.DOTALL)
 CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
 MARKED = re.compile(r"###\s*(?:Human|User|Instruction)\s*:|\[INST\]|<\|im_start\|>", re.IGNORECASE)
+
+
+LITERAL_LIMIT = 1_000_000
+"""Letters of a list as Python writes it: its parser takes a hundred times as much memory."""
 
 
 class BadRow(ValueError):
@@ -221,7 +225,8 @@ def from_flattened(text: str) -> list[dict[str, str]]:
     """
     if "[INST]" in text:
         messages = []
-        for question, answer in INST.findall(text):
+        for turn in INST.split(text)[1:]:
+            question, _, answer = turn.partition("[/INST]")
             if system := INST_SYSTEM.match(question):
                 messages.append({"role": "system", "content": system[1].strip()})
                 question = question[system.end() :]
@@ -270,6 +275,8 @@ def parsed(value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         pass
+    if len(value) > LITERAL_LIMIT:
+        return value
     try:
         found = ast.literal_eval(value.strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError):

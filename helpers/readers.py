@@ -284,6 +284,7 @@ def read_array(stream: io.BufferedReader, name: str) -> Iterator[Record]:
         # A number that reaches the end of the buffer may go on behind it; a string, a list or an object does not.
         if end is None or (end == len(buffer) and not at_end and not isinstance(value, str | list | dict)):
             if at_end or len(buffer) - start > ROW_LIMIT:
+                problem = problem if at_end else f"no end of an element within {ROW_LIMIT // MIB} MiB"
                 line += buffer.count("\n", at, start)
                 raise ValueError(
                     f"{name} is not JSON at line {line} ({problem}): mend it there, or give one JSON object a line"

@@ -11,6 +11,7 @@ itself would have to write after the prompt. (mistral-common tokenizes piece by 
 """
 
 import re
+from bisect import bisect
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +55,7 @@ MISTRAL_V3 = """\
 """v0.3: [INST] and [/INST] are tokens of their own; a system prompt stands at the head of the *last* user turn."""
 
 PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<unk>")
-MARK = "\ue000{}\ue001"  # private use characters: no template writes them
+MARK, MARKS = "\ue000{}\ue001", re.compile("\ue000([0-9]+)\ue001")  # private use characters: no template writes them
 
 
 class Layout(NamedTuple):
@@ -151,13 +152,14 @@ class Template:
     def layout(self, roles: tuple[str, ...]) -> Layout | None:
         """What the template writes around messages with these roles; None when it refuses them or leaves one out."""
         if roles not in self.layouts:
-            marks = [MARK.format(i) for i in range(len(roles))]
+            marked = [{"role": role, "content": MARK.format(i)} for i, role in enumerate(roles)]
             try:
-                text = self.render([{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)])
+                pieces = MARKS.split(self.render(marked))
             except Exception:  # whatever a template raises, it does not want these roles
-                text = ""
-            whole = all(text.count(mark) == 1 for mark in marks)
-            self.layouts[roles] = split_at_marks(text, marks) if whole else None
+                pieces = []
+            order = tuple(map(int, pieces[1::2]))
+            whole = sorted(order) == list(range(len(roles)))
+            self.layouts[roles] = Layout(tuple(pieces[::2]), order) if whole else None
         return self.layouts[roles]
 
     def render(self, messages: list[dict[str, str]]) -> str:
@@ -256,13 +258,19 @@ class Template:
         """Conversations of at most seq_len tokens: the last exchanges go first, whole; None when not one fits."""
         fitted: list[Encoded | None] = []
         for messages, (ids, mask, ends) in zip(conversations, self.encode(conversations), strict=True):
-            kept, full_tokens = messages, len(ids)
-            while len(ids) > seq_len and ends:
-                answers = min(sum(end <= seq_len for end in ends), len(ends) - 1)
-                kept = first_answers(kept, answers)
-                # The system prompt may move to a turn that was not the last before: so encode again.
-                ids, mask, ends = self.encode([kept])[0] if answers else ([], [], [])
-            fitted.append(Encoded(kept, ids, mask, full_tokens) if ends else None)
+            if len(ids) <= seq_len:
+                fitted.append(Encoded(messages, ids, mask, len(ids)))
+                continue
+            # The system prompt may move to a turn that was not the last before, so a part is not as long as it was.
+            answers = min(sum(end <= seq_len for end in ends), len(ends) - 1)
+            if answers and len(self.encode([first_answers(messages, answers)])[0][0]) > seq_len:
+                parts = range(1, answers)
+                answers = bisect(parts, seq_len, key=lambda n: len(self.encode([first_answers(messages, n)])[0][0]))
+            if answers:
+                kept = first_answers(messages, answers)
+                fitted.append(Encoded(kept, *self.encode([kept])[0][:2], len(ids)))
+            else:
+                fitted.append(None)
         return fitted
 
     def fit_text(self, text: str, seq_len: int) -> list[Encoded]:
@@ -282,16 +290,6 @@ class Template:
             )
             for piece in pieces
         ]
-
-
-def split_at_marks(text: str, marks: list[str]) -> Layout:
-    """The pieces of a text around marks that it holds once each, and the marks' order."""
-    order = sorted(range(len(marks)), key=lambda i: text.index(marks[i]))
-    pieces, rest = [], text
-    for i in order:
-        before, _, rest = rest.partition(marks[i])
-        pieces.append(before)
-    return Layout((*pieces, rest), tuple(order))
 
 
 def first_answers(messages: list[dict[str, str]], answers: int) -> list[dict[str, str]]:

@@ -173,7 +173,8 @@ def test_near_duplicates_stay_on_one_side(tmp_path):
     made = data.prepare(config, tmp_path / "a", write(tmp_path / "a.jsonl", talks))
     found = {finding["kind"]: finding for finding in made["findings"]}
     assert found["near-duplicate"]["count"] == 160 and made["kept"] == 240
-    in_order = [sides(tmp_path / "a")[f"{int(data.hash_of(messages)[:16], 16):016x}"] for messages in talks]
+    side_of = sides(tmp_path / "a")
+    in_order = [side_of[f"{int(data.hash_of(messages)[:16], 16):016x}"] for messages in talks]
     assert [side for side in in_order[::3] for _ in range(3)] == in_order
     made = data.prepare(config.with_values(on_finding="near-duplicate=drop"), tmp_path / "b", str(tmp_path / "a.jsonl"))
     assert made["kept"] == 80 and made["dropped"] == {"near-duplicate": 160}
