@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 GIB = 2**30
 DISK_MARGIN_BYTES = GIB // 16
 """For config, tokenizer and manifest."""
-STATE = "merge-progress.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
@@ -105,46 +104,52 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig) ->
     """
     start = time.monotonic()
     adapter, output = Path(adapter), Path(output)
-    work = output.with_name(output.name + ".partial")
+    work, progress = output.with_name(output.name + ".partial"), progress_file(output)
     loaded = read_adapter(adapter)
     base_folder = find_base(base, json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")))
     refuse_output(output, [base_folder, adapter], "merge")
     with exclusive(work):
-        earlier = read_state(work)
+        earlier = read_state(progress)
         tensors = stored_tensors(
             base_folder, freed=[Stored(n, base_folder / f, tuple(s), k) for n, f, s, k in earlier.get("tensors", [])]
         )
         check_fits_base(loaded, tensors, base)
         plan = plan_shards(tensors, int(config.shard_gib * GIB))
         identity = fingerprint(tensors, adapter, config, earlier.get("identity", {}).get("base", {}))
-        finished = finished_shards(work, identity)
+        finished = finished_shards(work, earlier, identity)
         check_disk(output, plan, set(finished), config.free_base)
         trained = trained_config(adapter)
         run = trained.with_values(model=str(base), **asdict(config))
-        with building(output, "merge", run, {"adapter": adapter.parent}, keep=True) as stage:
-            for file in stage.folder.iterdir():
-                if file.name not in finished:
+        try:
+            with building(output, "merge", run, {"adapter": adapter.parent}, keep=True) as stage:
+                for file in stage.folder.iterdir():
+                    if file.name not in finished:
+                        file.unlink()
+                state = {
+                    "identity": identity,
+                    "tensors": [[t.name, t.file.name, t.shape, t.kind] for t in tensors],
+                    "finished": finished,
+                }
+                resumed = len(finished)
+                write_text(progress, json.dumps(state))
+                figures = write_shards(work, plan, state, progress, loaded, config, trained.model.double_quant)
+                write_rest(work, base_folder, adapter, plan)
+                check_written(work, plan)
+                stage.measurements |= figures | {
+                    "merge_base": config.merge_base,
+                    "tensors": len(tensors),
+                    "adapted_tensors": len(loaded.modules),
+                    "shards": len(plan),
+                    "shards_resumed": resumed,
+                    "size_bytes": sum(2 * tensor.values for tensor in tensors),
+                    "merge_s": round(time.monotonic() - start, 2),
+                }
+        except UnusableModel:
+            if not config.free_base:  # what was freed is only there now
+                for file in (*work.iterdir(), progress):
                     file.unlink()
-            state = {
-                "identity": identity,
-                "tensors": [[t.name, t.file.name, t.shape, t.kind] for t in tensors],
-                "finished": finished,
-            }
-            resumed = len(finished)
-            write_text(work / STATE, json.dumps(state))
-            figures = write_shards(work, plan, state, loaded, config, trained.model.double_quant)
-            write_rest(work, base_folder, adapter, plan)
-            check_written(work, plan)
-            (work / STATE).unlink()
-            stage.measurements |= figures | {
-                "merge_base": config.merge_base,
-                "tensors": len(tensors),
-                "adapted_tensors": len(loaded.modules),
-                "shards": len(plan),
-                "shards_resumed": resumed,
-                "size_bytes": sum(2 * tensor.values for tensor in tensors),
-                "merge_s": round(time.monotonic() - start, 2),
-            }
+            raise
+        progress.unlink()
     return stage.measurements
 
 
@@ -342,9 +347,8 @@ def plan_shards(tensors: list[Stored], shard_bytes: int) -> dict[str, list[Store
     return {f"model-{number:05}-of-{len(shards):05}.safetensors": shard for number, shard in enumerate(shards, 1)}
 
 
-def finished_shards(work: Path, identity: dict) -> dict[str, str]:
+def finished_shards(work: Path, state: dict, identity: dict) -> dict[str, str]:
     """Shards that an interrupted merge of the same inputs has written, each read again and held to its checksum."""
-    state = read_state(work)
     if state.get("identity") != identity:
         return {}
     return {
@@ -354,10 +358,15 @@ def finished_shards(work: Path, identity: dict) -> dict[str, str]:
     }
 
 
-def read_state(work: Path) -> dict:
-    """What an interrupted merge left about itself; {} when there is none, or it is not to be read."""
+def progress_file(output: Path) -> Path:
+    """What a merge knows of itself. It stays beside the folder until that is named: a freed base would be missed."""
+    return output.with_name(output.name + ".progress.json")
+
+
+def read_state(progress: Path) -> dict:
+    """What an interrupted merge knew; {} when there is none, or it is not to be read."""
     try:
-        return json.loads((work / STATE).read_text(encoding="utf-8"))
+        return json.loads(progress.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
@@ -396,7 +405,7 @@ def check_disk(output: Path, plan: dict[str, list[Stored]], finished: set[str], 
     needed = disk_needed_bytes(plan, finished, free_base)
     free = shutil.disk_usage(nearest_folder(output)).free
     if needed + DISK_MARGIN_BYTES > free:
-        less = disk_needed_bytes(plan, finished, free_base=True)
+        less = disk_needed_bytes(plan, finished, free_base=True) + DISK_MARGIN_BYTES
         remedy = "" if free_base else f"; free_base=True needs {less / GIB:.2f}"
         raise ValueError(
             f"merging needs {(needed + DISK_MARGIN_BYTES) / GIB:.2f} GiB of disk at {output}, "
@@ -413,7 +422,7 @@ def nearest_folder(path: Path) -> Path:
 
 
 def write_shards(
-    work: Path, plan: dict, state: dict, adapter: Adapter, config: MergeConfig, double_quant: bool
+    work: Path, plan: dict, state: dict, progress: Path, adapter: Adapter, config: MergeConfig, double_quant: bool
 ) -> dict:
     """Write the shards that are not finished, each under another name until it is whole; returns measurements."""
     import torch
@@ -440,7 +449,7 @@ def write_shards(
                         peak_bytes = max(peak_bytes, anonymous_bytes())
                         bar.update(2 * tensor.values)
                 state["finished"][name] = writer.sha256
-                write_text(work / STATE, json.dumps(state))
+                write_text(progress, json.dumps(state))
             if config.free_base:
                 for file in [file for file, last in last_use.items() if last == name and file.exists()]:
                     file.resolve().unlink()  # in the hub's cache the file is a link to the one that takes the room
