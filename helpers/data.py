@@ -55,10 +55,10 @@ def prepare(config: RunConfig, output: Path, source: str | None = None) -> dict:
     reason that is counted: in = kept + dropped. The same source and configuration give the same bytes.
     Raises ValueError with one sentence when the source cannot be read or nothing in it can be trained on.
     """
-    heldout_source = config.data.heldout_source
-    if source not in (None, config.data.source) and heldout_source == PROFILES[config.profile].get("heldout_source"):
+    source, heldout_source = str(source or config.data.source), config.data.heldout_source
+    own = PROFILES.get(config.profile, {})
+    if heldout_source == own.get("heldout_source") and Path(source).resolve() != Path(own.get("source", "")).resolve():
         heldout_source = None  # the profile's held-out conversations belong to the profile's own training data
-    source = str(source or config.data.source)
     found = Findings(actions(config.data.on_finding))
     template = Template(load_tokenizer(config.model.model, config.model.revision))
     inputs = {"source": source, "heldout_source": heldout_source}
@@ -254,12 +254,17 @@ class Rows:
     def save(self, folder: Path, chosen: np.ndarray) -> None:
         """The rows of the chosen conversations as a dataset on disk; equal rows give equal bytes."""
         from datasets import Dataset
+        from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
         rows = chosen[np.array(self.owner, dtype=np.int64)]
         part = Dataset.from_file(str(self.path)).select(np.flatnonzero(rows))
         # The default fingerprint holds the time; caches of later `map` calls must follow the content alone.
         part._fingerprint = hashlib.sha256(self.digest.digest() + np.packbits(rows).tobytes()).hexdigest()[:16]
+        quiet = are_progress_bars_disabled()
+        disable_progress_bars()
         part.save_to_disk(str(folder))
+        if not quiet:
+            enable_progress_bars()
 
     def measure(self, kept: np.ndarray, held_out: np.ndarray, total: int) -> dict[str, Any]:
         """What was counted: conversations, rows and tokens of both sides, lengths, findings, warnings."""

@@ -329,6 +329,12 @@ def test_names_of_the_hub_without_a_network(tmp_path, monkeypatch):
         data.prepare(profile("tiny", heldout_source=None), tmp_path / "out", "HuggingFaceH4/ultrachat_200k")
 
 
+def test_the_profile_s_own_data_by_another_path_keeps_its_held_out_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(SAMPLE.parent)
+    made = data.prepare(profile("tiny", max_conversations=10), tmp_path / "out", SAMPLE.name)
+    assert made["heldout_rows"] == made["train_rows"] == 10
+
+
 def test_prepare_takes_paths(tmp_path):
     made = data.prepare(profile("tiny", max_conversations=10, heldout_source=None), tmp_path / "out", Path(SAMPLE))
     assert made["in"] == 10
