@@ -31,8 +31,10 @@ class GPU:
     """10^9 bytes a second, as the makers give it."""
     context_gib: float = 0.40
     """CUDA context and loaded kernels of a training process, outside of PyTorch's allocator."""
-    efficiency: float = 0.45
-    """Share of the matrix rate that a large fp16 matrix product reaches; fitted in helpers/budget.py's note."""
+    efficiency: float = 0.40
+    """Share of the matrix rate that a 7B's products reach. Measured for T4 and H200 (helpers/pace.py), else a guess."""
+    bandwidth_share: float = 0.60
+    """Share of the bandwidth that elementwise kernels and dequantization reach; measured where efficiency is."""
     count: int = 1
     """Cards of this kind in the machine; a run uses one."""
 
@@ -88,7 +90,7 @@ class Machine:
 # whose "FP16 with FP32 accumulate" is what cuBLAS uses). Total memory: torch.cuda.get_device_properties on each.
 # T4 memory and context: measured, fitcheck's rows and GPTQModel#1486. H200's context: our rows.
 GPUS = {
-    "t4": GPU("Tesla T4", 14.56, (7, 5), 65.0, 0.0, 320, context_gib=0.14, efficiency=0.37),
+    "t4": GPU("Tesla T4", 14.56, (7, 5), 65.0, 0.0, 320, context_gib=0.14, efficiency=0.21),
     "p100": GPU("Tesla P100", 15.89, (6, 0), 18.7, 0.0, 732, context_gib=0.25, efficiency=0.50),
     "v100": GPU("Tesla V100", 15.77, (7, 0), 112.0, 0.0, 900, context_gib=0.30),
     "l4": GPU("NVIDIA L4", 22.03, (8, 9), 121.0, 121.0, 300, context_gib=0.25),
@@ -100,8 +102,12 @@ GPUS = {
     "rtx3090": GPU("GeForce RTX 3090", 23.68, (8, 6), 71.0, 71.0, 936, context_gib=0.25),
     "rtx4070": GPU("GeForce RTX 4070", 11.72, (8, 9), 58.3, 58.3, 504, context_gib=0.25),
     "rtx4090": GPU("GeForce RTX 4090", 23.64, (8, 9), 165.2, 165.2, 1008, context_gib=0.35),
-    "h100": GPU("NVIDIA H100 80 GB", 79.10, (9, 0), 989.0, 989.0, 3350, context_gib=0.50),
-    "h200": GPU("NVIDIA H200", 139.72, (9, 0), 989.0, 989.0, 4800, context_gib=0.50),
+    "h100": GPU(
+        "NVIDIA H100 80 GB", 79.10, (9, 0), 989.0, 989.0, 3350, context_gib=0.81, efficiency=0.60, bandwidth_share=0.33
+    ),
+    "h200": GPU(
+        "NVIDIA H200", 139.72, (9, 0), 989.0, 989.0, 4800, context_gib=0.81, efficiency=0.60, bandwidth_share=0.33
+    ),
 }
 GPUS["2xt4"] = replace(GPUS["t4"], count=2)
 ALIASES = {"a100": "a100-40", "kaggle": "2xt4", "colab": "t4", "3060": "rtx3060", "3080": "rtx3080"}

@@ -1,84 +1,166 @@
-"""Finding a configuration that fits and finishes first, and the words for what mends one that does not."""
+"""Finding the configuration that fits and finishes first, and the words for what mends one that does not fit."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
-from helpers import activations
+from helpers import activations, pace
 from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape
 
 CONTEXTS = (32768, 24576, 16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 128)
 RANKS = (256, 128, 64, 32, 16, 8, 4)
-VramOf = Callable[[RunConfig, ModelShape, Machine, str], object]
+MARGIN = 0.03
+"""Share of the VRAM that a plan leaves free: held-out predictions were at most that much under (tables.py)."""
+
+Needs = Callable[[RunConfig], float]
+"""GiB of VRAM that training with a configuration needs."""
 
 
-def search(
-    config: RunConfig, shape: ModelShape, machine: Machine, vram_of: VramOf
-) -> tuple[RunConfig, tuple[str, ...]]:
-    """(configuration without "auto", reasons): the fastest that fits."""
-    if config.train.checkpointing != "auto":
-        return config, ()
+def search(config: RunConfig, shape: ModelShape, machine: Machine, needs: Needs) -> tuple[RunConfig, tuple[str, ...]]:
+    """(configuration without "auto", reasons): the fastest that fits; the nearest when none does.
+
+    Sequences a step, context, rank and targets stay, unless no way of training them fits: then the context shrinks.
+    A configuration that says how many layers are checkpointed, and fits, stays as it is.
+    """
     if machine.gpu is None:
-        return config.with_values(checkpointing="none"), ("without a card nothing is checkpointed",)
-    for count in range(shape.layers + 1):
-        candidate = config.with_values(checkpointing=count)
-        found = vram_of(candidate, shape, machine, "train")
-        if found.process_gib <= found.limit_gib:
-            break
-    return candidate, (f"{count} of {shape.layers} layers are checkpointed: the fewest that fit",)
+        asked = config.train.checkpointing
+        return (with_train(config, checkpointing="none") if asked == "auto" else config), (
+            "without a card there is nothing to trade: no layer is checkpointed",
+        )
+    limit = machine.vram_gib
+    if config.train.checkpointing != "auto" and needs(config) <= limit:
+        return config, ("these settings fit as they are",)
+    room = limit * (1 - MARGIN)
+    found = fastest(config, shape, machine, needs, room)
+    if found is not None:
+        return found, reasons(found, shape, needs(found), room)
+    smaller = with_train(config, optimizer="paged_adamw_8bit")
+    for seq_len in (length for length in CONTEXTS if length < config.data.seq_len):
+        cut = replace(smaller, data=replace(config.data, seq_len=seq_len))
+        found = fastest(cut, shape, machine, needs, room)
+        if found is not None:
+            why = f"the context is cut from {config.data.seq_len} to {seq_len} tokens: no way of training more fits"
+            return found, (why, *reasons(found, shape, needs(found), room))
+    nearest = with_train(smallest(smaller), checkpointing="all", keep_attention=False)
+    return nearest, ("nothing fits: this comes nearest",)
+
+
+def fastest(config: RunConfig, shape: ModelShape, machine: Machine, needs: Needs, room_gib: float) -> RunConfig | None:
+    """The way of computing the same steps that fits and takes least time; None when none fits."""
+    found = [way for split in splits(config) if (way := least_recomputed(split, shape, needs, room_gib)) is not None]
+    if not found:
+        offloaded = with_train(smallest(config), checkpointing="all", keep_attention=False, offload_activations=True)
+        return offloaded if needs(offloaded) <= room_gib else None
+    # of equally fast ones the smaller micro-batch: less padding, and more room
+    return min(found, key=lambda way: (round(pace.step_s(way, shape, machine), 3), way.train.batch_size))
+
+
+def splits(config: RunConfig) -> Iterator[RunConfig]:
+    """Every micro-batch × accumulation that makes the configuration's sequences a step."""
+    rows = config.train.batch_size * config.train.accumulation
+    for batch in (size for size in range(1, min(rows, 64) + 1) if rows % size == 0):
+        yield with_train(config, batch_size=batch, accumulation=rows // batch)
+
+
+def least_recomputed(config: RunConfig, shape: ModelShape, needs: Needs, room_gib: float) -> RunConfig | None:
+    """With as few layers checkpointed as fit: memory falls with each, so halving the interval finds it."""
+
+    def fits(count: int) -> bool:
+        return needs(with_train(config, checkpointing=count)) <= room_gib
+
+    if not fits(shape.layers):
+        leaner = with_train(config, checkpointing="all", keep_attention=False)
+        return leaner if needs(leaner) <= room_gib else None
+    low, high = 0, shape.layers
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return with_train(config, checkpointing=low)
+
+
+def smallest(config: RunConfig) -> RunConfig:
+    """The same steps a sequence at a time."""
+    rows = config.train.batch_size * config.train.accumulation
+    return with_train(config, batch_size=1, accumulation=rows)
+
+
+def with_train(config: RunConfig, **values: Any) -> RunConfig:
+    """with_values for fields of config.train alone, and quicker."""
+    return replace(config, train=replace(config.train, **values))
+
+
+def reasons(config: RunConfig, shape: ModelShape, needed_gib: float, room_gib: float) -> tuple[str, ...]:
+    """Why a configuration was chosen, in sentences."""
+    asked, checked = config.train, activations.checked_layers(shape, config)
+    layers = "no layer is checkpointed: nothing is computed twice"
+    if checked:
+        layers = f"{checked} of {shape.layers} layers are checkpointed, the fewest that fit"
+    said = [
+        f"micro-batches of {asked.batch_size} × {asked.accumulation} accumulated: the fastest way of a step that fits",
+        layers,
+        f"needs {needed_gib:.1f} GiB, and {room_gib:.1f} may be used: {MARGIN:.0%} stay free",
+    ]
+    if asked.offload_activations:
+        said.append("layers' inputs wait in host memory")
+    return tuple(said)
 
 
 def single_changes(config: RunConfig, shape: ModelShape) -> Iterator[tuple[str, RunConfig]]:
     """(in words, configuration) for each single setting that needs less VRAM, what costs least first."""
+    train, model = config.train, config.model
     if activations.checked_layers(shape, config) < shape.layers:
-        yield "checkpointing=all", config.with_values(checkpointing="all")
-    if config.model.attention != "efficient":
-        yield "attention=efficient", config.with_values(attention="efficient")
-    if config.model.weights != "nf4":
-        yield "weights=nf4", config.with_values(weights="nf4")
-    if config.model.upcast:
-        yield "upcast=False", config.with_values(upcast=False)
-    if config.train.loss == "full":
-        yield "loss=chunked", config.with_values(loss="chunked")
-    if config.train.optimizer == "adamw_torch":
-        yield "optimizer=paged_adamw_8bit", config.with_values(optimizer="paged_adamw_8bit")
-    batch = config.train.batch_size
-    while batch > 1:
-        batch = max(batch // 2, 1)
-        times = config.train.accumulation * (config.train.batch_size // batch)
-        yield f"batch_size={batch} accumulation={times}", config.with_values(batch_size=batch, accumulation=times)
-    if not config.train.offload_activations and activations.checked_layers(shape, config):
-        yield "offload_activations=True", config.with_values(offload_activations=True)
-    for seq_len in CONTEXTS:
-        if seq_len < config.data.seq_len:
-            yield f"seq_len={seq_len}", config.with_values(seq_len=seq_len)
-    for rank in RANKS:
-        if rank < config.adapter.rank:
-            yield f"rank={rank}", config.with_values(rank=rank)
+        yield "checkpointing=all", with_train(config, checkpointing="all")
+    elif train.keep_attention and activations.way(shape, config) == "own":
+        yield "keep_attention=False", with_train(config, keep_attention=False)
+    if model.attention != "efficient":
+        yield "attention=efficient", replace(config, model=replace(model, attention="efficient"))
+    if model.weights != "nf4":
+        yield "weights=nf4", replace(config, model=replace(model, weights="nf4"))
+    if model.upcast:
+        yield "upcast=False", replace(config, model=replace(model, upcast=False))
+    if train.loss == "full":
+        yield "loss=chunked", with_train(config, loss="chunked")
+    if train.optimizer == "adamw_torch":
+        yield "optimizer=paged_adamw_8bit", with_train(config, optimizer="paged_adamw_8bit")
+    if train.batch_size > 1:
+        rows = train.batch_size * train.accumulation
+        for batch in (size for size in range(train.batch_size - 1, 0, -1) if rows % size == 0):
+            words = f"batch_size={batch} with accumulation={rows // batch}"
+            yield words, with_train(config, batch_size=batch, accumulation=rows // batch)
+    if not train.offload_activations and activations.checked_layers(shape, config):
+        yield "offload_activations=True", with_train(config, offload_activations=True)
+    for seq_len in (length for length in CONTEXTS if length < config.data.seq_len):
+        yield f"seq_len={seq_len}", replace(config, data=replace(config.data, seq_len=seq_len))
+    for rank in (rank for rank in RANKS if rank < config.adapter.rank):
+        yield f"rank={rank}", replace(config, adapter=replace(config.adapter, rank=rank))
 
 
-def vram_remedy(config: RunConfig, shape: ModelShape, machine: Machine, stage: str, vram_of: VramOf) -> str:
+def vram_remedy(config: RunConfig, shape: ModelShape, machine: Machine, stage: str, needs: Needs) -> str:
     """Which single change fits; when none does, which frees most."""
-    if stage not in ("train", "run"):
-        return "take a smaller model, or a card with more"
-    best, best_gib = "", float("inf")
+    if stage == "inference":
+        return "a smaller eval_batch_size or eval_context needs less"
+    if stage == "quantize":
+        return "fewer calibration_samples need less"
+    best, best_gib = "", needs(config)
     for words, candidate in single_changes(config, shape):
-        needed = vram_of(candidate, shape, machine, "train")
-        if needed.process_gib <= needed.limit_gib:
-            return f"{words} fits, with {needed.process_gib:.1f} GiB"
-        if needed.process_gib < best_gib:
-            best, best_gib = words, needed.process_gib
+        needed = needs(candidate)
+        if needed <= machine.vram_gib:
+            return f"{words} fits, with {needed:.1f} GiB"
+        if needed < best_gib:
+            best, best_gib = words, needed
     if not best:
-        return "no setting makes it fit; take a smaller model, or a card with more"
-    return f"no single change makes it fit; {best} frees most, and leaves {best_gib:.1f} GiB"
+        return "no setting needs less; take a smaller model, or a card with more"
+    return f"no single change makes it fit, {best} frees most and leaves {best_gib:.1f} GiB; take the plan's proposal"
 
 
-def ram_remedy(config: RunConfig, parts: dict[str, float]) -> str:
+def ram_remedy(parts: dict[str, float]) -> str:
     """What frees most of the host's memory."""
     if "offloaded activations" in parts:
-        return "offload_activations=False"
+        return "offload_activations=False needs less"
     if "calibration activations" in parts:
-        return "fewer calibration_samples, or a machine with more"
+        return "fewer calibration_samples need less"
     return "close what else runs, or take a smaller model"
 
 
