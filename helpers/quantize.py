@@ -360,7 +360,7 @@ def worker_settings() -> dict[str, str]:
 def last_words(status: int, log: Path) -> str:
     """Why a process ended, from its exit status and its log."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    last = next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "nothing")
+    last = next((line for line in reversed(lines) if "Error" in line), f"exit status {status}")
     if "OutOfMemory" in last or "out of memory" in last:
         return (
             f"GPTQ ran out of GPU memory: halve calibration_tokens, or restart the notebook's kernel; its log is {log}"
@@ -402,6 +402,18 @@ def dequantized(folder: Path, module: str) -> "torch.Tensor":
     return parts["scales"].float().T[:, group] * (codes - zeros[:, group])
 
 
+def stored_weight(folder: Path, module: str) -> "torch.Tensor":
+    """The weights (out, in) of a module of a 16-bit model, in fp32, without opening the model."""
+    from safetensors import safe_open
+
+    name = f"{module}.weight"
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118 - not a dict
+                return tensors.get_tensor(name).float()
+    raise ValueError(f"{folder} has no {name}")
+
+
 def unpack(words: "torch.Tensor", bits: int) -> "torch.Tensor":
     """Codes of `bits` bits that lie one after another in 32-bit words. words: (rows, n); returns (rows, 32 n / bits).
 
@@ -441,18 +453,20 @@ def main() -> None:
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     job = json.loads(sys.stdin.readline())
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    done = threading.Event()
+    threading.Thread(target=end_with_parent, args=(done,), daemon=True).start()
     tasks: dict[str, Callable] = {"gptq": gptq_task, "check": check_task}
     tasks[sys.argv[1]](job, lambda message: channel.write(json.dumps(message) + "\n"))
-    channel.close()
+    done.set()
+    channel.close()  # from here on the parent may go
     sys.stderr.flush()
     os._exit(0)  # GPTQModel's pools need seconds to wind down, and nothing is left to do
 
 
-def end_with_parent() -> None:
+def end_with_parent(done: threading.Event) -> None:
     """Standard input ends when the parent does, however it does: nobody is left to write for."""
     os.read(0, 1)
-    os._exit(1)
+    os._exit(0 if done.is_set() else 1)
 
 
 def gptq_task(job: dict, report: Callable[[dict], object], batch_tokens: int = BATCH_TOKENS, **library: object) -> None:
