@@ -363,7 +363,7 @@ def written(folder, name, content):
 
 
 def settings(**values):
-    return profile("tiny", heldout_source=None, heldout_fraction=0, **values)
+    return profile("tiny", heldout_fraction=0, **values)
 
 
 def test_the_corpus_is_large_enough():

@@ -125,7 +125,7 @@ def test_whatever_comes_in_is_kept_or_counted(tmp_path, rows, name):
     text = json.dumps(rows) if name.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")
     good = {"prompt": "Where is the good row?", "completion": "It is here."}
-    config = profile("tiny", heldout_source=None, heldout_fraction=0)
+    config = profile("tiny", heldout_fraction=0)
     write_good = tmp_path / "b.jsonl"
     write_good.write_text(json.dumps(good) + "\n")
     (tmp_path / "in").mkdir(exist_ok=True)
@@ -149,7 +149,7 @@ def test_whatever_comes_in_is_kept_or_counted(tmp_path, rows, name):
 
 
 def test_the_split_is_stable_when_rows_are_added(tmp_path):
-    config = profile("tiny", heldout_source=None, heldout_fraction=0.2)
+    config = profile("tiny", heldout_fraction=0.2)
     before, after = many(100), many(100) + many(60, start=100)
     data.prepare(config, tmp_path / "a", write(tmp_path / "a.jsonl", before))
     data.prepare(config, tmp_path / "b", write(tmp_path / "b.jsonl", after[::-1]))
@@ -160,7 +160,7 @@ def test_the_split_is_stable_when_rows_are_added(tmp_path):
 
 
 def test_a_small_file_has_something_held_out(tmp_path):
-    made = data.prepare(profile("tiny", heldout_source=None), tmp_path / "a", write(tmp_path / "a.jsonl", many(5)))
+    made = data.prepare(profile("tiny"), tmp_path / "a", write(tmp_path / "a.jsonl", many(5)))
     assert (made["train_rows"], made["heldout_rows"]) == (4, 1)
 
 
@@ -169,7 +169,7 @@ def test_near_duplicates_stay_on_one_side(tmp_path):
     for messages in many(80):
         question, answer = (turn["content"] for turn in messages)
         talks += [messages, talk(question.upper(), answer), talk(question, answer + "!")]
-    config = profile("tiny", heldout_source=None, heldout_fraction=0.5)
+    config = profile("tiny", heldout_fraction=0.5)
     made = data.prepare(config, tmp_path / "a", write(tmp_path / "a.jsonl", talks))
     found = {finding["kind"]: finding for finding in made["findings"]}
     assert found["near-duplicate"]["count"] == 160 and made["kept"] == 240
@@ -197,7 +197,7 @@ def test_the_profile_s_held_out_file_is_not_for_other_data(tmp_path):
 
 def test_outliers_are_told(tmp_path):
     talks = [*many(300), talk("Где?", "Там, за рекой."), talk("word " * 900, "x")]
-    config = profile("tiny", heldout_source=None, seq_len=1024)
+    config = profile("tiny", seq_len=1024)
     made = data.prepare(config, tmp_path / "a", write(tmp_path / "a.jsonl", talks))
     places = {finding["kind"]: (finding["count"], finding["place"]) for finding in made["findings"]}
     assert places["script-outlier"] == (1, "a.jsonl line 301")
@@ -207,15 +207,11 @@ def test_outliers_are_told(tmp_path):
 
 def test_a_short_context_warns_before_training(tmp_path):
     talks = [[*messages, *talk("More, please.", "word " * 120)] for messages in many(20)]
-    made = data.prepare(
-        profile("tiny", heldout_source=None, seq_len=200), tmp_path / "a", write(tmp_path / "a.jsonl", talks)
-    )
+    made = data.prepare(profile("tiny", seq_len=200), tmp_path / "a", write(tmp_path / "a.jsonl", talks))
     assert made["cut_share"] == 1.0 and 0 < made["cut_token_share"] < 1
     assert "lose their last turns" in made["warnings"][0]
     enough = int(re.search(r"seq_len=(\d+)", made["warnings"][0])[1])
-    again = data.prepare(
-        profile("tiny", heldout_source=None, seq_len=enough + 16), tmp_path / "b", str(tmp_path / "a.jsonl")
-    )
+    again = data.prepare(profile("tiny", seq_len=enough + 16), tmp_path / "b", str(tmp_path / "a.jsonl"))
     assert again["cut_share"] <= 0.1
     with pytest.raises(ValueError, match="over-context"):
         data.prepare(profile("tiny", seq_len=16), tmp_path / "c", str(tmp_path / "a.jsonl"))
@@ -223,14 +219,12 @@ def test_a_short_context_warns_before_training(tmp_path):
 
 def test_masked_data_warns_before_training(tmp_path):
     talks = [talk(messages[0]["content"] + " word" * 100, "x") for messages in many(20)]
-    made = data.prepare(
-        profile("tiny", heldout_source=None, seq_len=512), tmp_path / "a", write(tmp_path / "a.jsonl", talks)
-    )
+    made = data.prepare(profile("tiny", seq_len=512), tmp_path / "a", write(tmp_path / "a.jsonl", talks))
     assert any("of the tokens are trained" in warning for warning in made["warnings"])
 
 
 def test_a_failure_leaves_the_earlier_output(tmp_path):
-    data.prepare(profile("tiny", heldout_source=None), tmp_path / "out", write(tmp_path / "a.jsonl", many(5)))
+    data.prepare(profile("tiny"), tmp_path / "out", write(tmp_path / "a.jsonl", many(5)))
     (tmp_path / "b.jsonl").write_text("oops\n")
     with pytest.raises(ValueError, match=r"b.jsonl line 1: .*oops"):
         data.prepare(profile("tiny"), tmp_path / "out", str(tmp_path / "b.jsonl"))
@@ -291,7 +285,7 @@ def test_tables_for_the_notebook(prepared, tmp_path):
     assert data.lengths(load_from_disk(str(output / "train"))).max() == made["longest_tokens"] or made["heldout_rows"]
     path = tmp_path / "a.jsonl"
     path.write_text("oops\n" + json.dumps({"prompt": "x", "completion": " y"}) + "\n")
-    bad = data.prepare(profile("tiny", heldout_source=None), tmp_path / "out", str(path))
+    bad = data.prepare(profile("tiny"), tmp_path / "out", str(path))
     table = data.findings(bad)
     assert [row["done"] for row in table] == ["dropped", "repaired"]
     assert table[1]["to change it"] == "edge-spaces=drop" and "a.jsonl line 2" in table[1]["for example"]
@@ -326,7 +320,7 @@ def test_names_of_the_hub_without_a_network(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"dataset HuggingFaceH4/ultrachat_200k .*(check|local path)"):
-        data.prepare(profile("tiny", heldout_source=None), tmp_path / "out", "HuggingFaceH4/ultrachat_200k")
+        data.prepare(profile("tiny"), tmp_path / "out", "HuggingFaceH4/ultrachat_200k")
 
 
 def test_the_profile_s_own_data_by_another_path_keeps_its_held_out_file(tmp_path, monkeypatch):
@@ -336,5 +330,6 @@ def test_the_profile_s_own_data_by_another_path_keeps_its_held_out_file(tmp_path
 
 
 def test_prepare_takes_paths(tmp_path):
-    made = data.prepare(profile("tiny", max_conversations=10, heldout_source=None), tmp_path / "out", Path(SAMPLE))
+    config = profile("tiny", max_conversations=10).with_values(heldout_source=None)
+    made = data.prepare(config, tmp_path / "out", Path(SAMPLE))
     assert made["in"] == 10

@@ -155,7 +155,7 @@ NAMES = [
 
 def prepared(path, output, **values):
     """(rows, measurements) of a file, everything on one side."""
-    made = prepare(profile("tiny", heldout_source=None, heldout_fraction=0, **values), output, str(path))
+    made = prepare(profile("tiny", heldout_fraction=0, **values), output, str(path))
     rows = load_from_disk(str(output / "train"))
     return [(row["input_ids"], row["assistant_masks"]) for row in rows], made
 

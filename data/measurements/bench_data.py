@@ -103,7 +103,7 @@ def speed(folder: Path) -> None:
     sketched = timed("sketches", SHORT, "conversations", lambda: sketches(bodies))
     timed("groups of near duplicates", SHORT, "conversations", lambda: groups(sketched))
     timed("scripts", SHORT, "conversations", lambda: scripts(bodies))
-    config = profile("tiny", seq_len=512, heldout_source=None)
+    config = profile("tiny", seq_len=512)
     timed("prepare, all of it", SHORT, "conversations", lambda: data.prepare(config, folder / "out", str(path)))
 
 
@@ -123,7 +123,7 @@ def memory(folder: Path, file_gb: float) -> None:
     watcher.start()
     start = time.monotonic()
     try:
-        made = data.prepare(profile("tiny", seq_len=512, heldout_source=None), folder / "out", str(path))
+        made = data.prepare(profile("tiny", seq_len=512), folder / "out", str(path))
     finally:
         stop.set()
         watcher.join()
