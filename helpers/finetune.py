@@ -11,6 +11,7 @@ The notebook's way, one function a cell:
 and all of it at once: `finetune(config, prepared, output)`.
 """
 
+import importlib.util
 import json
 import logging
 import math
@@ -44,6 +45,7 @@ from helpers import attention, batches, checkpoints, losses, workspace
 from helpers import layers as decoder
 from helpers.config import RunConfig
 from helpers.models import shape
+from helpers.optimizers import FlatOptimizer
 
 GIB = 2**30
 CHATTY = ("transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "py.warnings")
@@ -247,6 +249,7 @@ def build_trainer(
         bf16=dtype == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,  # helpers decide layer by layer
+        use_liger_kernel=train_config.kernels == "liger" and has_liger(),
         logging_steps=1,
         logging_nan_inf_filter=False,  # a NaN must be seen
         save_strategy="steps",
@@ -284,6 +287,8 @@ def build_trainer(
         ),
     )
     trainable_to_fp32(trainer.model)
+    if arguments.optim in ("paged_adamw_8bit", "adamw_8bit"):
+        trainer.optimizer = eight_bit_optimizer(trainer.model, config)
     trainer.remove_callback(PrinterCallback)
     counts = batches.token_counts(plan, lengths, train_config.packing)
     trainer.layers_reason = layers_reason
@@ -332,6 +337,25 @@ def gather(
     return batches.collate([rows[row] for row in item["rows"]], pad_id, packing, by_bounds)
 
 
+def eight_bit_optimizer(model: PeftModel, config: RunConfig) -> FlatOptimizer:
+    """AdamW with states in 8 bits (https://arxiv.org/abs/2110.02861), in paged memory if so configured."""
+    from bitsandbytes.optim import AdamW
+
+    make = partial(
+        AdamW,
+        lr=config.train.learning_rate,
+        weight_decay=config.train.weight_decay,
+        optim_bits=8,
+        is_paged=config.train.optimizer == "paged_adamw_8bit",
+    )
+    return FlatOptimizer((value for _, value in adapters(model)), make)
+
+
+def has_liger() -> bool:
+    """Whether Liger's Triton kernels are installed and can run."""
+    return torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None
+
+
 def usable_optimizer(name: str) -> str:
     """The 8-bit optimizers need a GPU; a CPU gets the same algorithm in 32 bits."""
     return name if torch.cuda.is_available() else "adamw_torch"
@@ -347,7 +371,8 @@ def choose_layers(model: PeftModel, config: RunConfig) -> str:
     count = {"all": len(layers), "none": 0}.get(wanted, wanted)
     if count > len(layers):
         raise ValueError(f"checkpointing={count} layers, but this model has {len(layers)}: choose 0 to {len(layers)}")
-    reason = decoder.why_not(base)
+    named = {"own": None, "liger": "Liger's kernels are asked for", "plain": "plain kernels are asked for"}
+    reason = named[config.train.kernels] or decoder.why_not(base)
     if reason is None:
         checked = "attention" if config.train.keep_attention else "input"
         keeps = [checked] * count + ["everything"] * (len(layers) - count)

@@ -1,15 +1,12 @@
 """Fine-tuning: the same losses as plain PEFT and trl whatever is recomputed, offloaded, packed or fused."""
 
-import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from helpers import attention, batches, finetune, kernels, layers, losses
-from helpers.models import TINY, profile
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,6 +16,9 @@ from transformers import (
     set_seed,
 )
 from trl import SFTConfig, SFTTrainer
+
+from helpers import batches, finetune
+from helpers.models import TINY, profile
 
 STEPS = 20
 WORDS = 300
@@ -98,7 +98,7 @@ def logged_losses(trainer) -> list[float]:
 
 
 def reference_losses(config, prepared: Path, folder: Path) -> list[float]:
-    """The plain recipe: transformers, PEFT and trl with their defaults, fed the same conversations in the same order."""
+    """The plain recipe: transformers, PEFT and trl with their defaults, fed the same conversations in one order."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
