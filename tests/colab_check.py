@@ -22,9 +22,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "tests" / "colab_packages.txt"
 NEVER = {"torch", "numpy", "ipywidgets", "protobuf", "pyarrow"}
-"""Replacing one of these breaks the image; replacing anything else of it is refused too, unless listed here below."""
-MAY_CHANGE = {"torchao"}
-"""GPTQModel and PEFT both want a newer torchao than the image's; nothing else of the image uses it."""
+"""Replacing one of these breaks the image; replacing anything else of it is refused too."""
+BUILD_TOOLS = ("ninja", "maturin")
+"""GPTQModel declares them for compiling kernels; what the notebooks use of it needs neither."""
 FILES = {
     "requirements.txt": ["-r", "requirements.txt"],
     "requirements-nodeps.txt": ["--no-deps", "-r", "requirements-nodeps.txt"],
@@ -115,6 +115,8 @@ def unmet(outcome: Outcome, present: dict[str, str], python: str) -> tuple[list[
             if need.marker and not need.marker.evaluate(here):
                 continue
             found = present.get(plain(need.name))
+            if found is None and plain(need.name) in BUILD_TOOLS:
+                continue
             if found is None:
                 absent.append(f"{package} needs {need.name}{need.specifier}")
             elif not need.specifier.contains(found, prereleases=True):
@@ -169,10 +171,8 @@ def sound(outcome: Outcome, present: dict[str, str] | None, python: str) -> bool
 
     present: what will be there, for packages installed without their dependencies.
     """
-    refused = {package for package in outcome.replaces if package not in MAY_CHANGE}
     for package, (old, new) in outcome.replaces.items():
-        note = "" if package in refused else " (expected)"
-        print(f"  {package} {old} would become {new}{note}{', which breaks the image' if package in NEVER else ''}")
+        print(f"  {package} {old} would become {new}{', which breaks the image' if package in NEVER else ''}")
     if outcome.error:
         print(f"  nothing resolves: {outcome.error}")
     absent, other = unmet(outcome, present, python) if present else ([], [])
@@ -180,7 +180,7 @@ def sound(outcome: Outcome, present: dict[str, str] | None, python: str) -> bool
         print(f"  {line}, which is neither in the image nor installed")
     for line in other:
         print(f"  {line}: tests/colab_versions.txt is where that is tried")
-    return not (refused or outcome.error or absent)
+    return not (outcome.replaces or outcome.error or absent)
 
 
 def main() -> int:
