@@ -62,8 +62,8 @@ def test_the_threshold_is_the_one_that_is_documented():
     ("text", "name"),
     [
         ("Hello", "Latin"), ("naïve café", "Latin"), ("Привет", "Cyrillic"), ("Γειά", "Greek"), ("שלום", "Hebrew"),
-        ("مرحبا", "Arabic"), ("नमस्ते", "Indic"), ("สวัสดี", "Thai or Lao"), ("안녕", "Hangul"),
-        ("こんにちは世界", "Han or kana"), ("12 + 3 = 15", "none"), ("🙂", "none"), ("", "none"), ("Say привет twice: привет", "Cyrillic"),
+        ("مرحبا", "Arabic"), ("नमस्ते", "Indic"), ("สวัสดี", "Thai or Lao"), ("안녕", "Hangul"), ("世界", "Han or kana"),
+        ("12 + 3 = 15", "none"), ("🙂", "none"), ("", "none"), ("Say привет twice: привет", "Cyrillic"),
     ],
 )  # fmt: skip
 def test_scripts(text, name):
