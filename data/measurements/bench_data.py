@@ -3,7 +3,7 @@
     python data/measurements/bench_data.py                   # speed, a minute
     python data/measurements/bench_data.py --file-gb 2       # and the memory of a 2 GB JSONL, many minutes
 
-Prints one JSON object a line; `data/measurements/data.jsonl` holds those of the machine it names.
+Prints one JSON object a line; `data/measurements/bench_data.jsonl` holds those of the machine it names.
 """
 
 import argparse
