@@ -17,6 +17,8 @@ from helpers.models import ModelShape, shape  # noqa: E402
 GIB = 2**30
 CAP_GIB = 14.42
 """What a T4's leaves the allocator, and what the H200's was held to."""
+FITTED = "h200_t4_envelope.csv"
+"""The run whose every other row vram.beyond was fitted to; the rows between them test it."""
 DEEPSEEK = ModelShape("deepseek-coder-1.3b", 24, 2048, 5504, 16, 16, 128, 32256, 16384)
 UPCAST_ORDER = ("mistral-7b-v0.3", "tinyllama-1.1b", "smollm2-1.7b", "qwen2.5-1.5b")
 
@@ -37,6 +39,8 @@ class Measured:
     process_gib: float | None = None
     step_s: float | None = None
     plain_loop: bool = False
+    fitted: bool = False
+    """Whether vram.beyond, what the allocator reserves, was fitted to this row."""
 
     @property
     def label(self) -> str:
@@ -65,10 +69,13 @@ def count_or_word(text: str) -> int | str:
 
 def h200(name: str) -> Iterator[Measured]:
     """Rows of an H200 held to a T4's envelope, as measure.py writes them."""
-    card = hardware.machine("h200")
+    card, finished = hardware.machine("h200"), 0
     for row in read(name):
         if row["recipe"] == "inference" or row["status"] not in ("ok", "oom"):
             continue
+        expandable = row["expandable"] == "True"
+        fitted = name == FITTED and row["status"] == "ok" and (finished % 2 == 0 or not expandable)
+        finished += expandable and row["status"] == "ok"
         config = RunConfig().with_values(
             batch_size=int(row["batch"]),
             seq_len=int(row["seq"]),
@@ -89,7 +96,7 @@ def h200(name: str) -> Iterator[Measured]:
         measured = {key: number(row[key]) for key in ("allocated_gib", "reserved_gib", "process_gib", "step_s")}
         sizes = {key: size - stale for key, size in measured.items() if key != "step_s" and size is not None}
         yield Measured(
-            row["group"], row["recipe"], config, shape(row["model"]), card, row["expandable"] == "True", row["status"],
+            row["group"], row["recipe"], config, shape(row["model"]), card, expandable, row["status"], fitted=fitted,
             step_s=measured["step_s"], **sizes,
         )  # fmt: skip
 
@@ -155,7 +162,7 @@ def t4(chosen: str) -> Iterator[Measured]:
         yield Measured(
             f"T4 {chosen}", "plain loop", config, model, hardware.machine("t4"), False, row["status"],
             number(row["peak_alloc_mib"], mib), number(row["peak_reserved_mib"], mib),
-            number(row["process_mib"], mib), number(row["step_s"]), plain_loop=True,
+            number(row["process_mib"], mib), number(row["step_s"]), plain_loop=True, fitted=chosen == "first",
         )  # fmt: skip
 
 
