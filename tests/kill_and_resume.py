@@ -38,11 +38,11 @@ STEPS, SAVE_STEPS = 40, 2
 
 
 def make_inputs(folder: Path) -> tuple[Path, Path]:
-    """A random Mistral of 60,000 parameters with the sample model's tokenizer, and prepared rows of random tokens."""
+    """A random Mistral of 360,000 parameters with the sample model's tokenizer, and prepared rows of random tokens."""
     model, prepared = folder / "model", folder / "prepared"
     vocabulary = json.loads((models.TINY / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = MistralConfig(vocab_size=vocabulary, num_hidden_layers=2, max_position_embeddings=64, **sizes)
     MistralForCausalLM(config).save_pretrained(model)
     for file in models.TINY.iterdir():
@@ -79,8 +79,8 @@ def life(model: Path, prepared: Path, output: Path, trouble: str, seed: int) -> 
 
 
 def train(model: Path, prepared: Path, output: Path) -> None:
-    """The training: 40 steps of LoRA with dropout, in fp32, a checkpoint every two."""
-    config = models.profile("tiny", model=str(model), weights="fp16", rank=4, dropout=0.1, seq_len=32)
+    """The training: 40 steps of QLoRA with dropout, computed in fp32, a checkpoint every two."""
+    config = models.profile("tiny", model=str(model), rank=4, dropout=0.1, seq_len=32)
     steps = {"batch_size": 2, "accumulation": 2, "epochs": 1.0, "max_steps": STEPS, "save_steps": SAVE_STEPS}
     finetune.finetune(config.with_values(**steps), prepared, output)
 
