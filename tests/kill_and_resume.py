@@ -38,7 +38,7 @@ STEPS, SAVE_STEPS = 40, 2
 
 
 def make_inputs(folder: Path) -> tuple[Path, Path]:
-    """A random Mistral of 360,000 parameters with the sample model's tokenizer, and prepared rows of random tokens."""
+    """A random Mistral of 336,192 parameters with the sample model's tokenizer, and prepared rows of random tokens."""
     model, prepared = folder / "model", folder / "prepared"
     vocabulary = json.loads((models.TINY / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     torch.manual_seed(0)
