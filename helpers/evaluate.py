@@ -33,7 +33,7 @@ from helpers.inference import (
 from helpers.models import shape_from_config
 from helpers.perplexity import Perplexity, perplexity, read_items, read_jsonl
 from helpers.tasks import run_tasks
-from helpers.workspace import MANIFEST, building, write_text
+from helpers.workspace import MANIFEST, building, read_manifest, write_text
 
 UNASKED_PROMPTS = 32
 """Without questions, so many held-out conversations begin the generations."""
@@ -95,7 +95,7 @@ def run_configuration(folder: Path) -> dict[str, Any] | None:
     """What the manifest of a model's own stage holds; None for models from elsewhere."""
     for place in (folder, folder.parent):
         if (place / MANIFEST).is_file():
-            return json.loads((place / MANIFEST).read_text(encoding="utf-8"))["config"]
+            return read_manifest(place)["config"]
     return None
 
 

@@ -163,7 +163,7 @@ def masked_item(ids: list[int], mask: list[int], tokenizer: Any) -> Item:
 
 def text_item(text: str, tokenizer: Any) -> Item:
     """A text, whole: bos, then every token is scored."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return Item([first, *ids], None, len(text.encode()), whole=False)
 

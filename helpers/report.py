@@ -13,7 +13,7 @@ from typing import Any
 
 from helpers import plots
 from helpers.pages import TEMPLATES
-from helpers.workspace import MANIFEST, checksum, write_text
+from helpers.workspace import MANIFEST, checksum, read_manifest, text_checksum, write_text
 
 MIB = 2**20
 Report = Mapping[str, Mapping[str, Any]]
@@ -308,12 +308,12 @@ def put_card(card: str, folder: Path) -> Path | None:
     stage = next((place for place in (folder, folder.parent) if (place / MANIFEST).is_file()), None)
     if stage is None:
         return None
+    manifest = read_manifest(stage)
     path = write_text(folder / "README.md", card)
-    manifest = json.loads((stage / MANIFEST).read_text(encoding="utf-8"))
     known = manifest["outputs"].get(str(path.relative_to(stage)))
-    if known is not None:  # PEFT writes a card of its own, which is replaced
+    if known is not None:  # PEFT wrote a card of its own, which is now replaced
         known |= {"size_bytes": path.stat().st_size, "sha256": checksum(path)}
-        write_text(stage / MANIFEST, json.dumps(manifest, indent=1))
+        write_text(stage / MANIFEST, json.dumps(manifest | {"sha256": text_checksum(manifest)}, indent=1))
     return path
 
 

@@ -1,0 +1,483 @@
+"""Evaluation: figures equal a plain loop, memory does not grow, verdicts are right, bad input is one sentence."""
+
+import json
+import math
+import os
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from helpers import cost, evaluate, inference, judge, metrics, perplexity, report, tasks
+from helpers.models import ROOT, TINY, profile
+from helpers.perplexity import Item, read_items
+from helpers.workspace import building, require
+
+CONFIG = profile("tiny")
+TEXT = ROOT / "data" / "evaluation.txt"
+HELDOUT = ROOT / "data" / "heldout_conversations.jsonl"
+QUESTIONS = ROOT / "data" / "questions.jsonl"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return inference.load(TINY, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A one-layer model, an adapter on it that does nothing, a noisy copy, and its GPTQ."""
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, num_hidden_layers=1)
+    save(model, tokenizer, root / "plain")
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"])).save_pretrained(root / "adapter")
+    adapter_config = json.loads((root / "adapter" / "adapter_config.json").read_text())
+    adapter_config["base_model_name_or_path"] = str(root / "plain")
+    (root / "adapter" / "adapter_config.json").write_text(json.dumps(adapter_config))
+    noisy = AutoModelForCausalLM.from_pretrained(root / "plain", dtype=torch.float32)
+    torch.manual_seed(0)
+    for parameter in noisy.parameters():
+        parameter.data += 0.3 * parameter.data.std() * torch.randn_like(parameter)
+    save(noisy, tokenizer, root / "noisy")
+    quantize(root / "plain", root / "gptq", tokenizer)
+    return {name: root / name for name in ("plain", "adapter", "noisy", "gptq")}
+
+
+def save(model, tokenizer, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def quantize(source: Path, target: Path, tokenizer) -> None:
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    model = GPTQModel.load(str(source), QuantizeConfig(bits=4, group_size=128), device="cpu")
+    texts = TEXT.read_text(encoding="utf-8").split("\n\n")[:16]
+    model.quantize([dict(tokenizer(text[:400])) for text in texts], batch_size=4)
+    model.save(str(target))
+    tokenizer.save_pretrained(target)
+
+
+# ---- perplexity ------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(2, 90), context=st.integers(1, 40), data=st.data())
+def test_every_token_but_the_first_is_scored_once_within_the_context(length, context, data):
+    stride = data.draw(st.integers(1, context))
+    scored = []
+    for window in perplexity.windows(list(range(length)), context, stride):
+        assert len(window.ids) <= context + 1  # the last is only predicted
+        scored += window.ids[window.first_scored :]
+        if scored[0] != window.ids[window.first_scored]:
+            assert window.first_scored > context - stride
+    assert scored == list(range(1, length))
+
+
+def plain_loop(model, ids: list[int], mask: list[int] | None, context: int, stride: int) -> tuple[float, int]:
+    """Nats and tokens by transformers' own loss with full logits, window by window."""
+    nats, count, done = 0.0, 0, 1
+    while done < len(ids):
+        end = min(len(ids), context + 1 if done == 1 else done + stride)
+        start = max(0, end - context - 1)
+        part = torch.tensor([ids[start:end]])
+        labels = part.clone()
+        labels[0, : done - start] = -100
+        if mask is not None:
+            labels[0, ~torch.tensor(mask[start:end], dtype=torch.bool)] = -100
+        tokens = int((labels[0, 1:] != -100).sum())
+        with torch.inference_mode():
+            nats += model(input_ids=part, labels=labels).loss.item() * tokens if tokens else 0.0
+        count, done = count + tokens, end
+    return nats, count
+
+
+@pytest.mark.parametrize(("context", "stride"), [(128, 128), (128, 48)])
+def test_perplexity_of_a_text_equals_a_plain_loop(base, context, stride, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT.read_text(encoding="utf-8")[:3000], encoding="utf-8")
+    items = list(read_items(tmp_path / "text.txt", base.tokenizer))
+    nats, tokens = plain_loop(base.model, items[0].ids, None, context, stride)
+    found = perplexity.perplexity(base, items, context, stride, batch_size=4)
+    assert found.tokens == tokens
+    assert found.perplexity.value == pytest.approx(math.exp(nats / tokens), rel=1e-5, abs=1e-4)
+    size = len((tmp_path / "text.txt").read_bytes())
+    assert found.bits_per_byte.value == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_perplexity_of_conversations_is_of_the_assistants_tokens(base):
+    items = list(read_items(HELDOUT, base.tokenizer, limit=12))
+    sums = [plain_loop(base.model, item.ids, item.scored, 64, 32) for item in items]
+    found = perplexity.perplexity(base, items, 64, 32, batch_size=5)
+    assert found.tokens == sum(tokens for _, tokens in sums) == sum(sum(item.scored) for item in items)
+    assert found.perplexity.value == pytest.approx(
+        math.exp(sum(nats for nats, _ in sums) / found.tokens), rel=1e-5, abs=1e-4
+    )
+    replies = [json.loads(line)["messages"] for line in HELDOUT.read_text(encoding="utf-8").splitlines()[:12]]
+    said = sum(len(f" {turn['content']}") for turns in replies for turn in turns if turn["role"] == "assistant")
+    assert sum(item.bytes for item in items) == said
+
+
+def test_perplexity_equals_the_harness_rolling_log_likelihood(base, tmp_path):
+    pytest.importorskip("lm_eval", reason="runs where lm_eval is installed; no requirement of the recipes")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    text = TEXT.read_text(encoding="utf-8")
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    harness = HFLM(pretrained=base.model, tokenizer=base.tokenizer, batch_size=4, max_length=256, add_bos_token=False)
+    request = Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
+    expected = -harness.loglikelihood_rolling([request])[0]
+    found = perplexity.perplexity(base, read_items(tmp_path / "text.txt", base.tokenizer), 256, 256)
+    assert found.losses.sum() == pytest.approx(expected, rel=1e-5)
+
+
+def test_memory_does_not_grow_with_the_text(folders, tmp_path):
+    loaded = inference.load(folders["plain"], CONFIG)
+    text = TEXT.read_text(encoding="utf-8")[:20_000]
+    peaks = []
+    for times in (1, 1, 10):  # once to warm up
+        path = tmp_path / "text.txt"
+        path.write_text(text * times, encoding="utf-8")
+        with cost.peak_memory() as peak:
+            perplexity.perplexity(loaded, read_items(path, loaded.tokenizer), 128, 128, 16)
+        peaks.append(peak["peak_host_gib"])
+    assert peaks[2] <= 1.05 * peaks[1]
+
+
+def test_a_text_longer_than_a_piece_is_read_in_pieces_at_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(perplexity, "PIECE_CHARACTERS", 100)
+    text = "".join(f"line {number} of a long text\n" for number in range(40))
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
+    parts = list(perplexity.pieces(tmp_path / "long.txt"))
+    assert len(parts) > 3 and "".join(parts) == text and all(part.endswith("\n") for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("empty.txt", "", "holds nothing to score"),
+        ("empty.jsonl", "", "holds nothing to score"),
+        ("bad.jsonl", "{oops", "line 1 is not a JSON object"),
+        ("other.jsonl", '{"prompt": "x"}', "a row to evaluate has messages or text, but here is one with prompt"),
+        ("silent.jsonl", '{"messages": [{"role": "user", "content": "Hi"}]}', "holds nothing to score"),
+    ],
+)
+def test_data_without_a_token_to_score_is_a_sentence(base, tmp_path, name, content, sentence):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=sentence):
+        list(read_items(tmp_path / name, base.tokenizer))
+
+
+def test_data_that_is_not_there_is_a_sentence(base, tmp_path):
+    with pytest.raises(ValueError, match="there is no evaluation data"):
+        list(read_items(tmp_path / "gone.txt", base.tokenizer))
+    with pytest.raises(ValueError, match="02_dataset_preparation"):
+        list(read_items(tmp_path, base.tokenizer))
+
+
+def test_a_context_or_stride_beyond_the_models_is_a_sentence(base):
+    with pytest.raises(ValueError, match="eval_context=4096 is longer than the model's 512"):
+        perplexity.perplexity(base, [], 4096, 1)
+    with pytest.raises(ValueError, match="eval_stride must be between 1 and eval_context=64, not 65"):
+        perplexity.perplexity(base, [Item([1, 2], None, 1)], 64, 65)
+
+
+# ---- opening models --------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_opens_as_what_it_is(folders):
+    for name, kind in {"plain": "model", "adapter": "adapter", "gptq": "gptq"}.items():
+        loaded = inference.load(folders[name], CONFIG)
+        assert (loaded.kind, loaded.quantized) == (kind, kind != "model"), loaded.how
+        names = {type(module).__name__ for path, module in loaded.model.named_modules() if path.endswith("gate_proj")}
+        assert names == {"plain": {"Linear"}, "adapter": {"Linear4bit"}, "gptq": names - {"Linear"}}[name]
+
+
+def test_what_is_no_model_is_a_sentence(tmp_path):
+    for name, sentence in {
+        tmp_path / "gone": "there is no model folder",
+        tmp_path: "is not a model folder: it has neither config.json nor adapter_config.json",
+    }.items():
+        with pytest.raises(ValueError, match=sentence):
+            inference.kind(name)
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match="is not JSON"):
+        inference.kind(tmp_path)
+
+
+# ---- generation ------------------------------------------------------------------------------------------------------
+
+PROMPTS = ["Mira lives in", "The owl", "Who owns the pet Pip? Pip belongs to", "Q", "In the valley of Merrow there are"]
+
+
+def test_a_batch_says_what_each_prompt_alone_does(base):
+    together = inference.batch_generate(base, PROMPTS, max_new_tokens=12, batch_size=3)
+    alone = [inference.batch_generate(base, [prompt], max_new_tokens=12)[0] for prompt in PROMPTS]
+    assert together == alone
+
+
+def test_sampling_repeats_with_its_seed_and_leaves_the_callers_generator_alone(base):
+    before = torch.get_rng_state()
+    first, again, other = (
+        inference.batch_generate(base, PROMPTS, 12, temperature=1.5, top_p=0.95, seed=seed) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_generation_that_never_ends_is_cut_and_says_so(base):
+    answer = inference.batch_generate(base, ["Mira lives in"], max_new_tokens=7)[0]
+    assert (answer.tokens, answer.ended) == (7, False)
+
+
+def test_a_generation_that_ends_says_so_and_keeps_no_eos(base, monkeypatch):
+    stop = base.tokenizer(inference.batch_generate(base, ["Mira lives in"], 7)[0].text, add_special_tokens=False)
+    monkeypatch.setattr(base.model.generation_config, "eos_token_id", stop["input_ids"][2])
+    answer = inference.batch_generate(base, ["Mira lives in"], max_new_tokens=7)[0]
+    assert answer.ended and answer.tokens <= 3
+
+
+def test_a_prompt_longer_than_the_context_is_a_sentence(base):
+    with pytest.raises(ValueError, match=r"prompt 2 has \d+ tokens .* context is 512: shorten the prompt"):
+        inference.batch_generate(base, ["short", "long " * 600], max_new_tokens=8)
+    with pytest.raises(ValueError, match="context is 512"):
+        list(inference.pieces(base, "long " * 600))
+    with pytest.raises(ValueError, match="there is no prompt"):
+        inference.batch_generate(base, [])
+
+
+def test_a_stream_adds_up_to_the_greedy_answer(base):
+    streamed = "".join(inference.pieces(base, PROMPTS[0], max_new_tokens=12))
+    assert streamed.strip() == inference.batch_generate(base, PROMPTS[:1], 12)[0].text.strip()
+
+
+def test_who_stops_listening_stops_the_model(base):
+    running = threading.active_count()
+    for _ in inference.pieces(base, PROMPTS[0], max_new_tokens=400):
+        break
+    assert threading.active_count() == running
+
+
+# ---- the whole evaluation --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(folders, tmp_path_factory) -> tuple[Path, dict]:
+    """Plain against itself, as an adapter, as GPTQ and with noise; the plain one as a run's merge stage."""
+    root = tmp_path_factory.mktemp("evaluation")
+    config = CONFIG.with_values(max_questions=24, max_heldout=40, max_new_tokens=10)
+    with building(root / "merge", "merge", config) as stage:
+        shutil.copytree(folders["plain"], stage.folder, dirs_exist_ok=True)
+        (stage.folder / "README.md").write_text("old", encoding="utf-8")
+    models = {"base": folders["plain"], "again": root / "merge", "gptq": folders["gptq"], "noisy": folders["noisy"]}
+    return root, evaluate.evaluate(models, config, HELDOUT, root / "evaluate")
+
+
+def test_a_model_against_itself_shows_no_difference_and_with_noise_is_worse(finished):
+    _, found = finished
+    verdicts = {one["verdict"] for one in found["again"]["against"]["base"].values()}
+    assert verdicts == {"no difference shown"}
+    assert found["noisy"]["against"]["base"]["perplexity"]["verdict"] == "worse"
+    assert found["noisy"]["against"]["base"]["perplexity"]["p_value"] < 0.01
+
+
+def test_every_entry_has_what_a_report_promises(finished):
+    root, found = finished
+    assert json.loads((root / "evaluate" / "report.json").read_text(encoding="utf-8")) == found
+    for entry in found.values():
+        assert entry["perplexity"] > 1 and 0 <= entry["exact_match"] <= 1 and entry["answers"] == 24
+        assert entry["tokens_per_s"] > 0 and entry["tokens_per_s_batch_8"] > 0 and entry["first_token_s"] > 0
+        assert entry["size_bytes"] == sum(file.stat().st_size for file in Path(entry["path"]).rglob("*"))
+        for metric, (low, high) in entry["intervals"].items():
+            assert low <= entry[metric] <= high
+    assert found["gptq"]["size_bytes"] < found["base"]["size_bytes"]
+    assert require(root / "evaluate", "evaluate")["measurements"] == found
+
+
+def test_a_run_s_model_gets_its_card_and_stays_whole_and_others_are_left_alone(finished, folders):
+    from huggingface_hub import ModelCard
+
+    root, _ = finished
+    card = ModelCard.load(root / "merge" / "README.md")
+    assert card.data.pipeline_tag == "text-generation" and card.data.eval_results[0].metric_type == "perplexity"
+    assert "alpha 32" in card.text
+    require(root / "merge", "merge")  # its manifest knows the card
+    assert not (folders["plain"] / "README.md").exists()
+
+
+def test_the_report_is_one_file_that_needs_no_other(finished):
+    root, found = finished
+    page = (root / "evaluate" / "report.html").read_text(encoding="utf-8")
+    assert "http://" not in page and "https://" not in page and "<script" not in page
+    assert page.count("data:image/png;base64,") == 3
+    assert "no difference shown" in page and "worse" in page
+    assert all(report.with_interval(found[name], "perplexity") in page for name in found)
+
+
+def test_tables_name_every_model(finished):
+    root, found = finished
+    assert list(report.table(found).columns) == list(found)
+    assert "noisy against gptq: perplexity" in evaluate.table(found)
+    assert report.side_by_side(root / "evaluate", rows=3).count("<tr><td>") == 3
+
+
+def test_a_size_with_its_base_is_said_of_an_adapter(folders):
+    loaded = inference.load(folders["adapter"], CONFIG)
+    sizes = evaluate.sizes(folders["adapter"], loaded)
+    assert sizes["size_with_base_bytes"] - sizes["size_bytes"] == cost.disk_bytes(folders["plain"])
+
+
+def test_models_with_different_tokenizers_are_a_sentence(folders, tmp_path):
+    shutil.copytree(folders["plain"], tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(folders["plain"])
+    tokenizer.add_tokens(["xyzzy"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"plain and other have different tokenizers .* compare bits_per_byte"):
+        evaluate.check_models({"plain": folders["plain"], "other": tmp_path / "other"}, CONFIG)
+
+
+def test_questions_that_are_none_are_a_sentence(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    for content, sentence in {"": "holds no question", '{"question": "?"}': "row 1 lacks question or answer"}.items():
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=sentence):
+            evaluate.read_questions(path)
+    with pytest.raises(ValueError, match="there is no questions file"):
+        evaluate.read_questions(tmp_path / "gone.jsonl")
+    with pytest.raises(ValueError, match="there is no model to evaluate"):
+        evaluate.check_models({}, CONFIG)
+
+
+def test_without_questions_the_conversations_begin_the_answers():
+    starts = evaluate.conversation_starts(HELDOUT, limit=3)
+    first = json.loads(HELDOUT.read_text(encoding="utf-8").splitlines()[0])["messages"]
+    assert len(starts) == 3
+    assert starts[0] == {"question": first[0]["content"], "answer": first[1]["content"]}
+    assert evaluate.conversation_starts(TEXT, limit=3) == []
+
+
+# ---- tasks and judge -------------------------------------------------------------------------------------------------
+
+
+def test_a_local_task_is_scored_by_likelihood(base, tmp_path):
+    path = tmp_path / "valley.jsonl"
+    rows = [{"question": "The baker of Oakford", "choices": [" is", "]]zq"], "answer": 0}] * 3
+    path.write_text("\n".join(json.dumps(row) for row in [*rows, rows[0] | {"answer": 1}]), encoding="utf-8")
+    found = tasks.run_tasks(base, str(path))["valley"]
+    assert (found["accuracy"], found["rows"]) == (0.75, 4)
+
+
+def test_a_task_that_cannot_be_had_is_a_sentence(base, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"question": "?", "choices": ["a"], "answer": 3}', encoding="utf-8")
+    with pytest.raises(ValueError, match="answer must be the number of a choice, 0 to 0"):
+        tasks.run_tasks(base, str(path))
+    with pytest.raises(ValueError, match=r"lm-evaluation-harness|lm_eval"):
+        tasks.run_tasks(base, "no_such_task_at_all")
+
+
+ANSWERS = [
+    {"question": f"{number}?", "models": {"base": {"text": "no"}, "gptq": {"text": f"a longer answer <{number}>"}}}
+    for number in range(12)
+] + [{"question": "same?", "models": {"base": {"text": "equal"}, "gptq": {"text": "equal"}}}]
+
+
+@pytest.fixture
+def endpoint():
+    """An OpenAI-compatible server on this machine that prefers the longer answer, or always the left one."""
+
+    class Judge(BaseHTTPRequestHandler):
+        always_left = False
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            text = body["messages"][1]["content"]
+            left, right = text.split("LEFT answer:\n")[1].split("\n\nRIGHT answer:\n")
+            word = "LEFT" if self.always_left or len(left) > len(right.split("\n\nWhich")[0]) else "**Right.**"
+            self.send_response(200 if self.path == "/v1/chat/completions" else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps({"choices": [{"message": {"content": word}}]}).encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", Judge
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_endpoint_judges_blind_and_a_favoured_side_is_a_tie(endpoint):
+    url, server = endpoint
+    pairs = judge.blind_pairs(ANSWERS, "base", "gptq", seed=3)
+    assert {pair.left_is for pair in pairs} == {"base", "gptq"} and len(pairs) == 12
+    found = judge.tally(judge.ask_endpoint(pairs, url, "judge"), "base", "gptq")
+    assert (found.wins, found.ties, found.verdict) == (12, 0, "better")
+    server.always_left = True
+    assert judge.ask_endpoint(pairs[:2], url, "judge") == [None, None]
+    with pytest.raises(ValueError, match="answered 404"):
+        judge.ask_endpoint(pairs[:1], url + "/wrong", "judge")
+
+
+def test_a_judge_that_is_not_there_is_a_sentence():
+    pairs = judge.blind_pairs(ANSWERS, "base", "gptq")
+    with pytest.raises(ValueError, match="did not answer as an OpenAI-compatible endpoint does"):
+        judge.ask_endpoint(pairs[:1], "http://127.0.0.1:9/v1", "judge")
+    with pytest.raises(ValueError, match="there are no answers of merged"):
+        judge.blind_pairs(ANSWERS, "base", "merged")
+    with pytest.raises(ValueError, match="no pair was decided"):
+        judge.tally([None], "base", "gptq")
+
+
+def test_two_buttons_show_one_pair_at_a_time_and_fill_the_tally():
+    preferred: list[str | None] = []
+    pairs = judge.blind_pairs(ANSWERS, "base", "gptq")[:3]
+    prompt, sides, below = judge.buttons(pairs, preferred).children
+    assert "gptq" not in sides.children[0].value + sides.children[1].value
+    left, neither, right, progress = below.children
+    left.click(), neither.click(), right.click(), right.click()
+    assert preferred == [pairs[0].left_is, None, pairs[2].right_is]
+    assert progress.value == "3 of 3" and left.disabled and "Done" in prompt.value
+
+
+def test_a_small_tally_shows_no_difference():
+    found = judge.tally(["gptq"] * 4 + ["base"], "base", "gptq")
+    assert (found.share, found.verdict) == (0.8, "no difference shown")
+    assert found.low < 0.5 < found.high
+
+
+def test_marks_escape_what_a_model_says():
+    assert report.marked("a b", "a <script>") == "a <mark>&lt;script&gt;</mark>"
+
+
+def test_a_damaged_model_is_named(base, monkeypatch):
+    monkeypatch.setattr(perplexity, "window_losses", lambda model, batch: [math.nan] * len(batch))
+    with pytest.raises(ValueError, match="is not a number on 1 of 1 texts"):
+        perplexity.perplexity(base, [Item([1, 5, 6], None, 2)], 64, 32)
+
+
+def test_an_estimate_of_perplexity_lies_in_its_interval(base):
+    found = perplexity.perplexity(base, read_items(HELDOUT, base.tokenizer, 30), 192, 96, 16)
+    assert found.perplexity.low < found.perplexity.value < found.perplexity.high
+    assert metrics.compare(found.losses, found.losses, found.weights).verdict == "no difference shown"
+    assert np.isfinite(found.losses).all()
