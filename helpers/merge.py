@@ -555,8 +555,7 @@ class SafetensorsWriter:
 def write_rest(work: Path, base: Path, adapter: Path, plan: dict[str, list[Stored]]) -> None:
     """Index, config, generation config, tokenizer: the adapter's own tokenizer where training saved one."""
     settings = read_config(base)
-    settings.pop("torch_dtype", None)
-    write_text(work / "config.json", json.dumps(settings | {"dtype": "float16"}, indent=2) + "\n")
+    write_text(work / "config.json", json.dumps(for_all_readers(settings), indent=2) + "\n")
     if len(plan) > 1:
         total = sum(2 * tensor.values for shard in plan.values() for tensor in shard)
         place = {tensor.name: name for name, shard in plan.items() for tensor in shard}
@@ -571,6 +570,22 @@ def write_rest(work: Path, base: Path, adapter: Path, plan: dict[str, list[Store
     for file in (source / name for name in TOKENIZER_FILES):
         if file.is_file():
             shutil.copyfile(file, work / file.name)
+
+
+def for_all_readers(settings: dict) -> dict:
+    """config.json of an fp16 model that transformers 4 reads as transformers 5 does, and so AutoGPTQ and vLLM.
+
+    transformers 5 keeps the base of the rotary embedding inside rope_parameters; version 4 looks for rope_theta, finds
+    none and silently computes with 10,000.
+
+    >>> for_all_readers({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}})["rope_theta"]
+    1000000.0
+    """
+    rope = settings.get("rope_parameters") or {}
+    older = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return older | settings | {"dtype": "float16", "torch_dtype": "float16"}
 
 
 def check_written(work: Path, plan: dict[str, list[Stored]]) -> None:

@@ -22,7 +22,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from helpers.config import QuantizeConfig, RunConfig, load_yaml
-from helpers.merge import TOKENIZER_FILES, nearest_folder, refuse_output, stored_tensors
+from helpers.merge import TOKENIZER_FILES, for_all_readers, nearest_folder, refuse_output, stored_tensors
 from helpers.models import ROOT, ModelShape, shape
 from helpers.workspace import building, exclusive, write_text
 
@@ -81,7 +81,7 @@ def quantize(
                 log.unlink(missing_ok=True)
                 job = {"model": str(model.resolve()), "output": str(work.resolve()), "config": asdict(config)}
                 figures = run_gptq(job | {"rows": rows}, sizes, log)
-                copy_tokenizer(model, work)
+                finish_folder(model, work)
                 size = sum(file.stat().st_size for file in work.glob("*.safetensors"))
                 checks = run_checks(job | {"rows": check_rows}, log)
                 shutil.move(log, work / LOG)
@@ -147,7 +147,7 @@ def quantized_bytes(sizes: ModelShape, config: QuantizeConfig) -> int:
     """Size of the result: codes, a scale (16 bits) and a zero (bits) a group, and the rest in 16 bits.
 
     >>> round(quantized_bytes(shape("mistral-7b-v0.3"), QuantizeConfig()) / GIB, 2)
-    3.87
+    3.88
     """
     bits = 0
     for name, (inputs, outputs) in sizes.linears.items():
@@ -370,11 +370,18 @@ def last_words(status: int, log: Path) -> str:
     return f"GPTQ stopped with {last!r}; its log is {log}"
 
 
-def copy_tokenizer(model: Path, work: Path) -> None:
-    """Tokenizer and template as the merged model has them, so that both see the same tokens."""
+def finish_folder(model: Path, work: Path) -> None:
+    """Tokenizer and template as the merged model has them, and settings that every reader understands."""
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (model / name).is_file():
             shutil.copyfile(model / name, work / name)
+    settings, quantizer = (
+        json.loads((work / name).read_text(encoding="utf-8")) for name in ("config.json", "quantize_config.json")
+    )
+    for made in (settings["quantization_config"], quantizer):
+        made["meta"].pop("offload_to_disk_path", None)  # a folder of this machine, gone by now
+    write_text(work / "config.json", json.dumps(for_all_readers(settings), indent=2) + "\n")
+    write_text(work / "quantize_config.json", json.dumps(quantizer, indent=2) + "\n")
 
 
 # ---- what the 4-bit weights look like --------------------------------------------------------------------------------
@@ -525,8 +532,6 @@ def store_in_fp16(folder: Path) -> None:
         tensors = load_file(file)
         halves = {name: value.half() if value.dtype == torch.float32 else value for name, value in tensors.items()}
         save_file(halves, file, metadata={"format": "pt"})
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    write_text(folder / "config.json", json.dumps(settings | {"dtype": "float16"}, indent=2) + "\n")
 
 
 def error_of(loss: str) -> dict:

@@ -133,7 +133,10 @@ def measured(config: RunConfig, work: Path, merged: dict[str, Path], folders: di
     for base in BASES:
         model = AutoModelForCausalLM.from_pretrained(merged[base], dtype=torch.float32).to(place)
         tokenizer = AutoTokenizer.from_pretrained(merged[base])
-        loaded = inference.Loaded(model.eval(), tokenizer, "model", "fp32", str(merged[base]), 0.0)
+        path = str(merged[base])
+        loaded = inference.Loaded(
+            model=model.eval(), tokenizer=tokenizer, kind="model", how="fp32", path=path, base=path, load_s=0.0
+        )
         linears = {
             name: module.weight
             for name, module in model.named_modules()
