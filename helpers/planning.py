@@ -21,7 +21,8 @@ Needs = Callable[[RunConfig], float]
 def search(config: RunConfig, shape: ModelShape, machine: Machine, needs: Needs) -> tuple[RunConfig, tuple[str, ...]]:
     """(configuration without "auto", reasons): the fastest that fits; the nearest when none does.
 
-    Sequences a step, context, rank and targets stay, unless no way of training them fits: then the context shrinks.
+    Sequences a step, context, rank and targets stay, unless no way of training them fits: then the context shrinks,
+    and where that does not do, the rank.
     A configuration that says how many layers are checkpointed, and fits, stays as it is.
     """
     if machine.gpu is None:
@@ -37,14 +38,27 @@ def search(config: RunConfig, shape: ModelShape, machine: Machine, needs: Needs)
     if found is not None:
         return found, reasons(found, shape, needs(found), room)
     smaller = with_train(config, optimizer="paged_adamw_8bit")
-    for seq_len in (length for length in CONTEXTS if length < config.data.seq_len):
-        cut = replace(smaller, data=replace(config.data, seq_len=seq_len))
+    for said, cut in shrunk(smaller):
         found = fastest(cut, shape, machine, needs, room)
         if found is not None:
-            why = f"the context is cut from {config.data.seq_len} to {seq_len} tokens: no way of training more fits"
-            return found, (why, *reasons(found, shape, needs(found), room))
+            return found, (f"{said}: no way of training more fits", *reasons(found, shape, needs(found), room))
     nearest = with_train(smallest(smaller), checkpointing="all", keep_attention=False)
     return nearest, ("nothing fits: this comes nearest",)
+
+
+def shrunk(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    """(what was cut, configuration): shorter contexts, then lower ranks with the context as asked or shorter."""
+    contexts = [length for length in CONTEXTS if length < config.data.seq_len]
+    for seq_len in contexts:
+        said = f"the context is cut from {config.data.seq_len} to {seq_len} tokens"
+        yield said, replace(config, data=replace(config.data, seq_len=seq_len))
+    for rank in (rank for rank in RANKS if rank < config.adapter.rank):
+        alpha = config.adapter.alpha * rank / config.adapter.rank  # the same scaling
+        lower = replace(config, adapter=replace(config.adapter, rank=rank, alpha=alpha))
+        yield f"the rank is cut from {config.adapter.rank} to {rank}", lower
+        for seq_len in contexts:
+            said = f"rank and context are cut from {config.adapter.rank} to {rank}, {config.data.seq_len} to {seq_len}"
+            yield said, replace(lower, data=replace(config.data, seq_len=seq_len))
 
 
 def fastest(config: RunConfig, shape: ModelShape, machine: Machine, needs: Needs, room_gib: float) -> RunConfig | None:
@@ -59,9 +73,21 @@ def fastest(config: RunConfig, shape: ModelShape, machine: Machine, needs: Needs
 
 def splits(config: RunConfig) -> Iterator[RunConfig]:
     """Every micro-batch × accumulation that makes the configuration's sequences a step."""
+    for batch in batch_sizes(config):
+        yield with_batch(config, batch)
+
+
+def batch_sizes(config: RunConfig) -> list[int]:
+    """Micro-batches of at most 64 that make the same step; TrainConfig accumulates at most 4,096 of them."""
     rows = config.train.batch_size * config.train.accumulation
-    for batch in (size for size in range(1, min(rows, 64) + 1) if rows % size == 0):
-        yield with_train(config, batch_size=batch, accumulation=rows // batch)
+    sizes = [size for size in range(1, min(rows, 64) + 1) if rows % size == 0 and rows // size <= 4096]
+    return sizes or [config.train.batch_size]
+
+
+def with_batch(config: RunConfig, batch_size: int) -> RunConfig:
+    """The same step in other micro-batches."""
+    rows = config.train.batch_size * config.train.accumulation
+    return with_train(config, batch_size=batch_size, accumulation=rows // batch_size)
 
 
 def least_recomputed(config: RunConfig, shape: ModelShape, needs: Needs, room_gib: float) -> RunConfig | None:
@@ -81,9 +107,8 @@ def least_recomputed(config: RunConfig, shape: ModelShape, needs: Needs, room_gi
 
 
 def smallest(config: RunConfig) -> RunConfig:
-    """The same steps a sequence at a time."""
-    rows = config.train.batch_size * config.train.accumulation
-    return with_train(config, batch_size=1, accumulation=rows)
+    """The same steps in the smallest micro-batches."""
+    return with_batch(config, batch_sizes(config)[0])
 
 
 def with_train(config: RunConfig, **values: Any) -> RunConfig:
@@ -124,11 +149,9 @@ def single_changes(config: RunConfig, shape: ModelShape) -> Iterator[tuple[str, 
         yield "loss=chunked", with_train(config, loss="chunked")
     if train.optimizer == "adamw_torch":
         yield "optimizer=paged_adamw_8bit", with_train(config, optimizer="paged_adamw_8bit")
-    if train.batch_size > 1:
-        rows = train.batch_size * train.accumulation
-        for batch in (size for size in range(train.batch_size - 1, 0, -1) if rows % size == 0):
-            words = f"batch_size={batch} with accumulation={rows // batch}"
-            yield words, with_train(config, batch_size=batch, accumulation=rows // batch)
+    for batch in reversed([size for size in batch_sizes(config) if size < train.batch_size]):
+        split = with_batch(config, batch)
+        yield f"batch_size={batch} with accumulation={split.train.accumulation}", split
     if not train.offload_activations and activations.checked_layers(shape, config):
         yield "offload_activations=True", with_train(config, offload_activations=True)
     for seq_len in (length for length in CONTEXTS if length < config.data.seq_len):

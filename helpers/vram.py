@@ -114,6 +114,8 @@ def moments(shape: ModelShape, config: RunConfig, capability: tuple[int, int] = 
         work = activations.forward_work(shape, config, checked=False)
         found["the top layer"] = moment(checked, layers - checked, 0.0, layer_work=work) | cached
         found["the top layer's backward pass"] = moment(checked, layers - checked, 0.0, layer_gradients=backward)
+    if not checked:
+        found["the lowest layer's backward pass"] = moment(0, 1, 1.0, layer_gradients=backward)
     if checked:
         again = {"a_checkpointed_layer,_rebuilt": activations.rebuilt(shape, config), "layer_gradients": backward}
         work = activations.forward_work(shape, config, checked=True)

@@ -1,7 +1,7 @@
 """Measures peak memory and step times on a GPU held to a T4's envelope, a CSV row a configuration.
 
-    python data/measurements/measure.py OUT.csv                  # everything, in a process a group
-    python data/measurements/measure.py OUT.csv --groups ours    # one group
+    python data/measurements/measure.py OUT.csv                 # everything, in a process a group and model
+    python data/measurements/measure.py OUT.csv --groups own    # one group
 
 The envelope: PyTorch's allocator capped at 14.42 GiB (what a T4's leaves it), flash and cuDNN SDPA off (7.5 has none),
 fp16. The weights are random: memory and time do not depend on them. Needs torch with CUDA, transformers, peft, trl,
@@ -13,11 +13,11 @@ import csv
 import gc
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from datetime import date
@@ -39,6 +39,7 @@ COLUMNS = [
     *("torch", "transformers", "peft", "trl", "bitsandbytes", "liger"),
     *("model", "recipe", "batch", "seq", "checkpointing", "rank", "targets", "optimizer", "attention", "loss"),
     *("dropout", "accumulation", "offload", "upcast", "fused_kernels", "double_quant", "prompt", "new_tokens"),
+    *("kernels", "keep_attention"),
     *("status", "allocated_gib", "reserved_gib", "process_gib", "outside_gib", "paged_gib", "loaded_gib", "ready_gib"),
     *("forward_peak_gib", "saved_gib", "backward_peak_gib", "step_peak_gib", "after_step_gib", "steps_applied"),
     *("step_s", "tokens_s", "load_s", "load_peak_gib", "rss_gib", "error"),
@@ -46,8 +47,8 @@ COLUMNS = [
 
 
 def groups() -> dict[str, list]:
-    """Group -> (model, rows); each group is a process, since Liger patches its model's module for good."""
-    from recipes import baseline, fitcheck, ours
+    """Group -> (model, rows); each of them is a process, since Liger patches its model's module for good."""
+    from recipes import baseline, fitcheck, ours, own
 
     big, small = "mistral-7b-v0.3", ("tinyllama-1.1b", "smollm2-1.7b", "qwen2.5-1.5b")
     attention = {"targets": "attention"}
@@ -122,10 +123,41 @@ def groups() -> dict[str, list]:
         baseline(1, 1024, "none"),
         baseline(1, 4096),
     ]
+    own_big = [
+        own(1, 1024, "none"),
+        own(2, 1024, "none"),
+        own(1, 2048),
+        own(1, 2048, keep_attention=False),
+        own(1, 8192, 24),
+        own(1, 512),
+        own(1, 256, "none"),
+        own(4, 512, 16),
+        own(8, 1024),
+        own(4, 1024, 8),
+        own(1, 4096, "none"),
+        own(1, 1024, rank=64),
+        own(1, 1024, "none", rank=128, optimizer="adamw_8bit"),
+        own(1, 1024, 16, rank=256),
+        own(1, 2048, "none", rank=8, **attention),
+        own(1, 4096, 16, rank=32, **attention),
+        own(1, 2048, "none", accumulation=2),
+        own(1, 2048, rank=64, optimizer="adamw_torch"),
+        own(1, 2048, loss="full"),
+        own(8, 2048),
+        own(1, 16384),
+        own(1, 16384, keep_attention=False, offload=True),
+        own(1, 8192, offload=True),
+        own(1, 1024, "none", dropout=0.05),
+        own(2, 2048, "none", rank=32),
+        own(4, 2048, "none"),
+        own(1, 32768),
+    ]
+    own_small = [own(2, 1024), own(2, 1024, "none"), own(4, 512, 10, rank=64), own(1, 4096, keep_attention=False)]
     ours_small = [ours(2, 1024), ours(2, 1024, "none"), ours(4, 512, 10, rank=64), ours(1, 4096, **attention)]
     like_t4 = [fitcheck(2, 1024, "eager"), fitcheck(2, 1024, "efficient"), fitcheck(2, 512, "math", rank=64)]
     baseline_small = [baseline(2, 1024), baseline(2, 1024, 10), baseline(4, 512, "none", rank=64)]
     return {
+        "own": [(big, own_big), *((name, own_small) for name in small)],
         "ours": [(big, ours_big), *((name, ours_small) for name in small)],
         "baseline": [(big, baseline_big), *((name, baseline_small) for name in small)],
         "fitcheck": [(name, like_t4) for name in small],
@@ -252,7 +284,7 @@ def paged_bytes(optimizer) -> int:
     )
 
 
-def measure_training(base, tokenizer, row, leaked_bytes: int) -> tuple[dict, object, int]:
+def measure_training(base, tokenizer, row, folder: Path, leaked_bytes: int) -> tuple[dict, object, int]:
     """Three steps of a row: (figures, the base without adapters, bytes of managed memory that stay behind)."""
     import recipes
     import torch
@@ -260,13 +292,19 @@ def measure_training(base, tokenizer, row, leaked_bytes: int) -> tuple[dict, obj
 
     figures, phases = {}, Phases()
     layers = base.config.num_hidden_layers
-    model = recipes.adapt(base, row)
-    figures["ready_gib"] = torch.cuda.memory_allocated() / GIB
-    generator = torch.Generator().manual_seed(0)
-    rows = row.batch * row.accumulation * STEPS
-    dataset = Dataset.from_dict({"input_ids": torch.randint(300, 31000, (rows, row.seq), generator=generator).tolist()})
     watch = watching(phases, row, base.model.layers)
-    trainer = recipes.trainer(model, tokenizer, row, dataset, [watch], STEPS, layers, Path("/tmp/measure"))
+    if row.recipe == "own":
+        scratch = Path(tempfile.mkdtemp())
+        trainer = recipes.own_trainer(base, tokenizer, row, folder, [watch], STEPS, scratch)
+        model = trainer.model
+    else:
+        model = recipes.adapt(base, row)
+        generator = torch.Generator().manual_seed(0)
+        rows = row.batch * row.accumulation * STEPS
+        ids = torch.randint(300, 31000, (rows, row.seq), generator=generator).tolist()
+        dataset = Dataset.from_dict({"input_ids": ids})
+        trainer = recipes.trainer(model, tokenizer, row, dataset, [watch], STEPS, layers, Path("/tmp/measure"))
+    figures["ready_gib"] = torch.cuda.memory_allocated() / GIB
     split_phases(trainer, phases)
     torch.cuda.reset_peak_memory_stats()
     paged = 0
@@ -293,6 +331,7 @@ def measure_training(base, tokenizer, row, leaked_bytes: int) -> tuple[dict, obj
     trainer.model = trainer.model_wrapped = None
     del trainer
     base = model.unload()
+    del watch, model
     if hasattr(base, "peft_config"):
         del base.peft_config
     return figures, base, leaked_bytes + paged
@@ -346,8 +385,8 @@ def facts(expandable: bool) -> dict:
     }
 
 
-def run_group(group: str, out: Path, models: Path, seconds: float) -> None:
-    """All rows of a group in this process; rows after the deadline are left out, and said to be."""
+def run_group(group: str, model: str, out: Path, models: Path, seconds: float) -> None:
+    """All rows of a group and model in this process; rows after the deadline are left out, and said to be."""
     import torch
 
     deadline = time.monotonic() + seconds
@@ -355,8 +394,7 @@ def run_group(group: str, out: Path, models: Path, seconds: float) -> None:
     import recipes
 
     recipes.find_helpers()
-    for name, _ in groups()[group]:
-        make_model(name, models / name)
+    make_model(model, models / model)
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(CAP_GIB * GIB / total, 1.0))
     torch.backends.cuda.enable_flash_sdp(False)
@@ -364,6 +402,8 @@ def run_group(group: str, out: Path, models: Path, seconds: float) -> None:
     common = facts("expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")) | {"group": group}
     leaked = 0
     for name, rows in groups()[group]:
+        if name != model:
+            continue
         base = None
         for row in rows:
             figures = {"model": name} | (asdict(row) if not isinstance(row, tuple) else {})
@@ -379,16 +419,16 @@ def run_group(group: str, out: Path, models: Path, seconds: float) -> None:
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
                     start = time.perf_counter()
-                    base, tokenizer = recipes.load(
-                        models / name, recipes.ours(1, 512) if isinstance(row, tuple) else row
-                    )
+                    loaded_as = recipes.ours(1, 512) if isinstance(row, tuple) else row
+                    load = recipes.load_own if loaded_as.recipe == "own" else recipes.load
+                    base, tokenizer = load(models / name, loaded_as)
                     figures["load_s"] = time.perf_counter() - start
                     figures["load_peak_gib"] = torch.cuda.max_memory_allocated() / GIB
                 figures["loaded_gib"] = torch.cuda.memory_allocated() / GIB
                 if isinstance(row, tuple):
                     figures |= measure_inference(base, row)
                 else:
-                    measured, base, leaked = measure_training(base, tokenizer, row, leaked)
+                    measured, base, leaked = measure_training(base, tokenizer, row, models / name, leaked)
                     figures |= measured
             except Exception as error:  # one row's failure must not cost the others
                 figures |= {"status": "failed", "error": f"{type(error).__name__}: {str(error)[:200]}"}
@@ -416,25 +456,27 @@ def main() -> None:
     """A process a group, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--groups", nargs="+", default=["ours", "baseline", "fitcheck", "segments", "inference"])
+    parser.add_argument("--groups", nargs="+", default=["own", "ours", "baseline", "fitcheck", "segments", "inference"])
     parser.add_argument("--models", type=Path, default=Path("/tmp/measured-models"), help="where checkpoints are made")
     parser.add_argument("--seconds", type=float, default=520, help="stop measuring after so long")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--here", metavar="MODEL", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
-        run_group(options.groups[0], options.out, options.models, options.seconds)
+        run_group(options.groups[0], options.here, options.out, options.models, options.seconds)
         return
     deadline = time.monotonic() + options.seconds
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    sys.path.insert(0, str(Path(__file__).parent))
     for group in options.groups:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment |= {"PYTORCH_CUDA_ALLOC_CONF": f"expandable_segments:{group != 'segments'}"}
-        left = max(deadline - time.monotonic(), 0)
-        command = [sys.executable, __file__, str(options.out), "--here", "--groups", group]
-        command += ["--models", str(options.models), "--seconds", str(left)]
-        start = time.monotonic()
-        code = subprocess.run(command, env=environment, check=False).returncode
-        print(f"# {group}: exit {code} after {time.monotonic() - start:.0f} s on {platform.node()}", flush=True)
+        for name, _ in groups()[group]:
+            left = max(deadline - time.monotonic(), 0)
+            command = [sys.executable, __file__, str(options.out), "--here", name, "--groups", group]
+            command += ["--models", str(options.models), "--seconds", str(left)]
+            start = time.monotonic()
+            code = subprocess.run(command, env=environment, check=False).returncode
+            print(f"# {group}, {name}: exit {code} after {time.monotonic() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

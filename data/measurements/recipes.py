@@ -1,7 +1,7 @@
 """The training recipes that are measured, each in one place: load a base, put adapters on it, build a trainer.
 
-`ours` is what helpers/finetune.py does; `baseline` is what guides do with PEFT's and trl's defaults; `fitcheck` is the
-recipe of the T4 rows in t4_fitcheck.csv.
+`own` goes through helpers/finetune.py, whose layers choose what they keep; `ours` is what it did before: autograd with
+Liger's kernels; `baseline` is what guides do with PEFT's and trl's defaults; `fitcheck` is like t4_fitcheck.csv's rows.
 """
 
 import importlib.util
@@ -35,6 +35,14 @@ class Row:
     upcast: bool = True
     fused_kernels: bool = False
     double_quant: bool = True
+    keep_attention: bool = True
+    kernels: str = ""
+
+
+def own(batch: int, seq: int, checkpointing: str | int = "all", **values) -> Row:
+    """A row of helpers/finetune.py itself."""
+    row = Row("own", batch, seq, checkpointing, attention="efficient", upcast=False, kernels="own")
+    return replace(row, **values)
 
 
 def ours(batch: int, seq: int, checkpointing: str | int = "all", **values) -> Row:
@@ -175,6 +183,59 @@ def full_logits_loss(model, inputs, return_outputs=False, num_items_in_batch=Non
     """transformers' own loss, over all logits at once."""
     outputs = model(input_ids=inputs["input_ids"], labels=inputs["labels"], use_cache=False)
     return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+def config_of(row: Row, folder: Path, steps: int):
+    """The RunConfig of an own row."""
+    from helpers.models import profile
+
+    return profile(
+        "mistral-7b",
+        model=str(folder),
+        batch_size=row.batch,
+        seq_len=row.seq,
+        checkpointing=row.checkpointing,
+        rank=row.rank,
+        alpha=row.rank,
+        targets=row.targets,
+        optimizer=row.optimizer,
+        loss=row.loss,
+        dropout=row.dropout,
+        accumulation=row.accumulation,
+        offload_activations=row.offload,
+        double_quant=row.double_quant,
+        keep_attention=row.keep_attention,
+        max_steps=steps,
+        save_steps=1000,
+    )
+
+
+def load_own(folder: Path, row: Row):
+    """helpers.finetune's base, in fp16 as on a T4, and its tokenizer."""
+    from helpers import finetune
+
+    finetune.precision = lambda *_: finetune.Precision(torch.float16, "as on a T4")
+    model, tokenizer = finetune.load_base(config_of(row, folder, 1))
+    model.config.max_position_embeddings = 10**6  # the memory of a long context does not depend on it
+    return model, tokenizer
+
+
+def own_trainer(base, tokenizer, row: Row, folder: Path, callbacks: list, steps: int, scratch: Path):
+    """helpers.finetune's trainer for a row, with a loss scale that skips no step."""
+    from helpers import finetune, verify
+
+    for layer in base.model.layers:  # an earlier row's own layers and loss
+        layer.__dict__.pop("forward", None)
+    base.__dict__.pop("forward", None)
+    config = config_of(row, folder, steps)
+    verify.write_rows(scratch / "prepared", steps * row.batch * row.accumulation, row.seq, base.config.vocab_size)
+    model = finetune.attach_adapter(base, config)
+    built = finetune.build_trainer(config, model, tokenizer, scratch / "prepared", scratch / "checkpoints")
+    built.args.set_save(strategy="no")
+    for callback in callbacks:
+        built.add_callback(callback)
+    built.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=16.0)
+    return built
 
 
 def find_helpers() -> None:

@@ -91,6 +91,7 @@ def h200(name: str) -> Iterator[Measured]:
             upcast=row["upcast"] == "True",
             kernels=row.get("kernels") or ("liger" if row["fused_kernels"] == "True" else "plain"),
             double_quant=row["double_quant"] == "True",
+            keep_attention=row.get("keep_attention") != "False",
         )
         stale = stale_gib(row)
         measured = {key: number(row[key]) for key in ("allocated_gib", "reserved_gib", "process_gib", "step_s")}
@@ -106,7 +107,7 @@ def stale_gib(row: dict[str, str]) -> float:
 
     Seen in every row after the first model, to the MiB; measure.py starts a process a model since.
     """
-    if row["group"] not in ("ours", "baseline") or row["model"] not in UPCAST_ORDER:
+    if row.get("kernels") is not None or row["group"] not in ("ours", "baseline") or row["model"] not in UPCAST_ORDER:
         return 0.0
     earlier = [shape(name) for name in UPCAST_ORDER[: UPCAST_ORDER.index(row["model"])]]
     return sum(each.vocab * each.hidden for each in earlier) * (4 if row["upcast"] == "True" else 2) / GIB
