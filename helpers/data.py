@@ -66,10 +66,11 @@ def prepare(config: RunConfig, output: Path, source: str | None = None) -> dict:
     formats: Counter = Counter()
     with building(Path(output), "prepare", config, files) as work:
         with Rows(work.folder / "rows.arrow", template, config.data.seq_len, found) as rows:
-            for path in filter(None, (heldout_source, source)):
-                rows.add(conversations(path, config, found, template, formats), path is heldout_source)
+            if heldout_source:
+                rows.add(conversations(heldout_source, config, found, template, formats), from_heldout=True)
+            rows.add(conversations(source, config, found, template, formats), from_heldout=False)
         kept, held_out = rows.decide(None if heldout_source else config.data.heldout_fraction)
-        if not kept.any():
+        if not (kept & ~np.array(rows.from_heldout, dtype=bool)).any():
             reasons = "; ".join(found.sentences()) or "it has no rows"
             raise ValueError(f"{source} holds nothing that could be trained on: {reasons}")
         rows.save(work.folder / "train", kept & ~held_out)

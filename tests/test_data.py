@@ -190,6 +190,12 @@ def test_what_is_held_out_leaves_the_training_rows(tmp_path):
     assert made["findings"][-1]["place"].startswith("train.jsonl line ")
 
 
+def test_nothing_left_to_train_on_is_refused(tmp_path):
+    path = write(tmp_path / "same.jsonl", many(5))
+    with pytest.raises(ValueError, match=r"nothing that could be trained on: also-held-out: .*5 dropped"):
+        data.prepare(profile("tiny", heldout_source=path), tmp_path / "out", path)
+
+
 def test_the_profile_s_held_out_file_is_not_for_other_data(tmp_path):
     made = data.prepare(profile("tiny"), tmp_path / "out", write(tmp_path / "mine.jsonl", many(30)))
     assert made["heldout_source"] is None and made["in"] == 30 and made["heldout_rows"] >= 1

@@ -1,7 +1,7 @@
 """Measure data preparation: conversations a second on one core, tokens a second, peak memory on a large file.
 
     python data/measurements/bench_data.py                   # speed, a minute
-    python data/measurements/bench_data.py --file-gb 2       # and the memory of a 2 GB JSONL, many minutes
+    python data/measurements/bench_data.py --file-gb 2       # and the memory of a 2 GB JSONL, half an hour
 
 Prints one JSON object a line; `data/measurements/bench_data.jsonl` holds those of the machine it names.
 """
@@ -36,8 +36,8 @@ SHORT = 30_000
 """Conversations of the speed measurement."""
 
 
-def write(path: Path, size_bytes: int = 0, count: int = 0) -> int:
-    """Short conversations, of two to four exchanges, until the file has a size or a count; the number written."""
+def write(path: Path, size_bytes: int = 0, count: int = 0, exchanges: tuple = (2, 4), more: str = "") -> int:
+    """Short conversations until the file has a size or a count; the number written. more: a field nobody trains on."""
     rng = random.Random(0)
     words = [line.split() for line in (ROOT / "data" / "prose.txt").read_text(encoding="utf-8").splitlines() if line]
     words = [word for line in words for word in line]
@@ -46,10 +46,10 @@ def write(path: Path, size_bytes: int = 0, count: int = 0) -> int:
         while written < count or size < size_bytes:
             messages = [
                 {"role": role, "content": " ".join(rng.choices(words, k=rng.randint(5, length)))}
-                for _ in range(rng.randint(2, 4))
+                for _ in range(rng.randint(*exchanges))
                 for role, length in (("user", 20), ("assistant", 40))
             ]
-            size += file.write(json.dumps({"prompt_id": f"{written:08}", "messages": messages}) + "\n")
+            size += file.write(json.dumps({"prompt_id": f"{written:08}{more}", "messages": messages}) + "\n")
             written += 1
     return written
 
@@ -108,9 +108,12 @@ def speed(folder: Path) -> None:
 
 
 def memory(folder: Path, file_gb: float) -> None:
-    """Peak memory of prepare on a file of so many GB (10⁹ bytes): resident, and of it anonymous, that is not files."""
+    """Peak memory of prepare on a file of so many GB (10⁹ bytes): resident, and of it anonymous, that is not files.
+
+    Memory grows with the conversations and hardly with their tokens, so they are many and of one exchange.
+    """
     path = folder / "large.jsonl"
-    count = write(path, size_bytes=int(file_gb * 1e9))
+    count = write(path, size_bytes=int(file_gb * 1e9), exchanges=(1, 1), more="x" * 400)
     peak, stop = [0], threading.Event()
 
     def watch():
