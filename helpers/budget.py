@@ -52,7 +52,7 @@ class Disk:
 
 @dataclass(frozen=True)
 class Time:
-    """Hours; sessions is how many a host's limit makes of them, with resume."""
+    """Hours, and seconds of a step of rows of average length; sessions: how many a host's limit makes of them."""
 
     step_s: float
     steps: int
@@ -123,8 +123,8 @@ def refuse(config: RunConfig, shape: ModelShape, stage: str) -> None:
 
 
 def vram_of(config: RunConfig, shape: ModelShape, machine: Machine, stage: str) -> Vram:
-    """The largest moment of a stage; nothing without a card, or when merging, which is the host's work."""
-    if machine.gpu is None or stage == "merge":
+    """The largest moment of a stage; nothing without a card."""
+    if machine.gpu is None:
         return Vram(0.0, 0.0, 0.0, machine.vram_gib, "", {})
     moments = STAGE_MOMENTS[stage](shape, config, machine.gpu.capability)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
@@ -141,7 +141,7 @@ def beyond_gib(config: RunConfig, shape: ModelShape, stage: str, allocated_gib: 
     """GiB that the allocator reserves beyond its tensors' peak. GPTQ: from one measured 7B (4.37 and 7.08 GiB)."""
     if stage == "train":
         return vram.beyond(shape, config) / GIB
-    return allocated_gib * {"quantize": 0.62, "inference": 0.03}[stage]
+    return allocated_gib * {"merge": 0.1, "quantize": 0.62, "inference": 0.03}[stage]
 
 
 def time_of(
@@ -155,8 +155,10 @@ def time_of(
     total = sum(parts.values())
     session_h = machine.host.session_h
     sessions = 1 if session_h is None else math.ceil(total / session_h)
-    step = pace.step_s(config, shape, machine) if "train" in stages else 0.0
-    steps = pace.steps(config, tokens_in_dataset)[0] if "train" in stages else 0
+    step, steps = 0.0, 0
+    if "train" in stages:
+        steps, mean_tokens = pace.steps(config, tokens_in_dataset)
+        step = pace.step_s(config, shape, machine, mean_tokens)
     return Time(step, steps, total, sessions, parts)
 
 
@@ -301,7 +303,12 @@ def time_text(budget: Budget) -> str:
     return f"{steps}{time.total_h:.2f} h{sessions}"
 
 
-STAGE_MOMENTS = {"train": vram.moments, "inference": vram.inference, "quantize": vram.quantization}
+STAGE_MOMENTS = {
+    "train": vram.moments,
+    "merge": vram.merging,
+    "quantize": vram.quantization,
+    "inference": vram.inference,
+}
 STAGE_NAMES = {
     "train": "training",
     "merge": "merging",

@@ -6,6 +6,8 @@
 27.2
 """
 
+import json
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from helpers.hardware import Machine
 from helpers.models import ModelShape
 
 GIB = 2**30
-LIBRARIES_GIB = {"train": 0.5, "merge": 0.35, "quantize": 0.9, "inference": 0.5}
+LIBRARIES_GIB = {"train": 0.5, "merge": 0.22, "quantize": 0.9, "inference": 0.5}
 """Memory of a process that has imported what a stage needs (measured: data/measurements/README.md)."""
 CUDA_HOST_GIB = 0.5
 """What CUDA's libraries take of the host's memory, beside that."""
@@ -29,7 +31,7 @@ def ram(config: RunConfig, shape: ModelShape, machine: Machine, stage: str) -> d
     Pages of memory-mapped files (safetensors, Arrow) are left out: the kernel drops them when memory is short.
     """
     on_gpu = machine.gpu is not None
-    parts = {"Python and libraries": LIBRARIES_GIB[stage] + (CUDA_HOST_GIB if on_gpu and stage != "merge" else 0.0)}
+    parts = {"Python and libraries": LIBRARIES_GIB[stage] + (CUDA_HOST_GIB if on_gpu else 0.0)}
     largest = max(shape.vocab * shape.hidden, *(a * b for a, b in shape.linears.values()))
     lora = vram.lora_parameters(shape, config)
     if stage == "merge":  # the tensor as read, in fp32, its adapter's product in fp32, and the result in fp16
@@ -115,24 +117,51 @@ def prepared_gib(config: RunConfig) -> float:
 
 
 @lru_cache
-def lines_and_bytes(path: str) -> tuple[int, int]:
-    """Lines and bytes of a text file."""
-    text = Path(path).read_bytes()
-    return text.count(b"\n"), len(text)
+def lines_and_mean_tokens(path: str) -> tuple[int, float]:
+    """Lines of a local file, and the tokens of one on average: a fourth of its characters, and one a turn.
+
+    Looks at the first 200 lines; in JSON, at what is said, not at names and identifiers.
+    """
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    sample = lines[:200]
+    return len(lines), max(sum(map(tokens_of_line, sample)) / len(sample), 1.0)
+
+
+def tokens_of_line(line: str) -> float:
+    """Tokens of one conversation in JSON, or of a line of text, roughly.
+
+    >>> tokens_of_line('{"id": "c0ffee", "messages": [{"role": "user", "content": "Hello, who are you?"}]}')
+    5.75
+    """
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return len(line) / 4
+    turns = row.get("messages") or row.get("conversations") if isinstance(row, dict) else None
+    said = [turn.get("content") or turn.get("value") for turn in turns] if turns else list(strings(row))
+    return sum(len(str(text)) / 4 + 1 for text in said)
+
+
+def strings(value: object) -> Iterator[str]:
+    """Every text inside a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from strings(inner)
 
 
 def conversations(config: RunConfig) -> int:
-    """How many conversations the run's data has: counted in a local JSONL, known for a few hub sets, else 10,000."""
+    """How many conversations the run's data has: counted in a local file, known for a few hub sets, else 10,000."""
     data = config.data
     known = KNOWN_CONVERSATIONS.get(data.source, 10_000)
     if Path(data.source).is_file():
-        known = max(lines_and_bytes(data.source)[0], 1)
+        known = lines_and_mean_tokens(data.source)[0]
     return min(known, data.max_conversations or known)
 
 
 def mean_tokens(config: RunConfig) -> float:
-    """Tokens of a conversation on average: a fourth of a local file's bytes, else a full context (the safe side)."""
+    """Tokens of a conversation on average: read off a local file, else a full context (the safe side)."""
     if Path(config.data.source).is_file():
-        lines, size = lines_and_bytes(config.data.source)
-        return min(size / 4 / max(lines, 1), config.data.seq_len)
+        return min(lines_and_mean_tokens(config.data.source)[1], config.data.seq_len)
     return config.data.seq_len

@@ -13,8 +13,8 @@ from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape
 
-CPU_GFLOPS_PER_CORE = 12.0
-"""fp32 products of a training step on a server's core, overheads included."""
+CPU_GFLOPS_PER_CORE = 35.0
+"""fp32 products of a training step on one core of a server (the tiny profile's 5,400 tokens a second on two)."""
 CPU_S_PER_LAYER = 0.004
 """Overheads of one layer, forward and backward, on a CPU."""
 PYTHON_S_PER_LAYER = 0.0085
@@ -77,16 +77,16 @@ def micro_batch_s(config: RunConfig, shape: ModelShape, machine: Machine, seq_le
     return max(busy, asked.python_s)
 
 
-def step_s(config: RunConfig, shape: ModelShape, machine: Machine) -> float:
-    """Seconds of one optimizer step of full contexts: its micro-batches, and the update."""
+def step_s(config: RunConfig, shape: ModelShape, machine: Machine, seq_len: int | None = None) -> float:
+    """Seconds of one optimizer step, the update included; seq_len: tokens of its rows, full contexts when None."""
     update = 0.0
     if machine.gpu:
         update = 20 * vram.lora_parameters(shape, config) / (0.5e9 * machine.gpu.bandwidth_gb_s)
-    return config.train.accumulation * micro_batch_s(config, shape, machine) + update
+    return config.train.accumulation * micro_batch_s(config, shape, machine, seq_len) + update
 
 
-def steps(config: RunConfig, tokens_in_dataset: int | None = None) -> tuple[int, float]:
-    """(optimizer steps of the run, how full their contexts are, 0 to 1)."""
+def steps(config: RunConfig, tokens_in_dataset: int | None = None) -> tuple[int, int]:
+    """(optimizer steps of the run, tokens of its rows on average)."""
     rows, mean = host.conversations(config), host.mean_tokens(config)
     if tokens_in_dataset is not None:
         mean = min(max(tokens_in_dataset / rows, 1.0), config.data.seq_len)
@@ -94,7 +94,7 @@ def steps(config: RunConfig, tokens_in_dataset: int | None = None) -> tuple[int,
     if config.train.packing:
         rows, mean = math.ceil(rows * mean / config.data.seq_len), config.data.seq_len
     whole = math.ceil(rows * config.train.epochs / rows_a_step)
-    return min(config.train.max_steps or whole, whole) or 1, mean / config.data.seq_len
+    return min(config.train.max_steps or whole, whole) or 1, max(round(mean), 16)
 
 
 def stage_hours(
@@ -105,9 +105,8 @@ def stage_hours(
     parts = {"download": base_gib * host.GIB / 1e6 / machine.host.download_mb_s / 3600}
     gigabytes = 2 * shape.parameters / 1e9
     if stage == "train":
-        count, full = steps(config, tokens_in_dataset)
-        mean = max(16, round(config.data.seq_len * full))
-        each = config.train.accumulation * micro_batch_s(config, shape, machine, mean)
+        count, mean = steps(config, tokens_in_dataset)
+        each = step_s(config, shape, machine, mean)
         parts |= {"loading": gigabytes * 6 / 3600, "training": count * each / 3600}
     elif stage == "merge":
         parts |= {"merging": gigabytes * 8 / 3600}

@@ -178,6 +178,12 @@ def inference(
     }
 
 
+def merging(shape: ModelShape, config: RunConfig, capability: tuple[int, int] = (7, 5)) -> dict[str, dict[str, float]]:
+    """The one moment of a merge: the largest adapted tensor in fp32, its adapter's product, and their sum."""
+    widest = max(inputs * outputs for inputs, outputs in shape.linears.values())
+    return {"the largest tensor": {"layer work": 3 * FULL * widest, "cuBLAS work space": workspace(capability) / 2}}
+
+
 def quantization(
     shape: ModelShape, config: RunConfig, capability: tuple[int, int] = (7, 5)
 ) -> dict[str, dict[str, float]]:
