@@ -163,6 +163,7 @@ def between(text: str, marker: str, content: str) -> str | None:
 
 def with_badge(title: str, text: str) -> str:
     """The title cell with this badge between its marks; without marks it goes below the heading."""
+    text = f"\n\n{text}\n\n"  # Markdown reads a line that begins with a comment as HTML: the badge has its own
     replaced = between(title, "badge", text)
     if replaced is not None:
         return replaced

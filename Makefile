@@ -1,0 +1,66 @@
+# make setup · run · test · lint — all without a GPU and without reaching a model hub.
+# Settings: PYTHON=python3.12  TORCH="torch==2.13.0"  REPO=owner/name (for `make badges`)
+
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell command -v $(p)),$(p))))
+TORCH ?= torch==2.13.0
+PROFILE ?= tiny
+RUN ?= runs/$(PROFILE)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+REQUIREMENTS := requirements.txt requirements-local.txt requirements-gptq.txt
+
+.PHONY: setup run test lint format badges clean colab-check test-colab-versions
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: $(REQUIREMENTS)
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"This needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is {v[0]}.{v[1]}: make setup PYTHON=/path/to/python3.11")'
+	@$(PYTHON) -c 'import shutil, sys; free = shutil.disk_usage(".").free / 2**30; sys.exit(0 if free >= 5 else f"The environment needs 5 GiB of disk and {free:.1f} GiB is free here: free some, or clone elsewhere")'
+	@echo "== building $(VENV) with $(PYTHON): a few minutes, once"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --upgrade pip setuptools wheel
+	@echo "   $(TORCH)"
+	@$(PIP) install "$(TORCH)"
+	@echo "   requirements-local.txt, requirements.txt"
+	@$(PIP) install -r requirements-local.txt -r requirements.txt
+	@echo "   requirements-gptq.txt (GPTQModel; compiles two small extensions)"
+	@$(PIP) install --no-deps -r requirements-gptq.txt
+	@touch $@
+
+run: setup
+	@$(BIN)/python notebooks/run_all.py --profile $(PROFILE) --workspace $(RUN)
+
+test: setup
+	@echo "== lint"
+	@$(MAKE) --no-print-directory lint
+	@echo "== tests (the five notebooks among them)"
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/python -m helpers.badges --check
+
+format: setup
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@$(BIN)/python -m helpers.badges
+
+badges: setup
+	@$(BIN)/python -m helpers.badges $(if $(REPO),--repo $(REPO))
+
+# Would pip leave Colab's image as it is? PACKAGES=LIST for another image than tests/colab_packages.txt
+colab-check: setup
+	@$(BIN)/python tests/colab_check.py $(if $(PACKAGES),--packages $(PACKAGES))
+
+# The notebooks' tests with the versions of Colab's image, in a second environment
+test-colab-versions: setup
+	@$(BIN)/python tests/colab_versions.py --torch "$(TORCH)"
+
+clean:
+	rm -rf $(VENV) .venv-colab runs .pytest_cache .ruff_cache .hypothesis

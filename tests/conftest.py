@@ -1,0 +1,45 @@
+"""What several test files share: the five notebooks, executed once."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FAKE_TOKEN = "hf_" + "NotARealTokenButShapedLikeOne"[:34].ljust(34, "x")
+
+
+@pytest.fixture(scope="session")
+def executed_run(tmp_path_factory) -> Path:
+    """The workspace of `notebooks/run_all.py` on the tiny profile, run with a fake hub token in the environment."""
+    workspace = tmp_path_factory.mktemp("runs") / "tiny"
+    done = subprocess.run(
+        [sys.executable, "notebooks/run_all.py", "--profile", "tiny", "--workspace", str(workspace)],
+        cwd=ROOT,
+        env=os.environ | {"HF_TOKEN": FAKE_TOKEN, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return workspace
+
+
+@pytest.fixture(scope="session")
+def report(executed_run) -> dict:
+    """report.json of the executed notebooks."""
+    return json.loads((executed_run / "report.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def gptq_model(tmp_path_factory) -> Path:
+    """The tiny model as notebook 04 quantizes it: 4 bit, group 128; calibrated with general text."""
+    from helpers.config import QuantizeConfig
+    from helpers.models import TINY
+    from helpers.quantize import quantize
+
+    output = tmp_path_factory.mktemp("gptq") / "quantize"
+    quantize(TINY, output, QuantizeConfig(calibration="general", calibration_tokens=192))
+    return output

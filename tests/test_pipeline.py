@@ -1,0 +1,64 @@
+"""The five notebooks, executed: the effect is real, the sizes are bytes on disk, everything is in its place."""
+
+import nbformat
+import pytest
+
+from helpers.workspace import size_bytes
+
+NOTEBOOKS = (
+    "01_environment_setup.ipynb",
+    "02_dataset_preparation.ipynb",
+    "03_qlora_finetuning.ipynb",
+    "04_gptq_quantization.ipynb",
+    "05_evaluation.ipynb",
+)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_every_code_cell_ran(executed_run, name):
+    notebook = nbformat.read(executed_run / "notebooks" / name, as_version=4)
+    codes = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in codes)
+    assert not [output for cell in codes for output in cell.outputs if output.output_type == "error"]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_no_warnings_are_left_for_the_reader(executed_run, name):
+    notebook = nbformat.read(executed_run / "notebooks" / name, as_version=4)
+    streams = [
+        o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs if o.get("name") == "stderr"
+    ]
+    noise = [o.text for o in streams if "Warning" in o.text or "Traceback" in o.text]
+    assert not noise
+
+
+def test_fine_tuning_teaches_what_the_base_cannot_do(report):
+    assert report["base"]["exact_match"] <= 0.10
+    assert report["finetuned"]["exact_match"] >= 0.70
+    assert report["finetuned"]["perplexity"] <= 0.70 * report["base"]["perplexity"]
+
+
+def test_merging_keeps_it(report):
+    assert abs(report["merged"]["exact_match"] - report["finetuned"]["exact_match"]) <= 0.02
+
+
+def test_four_bits_cost_little(report):
+    assert report["gptq"]["exact_match"] >= report["merged"]["exact_match"] - 0.05
+    assert report["gptq"]["perplexity"] <= 1.05 * report["merged"]["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"), [("finetuned", "finetune/adapter"), ("merged", "merge"), ("gptq", "quantize")]
+)
+def test_sizes_are_the_bytes_on_disk(executed_run, report, name, stage):
+    assert report[name]["size_bytes"] == size_bytes(executed_run / stage)
+
+
+def test_every_model_was_timed(report):
+    assert all(report[name]["tokens_per_s"] > 0 for name in ("base", "finetuned", "merged", "gptq"))
+
+
+def test_plots_are_pictures(executed_run):
+    plots = list((executed_run / "plots").glob("*.png"))
+    assert len(plots) >= 5
+    assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
