@@ -175,7 +175,7 @@ def backward_work(shape: ModelShape, config: RunConfig) -> float:
     if way(shape, config) == "own":
         piece = min(tokens, MLP_TOKENS)
         mlp = tokens * HALF * 3 * hidden + piece * HALF * (hidden + 2 * inner) + weight
-        attention = tokens * HALF * (3 * hidden + 7 * queries + 2 * keys)
+        attention = tokens * HALF * (3 * hidden + 5 * queries + 2 * keys)
         return max(mlp, attention)
     if dense == FULL:
         mlp = tokens * inner

@@ -298,7 +298,8 @@ def table(budget: Budget) -> str:
 def time_text(budget: Budget) -> str:
     """Steps, seconds a step, hours, sessions."""
     time = budget.time
-    steps = f"{time.steps:,} steps of {time.step_s:.2g} s, " if time.steps else ""
+    step_s = f"{time.step_s:.0f}" if time.step_s >= 10 else f"{time.step_s:.2g}"
+    steps = f"{time.steps:,} steps of {step_s} s, " if time.steps else ""
     sessions = f", {time.sessions} sessions with resume" if time.sessions > 1 else ""
     return f"{steps}{time.total_h:.2f} h{sessions}"
 

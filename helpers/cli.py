@@ -175,10 +175,11 @@ Outcome = tuple[int, dict, str]
 def run_budget(options: argparse.Namespace, config: RunConfig) -> Outcome:
     """What it needs; exit 3 when it does not fit."""
     shape, machine = models.shape(config.model.model), machine_of(options)
-    estimate = budget.budget(config, shape, machine, stage=options.budget_stage)
     plan = budget.plan(config, shape, machine)
+    shown = plan.config if config.train.checkpointing == "auto" else config
+    estimate = budget.budget(shown, shape, machine, stage=options.budget_stage)
     result = budget.to_json(estimate, plan)
-    text = budget.table(estimate)
+    text = "\n".join([budget.table(estimate), *(f"Plan: {reason}" for reason in plan.reasons)])
     if options.verify:
         from helpers import verify
 

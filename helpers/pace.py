@@ -44,19 +44,24 @@ def work(config: RunConfig, shape: ModelShape, seq_len: int | None = None) -> Wo
     """
     seq_len = seq_len or config.data.seq_len
     tokens = config.train.batch_size * seq_len
-    again = activations.checked_layers(shape, config) / shape.layers
+    again = scores_again = activations.checked_layers(shape, config) / shape.layers
+    own = activations.way(shape, config) == "own"
+    if own:  # helpers/layers.py repeats neither down_proj nor, where its result is kept, attention
+        down = shape.intermediate * shape.hidden * shape.experts_per_token
+        scores_again = 0.0 if config.train.keep_attention else again
+        again *= 1 - down / shape.active_linear_parameters
     linear = 2 * shape.layers * shape.active_linear_parameters
     adapters = 2 * vram.lora_parameters(shape, config)
     head = 2 * shape.vocab * shape.hidden
     matrix = tokens * (linear * (2 + again) + adapters * (3 + again) + head * 2)
     scores = 4 * shape.layers * shape.heads * shape.head_dim * seq_len / 2
-    attention = tokens * scores * (1 + again + 2.5)
+    attention = tokens * scores * (1 + scores_again + 2.5)
     # NF4: read half a byte, write two, read two again, a weight and a pass
     dequantized = shape.linear_parameters * (4.5 if config.model.weights == "nf4" else 2) * (2 + again)
     passes = tokens * shape.layers * sum(activations.kept_by_layer(shape, config).values()) * 2 * (2 + again)
     if config.model.attention != "efficient":
         passes += activations.score_bytes(shape, config) * shape.layers * 2 * (2 + again)
-    python = shape.layers * (PYTHON_S_PER_LAYER + PYTHON_S_PER_RECOMPUTED_LAYER * again)
+    python = shape.layers * (PYTHON_S_PER_LAYER + PYTHON_S_PER_RECOMPUTED_LAYER * again) * (0.6 if own else 1.0)
     return Work(matrix, attention, dequantized + passes, python)
 
 

@@ -55,7 +55,6 @@ COLOURS = {
     "32-bit weights": "#9ecae9",
     "quantization scales": "#2f5582",
     "LoRA weights": "#54a24b",
-    "adapters in 16 bits": "#6fb866",
     "LoRA gradients": "#88c87f",
     "adapters in 16 bits": "#b5dcae",
     "optimizer states": "#2f7d5b",
@@ -73,7 +72,6 @@ COLOURS = {
     "Python and libraries": "#a6a6a6",
     "cuBLAS work space": "#c9c2b8",
     "reserved beyond it": "#a6a6a6",
-    "cuBLAS work space": "#8a8a8a",
     "CUDA context": "#707070",
 }
 SPARE_COLOURS = ["#8c6bb1", "#9d755d", "#439894", "#b79a20", "#d88aa5", "#6b8fb3"]

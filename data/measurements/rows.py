@@ -113,6 +113,25 @@ def stale_gib(row: dict[str, str]) -> float:
     return sum(each.vocab * each.hidden for each in earlier) * (4 if row["upcast"] == "True" else 2) / GIB
 
 
+def own_layers() -> Iterator[Measured]:
+    """Our own layers as bench_finetune.py measured them, within the model's 32,768 tokens."""
+    for row in read("h200_finetune.csv"):
+        if row["engine"] != "ours" or int(row["seq"]) > 32768:
+            continue
+        config = RunConfig().with_values(
+            batch_size=int(row["batch"]),
+            seq_len=int(row["seq"]),
+            accumulation=1,
+            checkpointing=count_or_word(row["checkpointing"]),
+            keep_attention=row["keep_attention"] != "False",
+            offload_activations=row["offload_activations"] == "True",
+        )
+        yield Measured(
+            "own layers", "own", config, shape("mistral-7b-v0.3"), hardware.machine("h200"), True, "ok",
+            number(row["allocated_gib"]), number(row["reserved_gib"]), step_s=number(row["step_s"]),
+        )  # fmt: skip
+
+
 def facts() -> Iterator[Measured]:
     """An earlier run on the same card, with other versions and scripts (20 November 2026)."""
     card = hardware.machine("h200")

@@ -68,9 +68,11 @@ def sets() -> dict[str, list[Measured]]:
         "**real T4, plain loop, five models, published later**": list(rows.t4("unseen")),
         "**real T4, at the largest batches**": list(rows.t4("ceiling")),
     }
+    if (HERE / "h200_finetune.csv").exists():
+        found["7B, our own layers, H200 as a T4 (one factor read off)"] = list(rows.own_layers())
     own = HERE / "h200_own_layers.csv"
     if own.exists():
-        found["**7B, our own layers, H200 as a T4**"] = list(rows.h200(own.name))
+        found["**our own layers, all four models, H200 as a T4**"] = list(rows.h200(own.name))
     return found
 
 
