@@ -7,6 +7,7 @@ Every field of RunConfig is a flag (`--rank 32`), on top of `--profile` and `--c
 import argparse
 import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from helpers import budget, hardware, models
 from helpers.config import RunConfig, field_parts, load_yaml
-from helpers.workspace import Workspace
+from helpers.workspace import Workspace, run_models
 
 DONE, FAILED, WRONG_REQUEST, DOES_NOT_FIT = 0, 1, 2, 3
 STAGE_HELP = {
@@ -137,10 +138,16 @@ def setting_fields() -> list:
 
 
 def configuration(options: argparse.Namespace) -> RunConfig:
-    """Profile, then YAML, then flags. Raises ValueError naming what is wrong."""
+    """Profile, then YAML, then flags; in a run's folder the last stage's own configuration stands for the profile.
+
+    Raises ValueError naming what is wrong.
+    """
     config = models.profile(options.profile or "mistral-7b")
+    if options.profile is None and options.workspace:
+        made = [options.workspace / stage / "config.yaml" for stage in ("finetune", "prepare")]
+        config = next((load_yaml(path) for path in made if path.is_file()), config)
     if options.config:
-        config = load_yaml(options.config, start=None if options.profile is None else config)
+        config = load_yaml(options.config, start=config)
     given = {field.name: getattr(options, field.name, None) for field in setting_fields() if field.name != "profile"}
     return config.with_values(**{name: flag_value(value) for name, value in given.items() if value is not None})
 
@@ -232,23 +239,12 @@ def run_evaluate(options: argparse.Namespace, config: RunConfig) -> Outcome:
     from helpers import evaluate
 
     run = workspace_of(options, config)
-    if options.models:
-        chosen = dict(name_and_folder(pair) for pair in options.models)
-    else:
-        chosen = run_models(run, config)
+    chosen = dict(name_and_folder(pair) for pair in options.models) if options.models else run_models(run, config)
     output = options.output or run.folder("evaluate")
     result = evaluate.evaluate(chosen, config, options.data or run.folder("prepare"), output)
+    if output == run.folder("evaluate"):
+        shutil.copy(output / "report.json", run.root)
     return DONE, result, evaluate.table(result) + f"\n\n{output / 'report.html'}"
-
-
-def run_models(run: Workspace, config: RunConfig) -> dict[str, str | Path]:
-    """The four models of a run."""
-    return {
-        "base": config.model.model,
-        "finetuned": run.folder("finetune") / "adapter",
-        "merged": run.folder("merge"),
-        "gptq": run.folder("quantize"),
-    }
 
 
 def name_and_folder(pair: str) -> tuple[str, str]:
