@@ -9,6 +9,8 @@ in the activations' type.
 tensor([[0.8485, 1.1314]])
 """
 
+from typing import Any
+
 import torch
 
 try:
@@ -85,6 +87,27 @@ def swiglu_backward_(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -
     return gate, up
 
 
+def dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+    """A matrix that bitsandbytes packed in 4 bits (QLoRA, https://arxiv.org/abs/2305.14314), as dtype: state.shape.
+
+    state: its QuantState. bitsandbytes needs three launches where scales are quantized too, and a GPU more than twice
+    the time that writing the result takes.
+    """
+    blocks = state.absmax.numel()
+    if not on_triton(packed) or blocks * state.blocksize != state.shape.numel():
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(packed.view(-1, 1), state).to(dtype)
+    out = torch.empty(state.shape, dtype=dtype, device=packed.device)
+    groups = state.state2 if state.nested else None
+    _dequantize[(triton.cdiv(blocks, 64),)](
+        packed, state.absmax, state.code, out, blocks,
+        groups.code if groups else None, groups.absmax if groups else None, state.offset if groups else None,
+        NESTED=bool(groups), GROUP=groups.blocksize if groups else 1, HALF=state.blocksize // 2, BLOCKS=64,
+    )  # fmt: skip
+    return out
+
+
 def on_triton(x: torch.Tensor) -> bool:
     """Whether a tensor is where Triton's kernels run."""
     return triton is not None and x.is_cuda
@@ -156,3 +179,22 @@ if triton is not None:
         sigmoid = tl.sigmoid(left)
         tl.store(gate + place, above * right * sigmoid * (1 + left * (1 - sigmoid)), mask=inside)
         tl.store(up + place, above * left * sigmoid, mask=inside)
+
+    @triton.jit
+    def _dequantize(
+        packed, scales, levels, out, blocks, scale_levels, group_scales, offset,
+        NESTED: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, BLOCKS: tl.constexpr,
+    ):  # fmt: skip
+        block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+        inside = block < blocks
+        scale = tl.load(scales + block, mask=inside, other=0)
+        if NESTED:
+            group = tl.load(group_scales + block // GROUP, mask=inside, other=0.0)
+            scale = tl.load(scale_levels + scale.to(tl.int32)) * group + tl.load(offset)
+        place = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
+        pair = tl.load(packed + place, mask=inside[:, None], other=0).to(tl.int32)
+        first = tl.load(levels + (pair >> 4)) * scale[:, None]
+        second = tl.load(levels + (pair & 15)) * scale[:, None]
+        values = tl.interleave(first, second).to(out.dtype.element_ty)
+        place = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
+        tl.store(out + place, values, mask=inside[:, None])

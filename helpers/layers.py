@@ -58,11 +58,7 @@ class Linear:
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix in dtype: (out, in)."""
         state = getattr(self.weight, "quant_state", None)
-        if state is None:
-            return self.weight.to(dtype)
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(self.weight.data.view(-1, 1), state).to(dtype)
+        return self.weight.to(dtype) if state is None else kernels.dequantize(self.weight.data, state, dtype)
 
 
 def linear_of(module: torch.nn.Module) -> Linear:

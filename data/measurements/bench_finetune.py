@@ -1,12 +1,15 @@
 """Ours, the baseline recipe and Unsloth side by side on a GPU held to a T4's envelope; and ours against plain PEFT.
 
-    python data/measurements/bench_finetune.py all OUT_DIR [--seconds 540] [--only check,ours,…]   # each in its process
-    python data/measurements/bench_finetune.py ENGINE MODEL OUT.jsonl ROW…                          # one process
+    python data/measurements/bench_finetune.py all OUT_DIR [--seconds 590] [--only check,ours-2048,…]   # PROCESSES
+    python data/measurements/bench_finetune.py plan OUT_DIR [--seconds 240]                             # POINTS alone
+    python data/measurements/bench_finetune.py ENGINE MODEL OUT.jsonl ROW…                              # one process
 
-ENGINE is ours, baseline, unsloth or check. A ROW is words as name=value: seq, batch, and for ours any setting of
-helpers.config.RunConfig. The envelope: PyTorch's allocator capped at 14.42 GiB, flash and cuDNN SDPA off (7.5 has
-none), fp16. The weights are random. A row's figures: median seconds of a step by the clock (5 after 3), the summed
-time of the GPU's kernels in a step (profiler, 2 more steps), and the peak of the allocator.
+ENGINE is ours, planned (ours, as helpers.budget plans it for a T4), baseline, unsloth, check (losses against plain
+PEFT's) or kernels (dequantization beside bitsandbytes'). A ROW is words as name=value: seq, batch, and for ours any
+setting of helpers.config.RunConfig. The envelope: PyTorch's allocator capped at 14.42 GiB, flash and cuDNN SDPA off
+(7.5 has none), fp16. The weights are random. A row's figures: median seconds of a step by the clock (5 after 3), the
+summed time of the GPU's kernels in a step (profiler, 2 more steps; without copies to and from the host, which run
+beside them), and the allocator's peak. finetune_table.py makes CSVs and tables of them.
 """
 
 import argparse
@@ -18,6 +21,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from datetime import date
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,83 +30,88 @@ GIB = 2**30
 CAP_GIB = float(os.environ.get("CAP_GIB", "14.42"))
 WARM, TIMED, PROFILED = 3, 5, 2
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "liger_kernel")
 
 LEAN = "checkpointing=all keep_attention=False offload_activations=True"
-# The processes of `all` in order of importance: (engine, its rows).
-PROCESSES = [
-    ("check", []),
-    (
-        "ours",
-        [
-            "seq=2048 batch=1 checkpointing=none",
-            "seq=512 batch=4 checkpointing=none",
-            "seq=2048 batch=4 checkpointing=26",
-            "seq=16384 batch=1 checkpointing=all offload_activations=True",
-            f"seq=2048 batch=1 {LEAN}",
-            f"seq=2048 batch=4 {LEAN}",
-            f"seq=16384 batch=1 {LEAN}",
-        ],
-    ),
-    ("unsloth", ["seq=2048 batch=1"]),
-    ("unsloth", ["seq=2048 batch=4"]),
-    ("unsloth", ["seq=16384 batch=1"]),
-    ("baseline", ["seq=2048 batch=1", "seq=512 batch=4"]),
-    ("ours", [f"seq=40960 batch=1 {LEAN} steps=2"]),
-    ("unsloth", ["seq=1024 batch=2"]),
-    (
-        "ours",
-        [
-            "seq=1024 batch=2 checkpointing=none",
-            "seq=2048 batch=4 checkpointing=24 offload_activations=True",
-            "seq=1024 batch=8 checkpointing=26",
-            "seq=2048 batch=4 checkpointing=all",
-            f"seq=45056 batch=1 {LEAN} steps=2",
-        ],
-    ),
+KEPT = "checkpointing=all offload_activations=True"
+PLAN_STEPS = 3
+POINTS = [
+    f"seq={seq} batch={batch} steps={PLAN_STEPS}"
+    for seq, batches in {
+        256: (1, 4, 16, 64),
+        512: (1, 4, 16),
+        1024: (1, 2, 8),
+        2048: (1, 2, 4, 8),
+        4096: (1, 4),
+        8192: (1, 2),
+        12288: (1,),
+        16384: (1,),
+    }.items()
+    for batch in batches
 ]
+# Name -> (engine, its rows), in order of importance; each is a process.
+PROCESSES = {
+    "kernels": ("kernels", []),
+    "check": ("check", []),
+    "ours-2048": (
+        "ours",
+        [f"seq={seq} batch={2048 // seq} checkpointing=none" for seq in (2048, 1024, 512)],
+    ),
+    "unsloth-1x2048": ("unsloth", ["seq=2048 batch=1"]),
+    "ours-more": ("ours", ["seq=2048 batch=4 checkpointing=26", f"seq=16384 batch=1 {KEPT}"]),
+    "unsloth-4x2048": ("unsloth", ["seq=2048 batch=4"]),
+    "unsloth-1x16384": ("unsloth", ["seq=16384 batch=1"]),
+    "baseline": ("baseline", ["seq=2048 batch=1", "seq=512 batch=4"]),
+    "ours-lean": ("ours", [f"seq={seq} batch={batch} {LEAN}" for seq, batch in ((2048, 1), (2048, 4), (16384, 1))]),
+    "ours-longest": ("ours", [f"seq=40960 batch=1 {LEAN} steps=2"]),
+    "unsloth-2x1024": ("unsloth", ["seq=1024 batch=2"]),
+    "ours-8x1024": ("ours", ["seq=1024 batch=8 checkpointing=26"]),
+    "plan": ("planned", POINTS),
+}
 
 
 def main() -> None:
     """Run everything, or one engine's rows."""
-    if sys.argv[1] == "all":
+    if sys.argv[1] in ("all", "plan"):
         parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-        parser.add_argument("all")
+        parser.add_argument("what", choices=("all", "plan"))
         parser.add_argument("out", type=Path)
         parser.add_argument("--models", type=Path, default=Path("/tmp/models"))
-        parser.add_argument("--seconds", type=float, default=540)
-        parser.add_argument("--only", default="")
+        parser.add_argument("--seconds", type=float, default=590)
+        parser.add_argument("--only", default=",".join(PROCESSES))
         options = parser.parse_args()
-        run_all(options.out, options.models, options.seconds, options.only.split(",") if options.only else None)
+        names = ["plan"] if options.what == "plan" else options.only.split(",")
+        run_all(options.out, options.models, options.seconds, names)
         return
     engine, model, out, *rows = sys.argv[1:]
     parsed = [dict(word.split("=", 1) for word in row.split()) for row in rows]
-    {"ours": ours, "baseline": rival, "unsloth": rival, "check": check}[engine](engine, Path(model), Path(out), parsed)
+    ENGINES[engine](engine, Path(model), Path(out), parsed)
 
 
-def run_all(out: Path, models: Path, seconds: float, only: list[str] | None) -> None:
+def run_all(out: Path, models: Path, seconds: float, names: list[str]) -> None:
     """One process after the other until the time is up; OUT/finetune.jsonl gets a line a row, OUT/*.log the rest."""
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    for name, layers in (("cut", 2), ("7b", 32)):
-        if not (models / name / "tokenizer.json").is_file():
-            subprocess.run([sys.executable, __file__, "make", str(models / name), str(layers)], check=True)
-    print(f"models made after {time.monotonic() - began:.0f} s", flush=True)
-    for turn, (engine, rows) in enumerate(PROCESSES):
+    for name in names:
+        engine, rows = PROCESSES[name]
+        model, layers = (models / "cut", 2) if engine in ("check", "kernels") else (models / "7b", 32)
+        if not (model / "tokenizer.json").is_file():
+            subprocess.run([sys.executable, __file__, "make", str(model), str(layers)], check=True)
+            print(f"{model.name} made after {time.monotonic() - began:.0f} s", flush=True)
         left = seconds - (time.monotonic() - began)
-        if (only and engine not in only) or left < 20:
-            print(f"left out: {engine} {rows}", flush=True)
+        if left < 20:
+            print(f"left out: {name}", flush=True)
             continue
-        model = models / ("cut" if engine == "check" else "7b")
         command = [sys.executable, __file__, engine, str(model), str(out / "finetune.jsonl"), *rows]
-        with (out / f"{turn:02d}_{engine}.log").open("w") as log:
+        with (out / f"{name}.log").open("w") as log:
             try:
                 done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, timeout=left)
                 log.write(done.stdout)
                 shown = [line for line in done.stdout.splitlines() if line.startswith("{")]
-                print("\n".join(shown) or f"{engine} {rows}: exit {done.returncode}, see {log.name}", flush=True)
+                print("\n".join(shown) or f"{name}: exit {done.returncode}, see {log.name}", flush=True)
             except subprocess.TimeoutExpired:
-                print(f"{engine} {rows}: out of time", flush=True)
-        print(f"  -- {time.monotonic() - began:.0f} s", flush=True)
+                print(f"{name}: out of time; its finished rows are in finetune.jsonl", flush=True)
+        print(f"  -- {name} until {time.monotonic() - began:.0f} s", flush=True)
 
 
 def envelope() -> None:
@@ -181,9 +191,17 @@ def figures(clock, row: dict, steps: int, losses: list[float]) -> dict:
 
 
 def emit(out: Path, record: dict) -> None:
-    """One line to the file and to standard output (without the kernels' table)."""
+    """One line to the file, with date, machine and versions, and to standard output without those and the kernels."""
+    import torch
+
+    about = {"date": str(date.today()), "gpu": "none", "cap_gib": CAP_GIB}
+    if torch.cuda.is_available():
+        about["gpu"] = torch.cuda.get_device_name()
+    found = {each.name.lower().replace("-", "_"): each.version for each in metadata.distributions() if each.name}
+    names = (*PACKAGES, "unsloth") if record["engine"] == "unsloth" else PACKAGES
+    about |= {name: found.get(name, "") for name in names}
     with out.open("a") as stream:
-        stream.write(json.dumps(record) + "\n")
+        stream.write(json.dumps(about | record) + "\n")
     print(json.dumps({name: value for name, value in record.items() if name != "kernels"}), flush=True)
 
 
@@ -216,15 +234,16 @@ def as_on_a_t4():
 
 
 def ours(engine: str, model: Path, out: Path, rows: list[dict]) -> None:
-    """Rows through helpers.finetune, one load of the base for all of them."""
+    """Rows through helpers.finetune, one load of the base for all of them; planned: as a T4's plan has them."""
     import tempfile
 
     import torch
 
     finetune = as_on_a_t4()
-    from helpers.models import profile
+    from helpers import budget, hardware
+    from helpers.models import profile, shape
 
-    base = None
+    base, t4 = None, hardware.machine("t4")
     for row in rows:
         record = {"engine": engine, **row}
         settings = {name: parse(value) for name, value in row.items() if name not in ("seq", "batch", "steps")}
@@ -240,6 +259,15 @@ def ours(engine: str, model: Path, out: Path, rows: list[dict]) -> None:
             max_steps=steps + profiled,
             **settings,
         )
+        if engine == "planned":
+            plan = budget.plan(config, shape(str(model)), t4)
+            config, expected = plan.config, plan.budget
+            record |= {
+                "planned": in_words(config.train),
+                "predicted_allocated_gib": round(expected.vram.allocated_gib, 3),
+                "predicted_reserved_gib": round(expected.vram.reserved_gib, 3),
+                "predicted_tok_s": round(int(row["seq"]) * int(row["batch"]) / expected.time.step_s),
+            }
         folder = Path(tempfile.mkdtemp())
         trainer = None
         try:
@@ -269,6 +297,8 @@ def ours(engine: str, model: Path, out: Path, rows: list[dict]) -> None:
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
             record |= {"layers": trainer.layers_reason, "applied": trainer.watch.applied}
             record |= figures(clock, row, steps, losses)
+            if engine == "planned" and "reserved_gib" in record:
+                record["card_share"] = round(record["reserved_gib"] / CAP_GIB, 3)
             base = adapted.unload()
         except Exception as error:
             record["error"] = f"{type(error).__name__}: {str(error)[:300]}"
@@ -284,6 +314,13 @@ def ours(engine: str, model: Path, out: Path, rows: list[dict]) -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def in_words(train) -> str:
+    """How a configuration computes a step: micro-batches, layers that recompute, and where they keep their inputs."""
+    words = [f"{train.batch_size} × {train.accumulation}", f"{train.checkpointing} layers recompute"]
+    words += ["attention too"] if train.checkpointing and not train.keep_attention else []
+    return ", ".join(words + (["offloaded"] if train.offload_activations else []))
 
 
 def parse(value: str):
@@ -428,6 +465,35 @@ def check(engine: str, model: Path, out: Path, rows: list[dict]) -> None:
             torch.cuda.empty_cache()
 
 
+def kernels(engine: str, model: Path, out: Path, rows: list[dict]) -> None:
+    """Dequantization of the 7B shape's matrices: ours and bitsandbytes', milliseconds (median of 50) and equality."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    sys.path.insert(0, str(ROOT))
+    from helpers.kernels import dequantize
+
+    def milliseconds(call) -> float:
+        times = []
+        for _ in range(55):
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            call()
+            ended.record()
+            ended.synchronize()
+            times.append(began.elapsed_time(ended))
+        return round(statistics.median(times[5:]), 4)
+
+    for outputs, inputs in ((4096, 4096), (1024, 4096), (14336, 4096)):
+        dense = torch.randn(outputs, inputs, dtype=torch.float16, device="cuda") / 64
+        packed, state = quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
+        ours, theirs = dequantize(packed, state, torch.float16), dequantize_4bit(packed, state)
+        record = {"engine": engine, "matrix": f"{outputs}×{inputs}", "different": int((ours != theirs).sum())}
+        record["ours_ms"] = milliseconds(lambda: dequantize(packed, state, torch.float16))  # noqa: B023
+        record["bitsandbytes_ms"] = milliseconds(lambda: dequantize_4bit(packed, state))  # noqa: B023
+        emit(out, record)
+
+
 def make(folder: Path, layers: int) -> None:
     """A randomly initialised checkpoint of Mistral-7B-v0.3's shape, or a cut of its first layers, with a tokenizer."""
     import torch
@@ -451,6 +517,8 @@ def make(folder: Path, layers: int) -> None:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
     ).save_pretrained(folder)
 
+
+ENGINES = {"ours": ours, "planned": ours, "baseline": rival, "unsloth": rival, "check": check, "kernels": kernels}
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
