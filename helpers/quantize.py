@@ -80,10 +80,7 @@ def quantize(
             with building(output, "quantize", run, {"merged": model}, keep=True) as stage:
                 log.unlink(missing_ok=True)
                 job = {"model": str(model.resolve()), "output": str(work.resolve()), "config": asdict(config)}
-                figures = run_gptq(job | {"rows": rows}, sizes, log)
-                finish_folder(model, work)
-                size = sum(file.stat().st_size for file in work.glob("*.safetensors"))
-                checks = run_checks(job | {"rows": check_rows}, log)
+                figures = run_gptq(job | {"rows": rows, "check_rows": check_rows}, sizes, log)
                 shutil.move(log, work / LOG)
                 stage.measurements |= {
                     "bits": config.bits,
@@ -91,11 +88,10 @@ def quantize(
                     "calibration": config.calibration,
                     "calibration_rows": len(rows),
                     "calibration_tokens": sum(map(len, rows)),
-                    "size_bytes": size,
+                    "size_bytes": sum(file.stat().st_size for file in work.glob("*.safetensors")),
                     **figures,
-                    **checks,
                     "perplexity_bound": PERPLEXITY_BOUND[config.bits],
-                    "within_bound": checks["perplexity_ratio"] <= PERPLEXITY_BOUND[config.bits],
+                    "within_bound": figures["perplexity_ratio"] <= PERPLEXITY_BOUND[config.bits],
                     "total_s": round(time.monotonic() - start, 1),
                 }
         except BaseException:
@@ -240,6 +236,8 @@ def row_tokens(row: dict, tokenizer) -> list[int]:
         return row["input_ids"]
     if "messages" in row:
         return tokenizer.apply_chat_template(row["messages"], return_dict=False)
+    if not isinstance(row["text"], str):
+        raise TypeError("text is no string")
     return tokenizer(row["text"])["input_ids"]
 
 
@@ -265,12 +263,16 @@ def pack(texts: list[list[int]], tokens: int, rows: int) -> list[list[int]]:
 
 
 def run_gptq(job: dict, sizes: ModelShape, log: Path) -> dict:
-    """Quantize in a process of its own, with a bar; returns measurements, the error of each module among them."""
+    """Quantize in a process of its own, with a bar; returns measurements, the error of each module among them.
+
+    With job["check_rows"] the result is then opened as its users do, asked a question, and held against the model.
+    """
     from tqdm.auto import tqdm
 
-    modules = []
+    modules: list[dict] = []
+    figures: dict = {}
     with (
-        closing(worker("gptq", job, log)) as messages,
+        closing(worker(job, log)) as messages,
         tqdm(total=sizes.layers * len(sizes.linears), unit="module", desc="GPTQ") as bar,
     ):
         for message in messages:
@@ -279,7 +281,8 @@ def run_gptq(job: dict, sizes: ModelShape, log: Path) -> dict:
                 bar.update()
                 bar.set_postfix_str(f"layer {message['layer']}: error {layer_error(modules, message['layer']):.3g}")
             else:
-                figures = message
+                figures |= message
+                bar.set_postfix_str("checking")
     outliers = standing_out(modules)
     return figures | {
         "layer_errors": {
@@ -316,17 +319,11 @@ def standing_out(modules: list[dict]) -> list[str]:
     return found
 
 
-def run_checks(job: dict, log: Path) -> dict:
-    """Open the result as its users do, let it answer, and hold its perplexity against the merged model's."""
-    with closing(worker("check", job, log)) as messages:
-        return next(iter(messages))
-
-
-def worker(task: str, job: dict, log: Path) -> Iterator[dict]:
-    """Messages of a process that does one task; what it prints goes to the log. Raises QuantizationFailed."""
+def worker(job: dict, log: Path) -> Iterator[dict]:
+    """Messages of a process that does the job; what it prints goes to the log. Raises QuantizationFailed."""
     with log.open("ab") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "helpers.quantize", task],
+            [sys.executable, "-m", "helpers.quantize"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stream,
@@ -456,14 +453,20 @@ def rounded(weight: "torch.Tensor", bits: int, group_size: int) -> "torch.Tensor
 
 
 def main() -> None:
-    """Do the task named on the command line; the job is a line of JSON on standard input, messages go to output."""
+    """Do the job, a line of JSON on standard input; messages, JSON too, go to standard output."""
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     job = json.loads(sys.stdin.readline())
     done = threading.Event()
     threading.Thread(target=end_with_parent, args=(done,), daemon=True).start()
-    tasks: dict[str, Callable] = {"gptq": gptq_task, "check": check_task}
-    tasks[sys.argv[1]](job, lambda message: channel.write(json.dumps(message) + "\n"))
+
+    def report(message: dict) -> None:
+        channel.write(json.dumps(message) + "\n")
+
+    gptq_task(job, report)
+    finish_folder(Path(job["model"]), Path(job["output"]))
+    if "check_rows" in job:
+        check_task(job, report)
     done.set()
     channel.close()  # from here on the parent may go
     sys.stderr.flush()
@@ -543,17 +546,22 @@ def error_of(loss: str) -> dict:
 
 
 def check_task(job: dict, report: Callable[[dict], object]) -> None:
-    """Perplexity of the merged and of the quantized model on job["rows"], and an answer of the quantized one."""
+    """Perplexity of the merged and of the quantized model on other rows, and an answer of the quantized one."""
+    import gc
+
     import torch
     from transformers import AutoTokenizer
 
+    gc.collect()  # what GPTQ left
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     merged = open_model(Path(job["model"]), Path(job["output"]) / "offload")
-    before = perplexity(merged, job["rows"])
+    before = perplexity(merged, job["check_rows"])
     del merged
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     model = open_model(Path(job["output"]), Path(job["output"]) / "offload")
-    after = perplexity(model, job["rows"])
+    after = perplexity(model, job["check_rows"])
     tokenizer = AutoTokenizer.from_pretrained(job["output"])
     prompt = [{"role": "user", "content": "Hello, who are you?"}]
     if tokenizer.chat_template:

@@ -14,16 +14,20 @@ import csv
 import json
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from helpers import quantize  # noqa: E402
+from helpers import inference, quantize  # noqa: E402
 from helpers.config import MergeConfig, QuantizeConfig, RunConfig  # noqa: E402
+from helpers.metrics import token_f1  # noqa: E402
 from helpers.models import profile, shape  # noqa: E402
+from helpers.perplexity import perplexity, read_prepared  # noqa: E402
 
 GROUP_SIZE = 128
 BASES = ("original", "nf4")
@@ -120,63 +124,98 @@ def gptq(model: Path, work: Path, base: str, bits: int, calibration: str) -> Pat
     return output
 
 
-def measured(config: RunConfig, work: Path, merged: dict[str, Path], folders: dict):
-    """Rows of the table: the model that was trained, then each way from it. Everything computes in fp32."""
+def measured(config: RunConfig, work: Path, merged: dict[str, Path], folders: dict) -> Iterator[dict]:
+    """Rows of the table: the base, the model that was trained, then each way from it. Everything computes in fp32."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from helpers import inference
-
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    yield row_of(inference.load(config.model.model, config), config, work, "none", 16, "base", "")
-    yield row_of(inference.load(work / "finetune" / "adapter", config), config, work, "none", 16, "as trained", "")
+    prepared = work / "prepare"
+    trained = open_model(config, work / "finetune" / "adapter", trained=True)
+    reference = log_probabilities(trained, prepared)
+    row = partial(row_of, config, prepared, reference)
+    yield row(open_model(config, Path(config.model.model)), "none", 16, "base", "")
+    yield row(trained, "none", 16, "as trained", "")
+    del trained
     for base in BASES:
-        model = AutoModelForCausalLM.from_pretrained(merged[base], dtype=torch.float32).to(place)
-        tokenizer = AutoTokenizer.from_pretrained(merged[base])
-        path = str(merged[base])
-        loaded = inference.Loaded(
-            model=model.eval(), tokenizer=tokenizer, kind="model", how="fp32", path=path, base=path, load_s=0.0
-        )
+        loaded = open_model(config, merged[base])
         linears = {
             name: module.weight
-            for name, module in model.named_modules()
+            for name, module in loaded.model.named_modules()
             if isinstance(module, torch.nn.Linear) and ".layers." in name
         }
         dense = {name: weight.detach().clone() for name, weight in linears.items()}
-        yield row_of(loaded, config, work, base, 16, "merged", "")
+        yield row(loaded, base, 16, "merged", "")
         for bits in sorted({bits for bits, _ in WAYS}, reverse=True):
             for name, weight in linears.items():
                 weight.data = quantize.rounded(dense[name], bits, GROUP_SIZE)
-            yield row_of(loaded, config, work, base, bits, "round to nearest", "")
+            yield row(loaded, base, bits, "round to nearest", "")
             for calibration in [calibration for width, calibration in WAYS if width == bits]:
                 for name, weight in linears.items():
                     weight.data = quantize.dequantized(folders[base, bits, calibration], name).to(weight.device)
-                yield row_of(loaded, config, work, base, bits, "GPTQ", calibration)
+                yield row(loaded, base, bits, "GPTQ", calibration)
 
 
-def row_of(loaded, config: RunConfig, work: Path, base: str, bits: int, method: str, calibration: str) -> dict:
-    """Perplexity of the held-out conversations' answers with its interval, exact match on the questions."""
-    from helpers.inference import batch_generate
-    from helpers.metrics import token_f1
-    from helpers.perplexity import perplexity, read_prepared
+def open_model(config: RunConfig, folder: Path, trained: bool = False) -> inference.Loaded:
+    """A 16-bit model computing in fp32; trained: an adapter on its NF4 base, as training had it."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+    place = {"device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"}, "dtype": torch.float32}
+    if trained:
+        place["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=config.model.double_quant,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    source = config.model.model if trained else str(folder)
+    model = AutoModelForCausalLM.from_pretrained(source, **place)
+    if trained:
+        model = PeftModel.from_pretrained(model, str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return inference.Loaded(
+        model=model.eval(), tokenizer=tokenizer, kind="model", how="fp32", path=str(folder), base=source, load_s=0.0
+    )
+
+
+def log_probabilities(loaded: inference.Loaded, prepared: Path) -> list:
+    """What a model expects at every place of the held-out conversations: a (tokens, words) tensor each."""
+    import torch
+    from datasets import load_from_disk
+
+    with torch.inference_mode():
+        return [
+            torch.log_softmax(loaded.model(torch.tensor([ids], device=loaded.model.device)).logits[0].float(), dim=-1)
+            for ids in load_from_disk(str(prepared / "heldout"))["input_ids"]
+        ]
+
+
+def divergence(reference: list, other: list) -> float:
+    """Mean Kullback-Leibler divergence a token of other from reference, in nats: how far the trained model was left."""
+    sums = [(p.exp() * (p - q)).sum().item() for p, q in zip(reference, other, strict=True)]
+    return sum(sums) / sum(len(p) for p in reference)
+
+
+def row_of(
+    config: RunConfig, prepared: Path, reference: list, loaded: inference.Loaded, base: str, bits: int, *way: str
+) -> dict:
+    """Perplexity of the held-out answers with its interval, divergence, exact match on the questions."""
     settings = config.evaluate
-    items = read_prepared(work / "prepare", loaded.tokenizer)
+    items = read_prepared(prepared, loaded.tokenizer)
     result = perplexity(loaded, items, settings.eval_context, settings.eval_stride, settings.eval_batch_size)
     questions = [json.loads(line) for line in Path(settings.questions).read_text(encoding="utf-8").splitlines()]
     prompts = [[{"role": "user", "content": question["question"]}] for question in questions]
-    answers = batch_generate(loaded, prompts, settings.max_new_tokens, batch_size=128)
-    pairs = [
-        (answer.text.strip(), question["answer"].strip()) for answer, question in zip(answers, questions, strict=True)
-    ]
+    answers = inference.batch_generate(loaded, prompts, settings.max_new_tokens, batch_size=128)
+    pairs = [(got.text.strip(), question["answer"].strip()) for got, question in zip(answers, questions, strict=True)]
     return {
         "merge_base": base,
         "bits": bits,
-        "method": method,
-        "calibration": calibration,
+        "method": way[0],
+        "calibration": way[1],
         "perplexity": round(result.perplexity.value, 4),
         "perplexity_low": round(result.perplexity.low, 4),
         "perplexity_high": round(result.perplexity.high, 4),
+        "kl_from_trained": round(divergence(reference, log_probabilities(loaded, prepared)), 6),
         "exact_match": round(sum(one == other for one, other in pairs) / len(pairs), 4),
         "f1": round(sum(token_f1(*pair) for pair in pairs) / len(pairs), 4),
         "questions": len(questions),
