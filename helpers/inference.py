@@ -23,7 +23,7 @@ from typing import Any
 
 from helpers.config import RunConfig
 from helpers.models import hub_config, shape_from_config
-from helpers.templates import load_tokenizer
+from helpers.templates import Template, load_tokenizer
 
 GIB = 2**30
 ADAPTER, CONFIG = "adapter_config.json", "config.json"
@@ -242,10 +242,8 @@ def free_memory() -> None:
 
 
 def prompt_ids(tokenizer: Any, prompt: str | Messages) -> list[int]:
-    """Tokens of a prompt: messages through the chat template, text as it is with its bos."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    """Tokens of a prompt: messages through the chat template, just as in training; text as it is with its bos."""
+    return tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else Template(tokenizer).prompt(prompt)
 
 
 def batch_generate(

@@ -22,6 +22,7 @@ import numpy as np
 
 from helpers.inference import Loaded
 from helpers.metrics import Estimate, ratio_interval
+from helpers.templates import Template
 
 LOGIT_ROWS = 256
 """Tokens whose logits exist at a time: 32 MiB in float32 for 32,768 words."""
@@ -144,8 +145,8 @@ def row_item(row: dict, tokenizer: Any) -> Item:
         return replace(text_item(row["text"], tokenizer), whole=True)
     if not isinstance(row.get("messages"), list):
         raise ValueError(f"a row to evaluate has messages or text, but here is one with {', '.join(row) or 'nothing'}")
-    rendered = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
-    return masked_item(rendered["input_ids"], rendered["assistant_masks"], tokenizer)
+    ids, mask, _ = Template(tokenizer).encode([row["messages"]])[0]  # exact also where a template marks nothing
+    return masked_item(ids, mask, tokenizer)
 
 
 def masked_item(ids: list[int], mask: list[int], tokenizer: Any) -> Item:
