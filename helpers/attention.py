@@ -106,7 +106,7 @@ class Packing(NamedTuple):
 
 
 def forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: "Packing | None", window: int | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing | None, window: int | None
 ) -> tuple[torch.Tensor, tuple]:
     """Causal attention outside of autograd, and the statistics that `backward` needs beside its result.
 
@@ -139,7 +139,7 @@ def backward(
     value: torch.Tensor,
     out: torch.Tensor,
     stats: tuple,
-    packing: "Packing | None",
+    packing: Packing | None,
     window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for query, key and value, from `forward`'s result and statistics; shapes as there."""

@@ -17,6 +17,7 @@ import logging
 import math
 import shutil
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, load_from_disk
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -41,7 +42,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from helpers import attention, batches, checkpoints, losses, workspace
+from helpers import attention, batches, budget, checkpoints, hardware, losses, workspace
 from helpers import layers as decoder
 from helpers.config import RunConfig
 from helpers.models import shape
@@ -62,13 +63,13 @@ class Precision(NamedTuple):
     reason: str
 
 
-def precision(capability: tuple[int, int] | None = None, device: str | None = None) -> Precision:
+def precision(capability: tuple[int, int] | None = None) -> Precision:
     """fp16 below compute capability 8, bf16 from there on, fp32 without a GPU; of this machine unless said.
 
     >>> precision((7, 5)).dtype, precision((8, 0)).dtype
     (torch.float16, torch.bfloat16)
     """
-    if capability is None and (device == "cpu" or not torch.cuda.is_available()):
+    if capability is None and not torch.cuda.is_available():
         return Precision(torch.float32, "fp32: there is no GPU, and a CPU computes 16 bits slower than 32")
     major, minor = capability or torch.cuda.get_device_capability()
     if major < 8:  # torch.cuda.is_bf16_supported() says True here: it counts emulation
@@ -85,6 +86,7 @@ def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "aut
     prepared, output = Path(prepared), Path(output)
     if resume not in ("auto", "never"):
         raise ValueError(f"resume must be auto or never, not {resume!r}")
+    config = planned(config)
     load_split(prepared, "train")  # a dataset that is not there is said before anything is loaded or written
     with workspace.building(output, "finetune", config, {"prepared": prepared}, keep=resume == "auto") as stage:
         with quiet(stage.folder / "libraries.log"):
@@ -98,6 +100,18 @@ def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "aut
         shutil.rmtree(saves, ignore_errors=True)
     checkpoints.clear(lasting)
     return stage.measurements
+
+
+def planned(config: RunConfig) -> RunConfig:
+    """The configuration with checkpointing="auto" made a number, by this machine's budget; others stay as they are.
+
+    Raises budget.DoesNotFit (a ValueError) when no way of training fits.
+    """
+    if config.train.checkpointing != "auto":
+        return config
+    plan = budget.plan(config, shape(config.model.model), hardware.probe())
+    budget.check(plan.budget)
+    return plan.config
 
 
 def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -190,19 +204,6 @@ def trainable_to_fp32(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def count_parameters(model: torch.nn.Module) -> dict[str, float]:
-    """Trainable and all weights, 4-bit ones unpacked, and the trainable share in percent."""
-    trainable = frozen = 0
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            trainable += parameter.numel()
-        else:
-            state = getattr(parameter, "quant_state", None)
-            frozen += math.prod(state.shape) if state is not None else parameter.numel()
-    total = trainable + frozen
-    return {"trainable": trainable, "total": total, "trainable_percent": 100 * trainable / total}
-
-
 def build_trainer(
     config: RunConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prepared: Path, saves: Path
 ) -> "FineTuner":
@@ -210,70 +211,27 @@ def build_trainer(
 
     prepared: folder with train/ and heldout/ as helpers.data writes them. saves: where checkpoints go while it trains.
     """
-    rows, heldout = load_split(prepared, "train"), load_split(prepared, "heldout")
-    train_config = config.train
+    asked, rows, heldout = config.train, load_split(prepared, "train"), load_split(prepared, "heldout")
     check_rows(rows, config, model)
     lengths = [len(ids) for ids in rows["input_ids"]]
     plan = batches.micro_batches(
         lengths,
-        batch_size=train_config.batch_size,
+        batch_size=asked.batch_size,
         seq_len=config.data.seq_len,
-        epochs=train_config.epochs,
+        epochs=asked.epochs,
         seed=config.seed,
-        packing=train_config.packing,
-        micro_batch_limit=train_config.max_steps and train_config.max_steps * train_config.accumulation,
+        packing=asked.packing,
+        micro_batch_limit=asked.max_steps and asked.max_steps * asked.accumulation,
     )
-    steps = math.ceil(len(plan) / train_config.accumulation)
-    evaluates = train_config.eval_steps is not None and len(heldout) > 0
-    if train_config.patience and not evaluates:
+    heldout_plan = batches.grouped(list(range(len(heldout))), [0] * len(heldout), asked.batch_size)
+    evaluates = asked.eval_steps is not None and len(heldout) > 0
+    if asked.patience and not evaluates:
         raise ValueError("patience needs eval_steps and held-out conversations: set eval_steps, or leave patience out")
-    heldout_plan = [
-        list(range(start, min(start + train_config.batch_size, len(heldout))))
-        for start in range(0, len(heldout), train_config.batch_size)
-    ]
-    dtype = precision().dtype
-    arguments = SFTConfig(
-        output_dir=str(saves),
-        per_device_train_batch_size=1,  # an item of the dataset is a micro-batch already
-        per_device_eval_batch_size=1,
-        gradient_accumulation_steps=train_config.accumulation,
-        num_train_epochs=1,  # the plan holds all epochs
-        max_steps=steps,
-        learning_rate=train_config.learning_rate,
-        lr_scheduler_type=train_config.schedule,
-        warmup_steps=round(train_config.warmup_fraction * steps),
-        weight_decay=train_config.weight_decay,
-        max_grad_norm=train_config.max_grad_norm,
-        optim=usable_optimizer(train_config.optimizer),
-        neftune_noise_alpha=train_config.neftune_alpha or None,
-        fp16=dtype == torch.float16,
-        bf16=dtype == torch.bfloat16,
-        use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=False,  # helpers decide layer by layer
-        use_liger_kernel=train_config.kernels == "liger" and has_liger(),
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # a NaN must be seen
-        save_strategy="steps",
-        save_steps=train_config.save_steps,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=train_config.eval_steps,
-        prediction_loss_only=True,
-        seed=config.seed,
-        data_seed=config.seed,
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,
-        report_to="none",
-        max_length=None,
-    )
-    losses.install(model.get_base_model(), train_config.loss)
+    losses.install(model.get_base_model(), asked.loss)
     layers_reason = choose_layers(model, config)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = FineTuner(
         model=model,
-        args=arguments,
+        args=training_arguments(config, saves, math.ceil(len(plan) / asked.accumulation), evaluates),
         train_dataset=Dataset.from_dict({"split": ["train"] * len(plan), "rows": plan}),
         eval_dataset=Dataset.from_dict({"split": ["heldout"] * len(heldout_plan), "rows": heldout_plan})
         if heldout_plan
@@ -282,20 +240,64 @@ def build_trainer(
         data_collator=partial(
             gather,
             splits={"train": rows, "heldout": heldout},
-            pad_id=pad_id,
-            packing=train_config.packing,
+            pad_id=tokenizer.pad_token_id or 0,
+            packing=asked.packing,
             by_bounds=config.model.attention == "efficient",
         ),
     )
     trainable_to_fp32(trainer.model)
-    if arguments.optim in ("paged_adamw_8bit", "adamw_8bit"):
+    if torch.cuda.is_available() and "8bit" in asked.optimizer:
         trainer.optimizer = eight_bit_optimizer(trainer.model, config)
     trainer.remove_callback(PrinterCallback)
-    counts = batches.token_counts(plan, lengths, train_config.packing)
+    trainer.recipe = config
     trainer.layers_reason = layers_reason
+    trainer.token_counts = batches.token_counts(plan, lengths, asked.packing)
+    trainer.heldout_labels_per_batch = label_count(heldout) / max(1, len(heldout_plan))
     trainer.identity = checkpoints.identity(config, workspace.identify(Path(prepared))["sha256"])
-    trainer.prepare_watch(config, counts, label_count(heldout) / max(1, len(heldout_plan)))
+    trainer.watch = Watch(trainer, config)
+    trainer.add_callback(trainer.watch)
     return trainer
+
+
+def training_arguments(config: RunConfig, saves: Path, steps: int, evaluates: bool) -> SFTConfig:
+    """The trainer's arguments for so many optimizer steps."""
+    asked, dtype, on_gpu = config.train, precision().dtype, torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=str(saves),
+        per_device_train_batch_size=1,  # an item of the dataset is a micro-batch already
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=asked.accumulation,
+        num_train_epochs=1,  # the plan holds all epochs
+        max_steps=steps,
+        learning_rate=asked.learning_rate,
+        lr_scheduler_type=asked.schedule,
+        warmup_steps=round(asked.warmup_fraction * steps),
+        weight_decay=asked.weight_decay,
+        max_grad_norm=asked.max_grad_norm,
+        optim=asked.optimizer if on_gpu else "adamw_torch",  # the 8-bit optimizers need a GPU
+        neftune_noise_alpha=asked.neftune_alpha or None,
+        fp16=dtype == torch.float16,
+        bf16=dtype == torch.bfloat16,
+        use_cpu=not on_gpu,
+        gradient_checkpointing=False,  # helpers decide layer by layer
+        use_liger_kernel=asked.kernels == "liger" and has_liger(),
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a NaN must be seen
+        save_strategy="steps",
+        save_steps=asked.save_steps,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=asked.eval_steps,
+        prediction_loss_only=True,
+        seed=config.seed,
+        data_seed=config.seed,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=on_gpu,
+        disable_tqdm=True,
+        report_to="none",
+        max_length=None,
+    )
 
 
 def load_split(prepared: Path, name: str) -> Dataset:
@@ -303,6 +305,8 @@ def load_split(prepared: Path, name: str) -> Dataset:
     folder = Path(prepared) / name
     if not folder.is_dir():
         raise workspace.MissingArtifact(f"{folder} is not there: run notebook {workspace.NOTEBOOKS['prepare']} first")
+    if not any(folder.glob("*.arrow")):  # an empty one has no file, and load_from_disk cannot read it
+        return Dataset.from_dict({"input_ids": [], "assistant_masks": []})
     return load_from_disk(str(folder))
 
 
@@ -317,10 +321,15 @@ def check_rows(rows: Dataset, config: RunConfig, model: PreTrainedModel) -> None
             "look at the masks in notebook 02; seq_len may cut every answer off"
         )
     longest, reach = max(len(ids) for ids in rows["input_ids"]), model.config.max_position_embeddings
-    if max(longest, config.data.seq_len) > reach:
+    if config.data.seq_len > reach:
         raise ValueError(
-            f"seq_len={config.data.seq_len} (longest row: {longest} tokens) is more than the {reach} tokens that this "
-            f"model was made for: prepare again with seq_len={reach} or less"
+            f"seq_len={config.data.seq_len} is more than the {reach} tokens that this model was made for: "
+            f"prepare again with seq_len={reach} or less"
+        )
+    if longest > config.data.seq_len:  # memory is planned for seq_len
+        raise ValueError(
+            f"the longest prepared conversation has {longest} tokens, more than seq_len={config.data.seq_len}: "
+            f"prepare again with seq_len={config.data.seq_len}, or train with seq_len={longest}"
         )
 
 
@@ -357,19 +366,11 @@ def has_liger() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None
 
 
-def usable_optimizer(name: str) -> str:
-    """The 8-bit optimizers need a GPU; a CPU gets the same algorithm in 32 bits."""
-    return name if torch.cuda.is_available() else "adamw_torch"
-
-
 def choose_layers(model: PeftModel, config: RunConfig) -> str:
     """Let exactly as many decoder layers recompute their activations as configured; returns how they compute."""
     base = model.get_base_model()
-    layers = base.model.layers
-    wanted = config.train.checkpointing
-    if wanted == "auto":
-        wanted = "all" if torch.cuda.is_available() else "none"
-    count = {"all": len(layers), "none": 0}.get(wanted, wanted)
+    layers, wanted = base.model.layers, config.train.checkpointing
+    count = {"all": len(layers), "auto": len(layers), "none": 0}.get(wanted, wanted)  # auto: nobody planned
     if count > len(layers):
         raise ValueError(f"checkpointing={count} layers, but this model has {len(layers)}: choose 0 to {len(layers)}")
     named = {"own": None, "liger": "Liger's kernels are asked for", "plain": "plain kernels are asked for"}
@@ -389,13 +390,8 @@ def choose_layers(model: PeftModel, config: RunConfig) -> str:
 class FineTuner(SFTTrainer):
     """trl's trainer with the model's own loss, checkpoints that are whole or not there, and a watch on the updates."""
 
-    def prepare_watch(self, config: RunConfig, counts: dict[str, int], heldout_labels_per_batch: float) -> None:
-        """Attach what looks on: progress, updates, interrupts, early stopping."""
-        self.recipe = config
-        self.token_counts = counts
-        self.heldout_labels_per_batch = heldout_labels_per_batch
-        self.watch = Watch(self, config)
-        self.add_callback(self.watch)
+    send = staticmethod(lambda checkpoint: None)
+    """Called with each checkpoint that was written."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss, summed over labels and divided by those of the whole step (held out: of the mean batch)."""
@@ -434,15 +430,14 @@ class Watch(TrainerCallback):
         self.applied = self.skipped_in_a_row = 0
         self.step_s: list[float] = []
         self.interrupted: int | None = None
-        self.bar = None
-        self.worse = 0
-        self.best = math.inf
 
     def on_train_begin(self, args, state, control, **kwargs):
         from tqdm.auto import tqdm
 
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
-        self.bar_shown: dict[str, str] = {}
+        seldom_s = 0.1 if sys.stderr.isatty() else 2.0  # elsewhere every state of the bar is kept
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="training", unit="step", mininterval=seldom_s
+        )
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.began = time.perf_counter()
@@ -477,17 +472,17 @@ class Watch(TrainerCallback):
         if torch.cuda.is_available():
             shown["peak GiB"] = f"{torch.cuda.max_memory_reserved() / GIB:.2f}"
         shown["hours left"] = f"{(state.max_steps - state.global_step) * per_step / 3600:.2f}"
-        self.bar.set_postfix(shown)
+        self.bar.set_postfix(shown, refresh=False)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        loss = metrics["eval_loss"]
-        if loss < self.best:
-            self.best, self.worse = loss, 0
-            state.best_global_step, state.best_metric = state.global_step, loss
-            control.should_save = self.config.train.patience is not None
+        if not self.config.train.patience:
             return
-        self.worse += 1
-        if self.config.train.patience and self.worse >= self.config.train.patience:
+        found = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        worse = len(found) - 1 - found.index(min(found))
+        if worse == 0:
+            state.best_global_step, state.best_metric = state.global_step, found[-1]
+            control.should_save = True
+        elif worse >= self.config.train.patience:
             control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -529,6 +524,7 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
             f"{watch.applied} of {len(watch.step_s)} optimizer steps were applied and {changed} adapter weights differ "
             "from their start: raise learning_rate or max_steps (fp16 skips the first steps while it finds its scale)"
         )
+    load_best(trainer)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     busy_s = sum(watch.step_s)
     share = len(watch.step_s) / trainer.state.max_steps
@@ -573,24 +569,21 @@ def interrupts(watch: Watch) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def load_best(trainer: FineTuner) -> None:
+    """With patience, the adapter of the best evaluation, unless it is the last one's anyway."""
+    from safetensors.torch import load_file
+
+    kept = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.best_global_step}"
+    if trainer.recipe.train.patience and kept.is_dir():
+        set_peft_model_state_dict(trainer.model, load_file(str(kept / "adapter_model.safetensors")))
+
+
 def save(trainer: FineTuner, output: Path) -> Path:
     """output/adapter (PEFT's format) and output/log.json (the trainer's log); returns the adapter's folder."""
     output = Path(output)
-    best = trainer.state.best_global_step
-    kept = Path(trainer.args.output_dir) / f"checkpoint-{best}"
-    if trainer.recipe.train.patience and best and kept.is_dir():
-        load_adapter(trainer.model, kept)
     trainer.model.save_pretrained(str(output / "adapter"))
     workspace.write_text(output / "log.json", json.dumps(trainer.state.log_history, indent=1))
     return output / "adapter"
-
-
-def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Set the adapter's weights to those saved in a folder."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
 
 
 @contextmanager

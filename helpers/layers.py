@@ -39,7 +39,6 @@ MLP_TOKENS = 4096
 HOST_BYTES = 6 * 2**30
 """Host memory for offloaded inputs, at most: half of a free Colab's. What is beyond it stays on the GPU."""
 
-KEEPS = ("input", "attention", "everything")
 FAMILIES = ("mistral", "llama", "qwen2")
 
 

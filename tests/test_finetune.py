@@ -1,12 +1,18 @@
-"""Fine-tuning: the same losses as plain PEFT and trl whatever is recomputed, offloaded, packed or fused."""
+"""Fine-tuning: the same losses as plain PEFT and trl whatever is recomputed, offloaded, packed or fused.
 
+On a GPU in fp16, with the 7B's widths and memory-efficient attention, `data/measurements/bench_finetune.py` checks the
+same (its engine `check`).
+"""
+
+import json
 import random
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -17,8 +23,9 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from helpers import batches, finetune
-from helpers.models import TINY, profile
+from helpers import activations, batches, config, finetune, layers
+from helpers.models import TINY, profile, shape
+from helpers.optimizers import FlatOptimizer
 
 STEPS = 20
 WORDS = 300
@@ -51,7 +58,10 @@ def small(tmp_path_factory) -> Path:
     return folder
 
 
-def write_prepared(folder: Path, lengths: list[int], masked: bool = False) -> Path:
+COLUMNS = ("id", "messages", "input_ids", "assistant_masks")
+
+
+def write_prepared(folder: Path, lengths: list[int], masked: bool = False, heldout: int = 6) -> Path:
     draw = random.Random(0)
     rows = [
         {
@@ -66,8 +76,9 @@ def write_prepared(folder: Path, lengths: list[int], masked: bool = False) -> Pa
         }
         for place, length in enumerate(lengths)
     ]
-    for name, part in (("train", rows), ("heldout", rows[:6])):
-        Dataset.from_list(part).save_to_disk(str(folder / name))
+    for name, part in (("train", rows), ("heldout", rows[:heldout])):
+        columns = {column: [row[column] for row in part] for column in COLUMNS}
+        Dataset.from_dict(columns).save_to_disk(str(folder / name))
     return folder
 
 
@@ -202,3 +213,300 @@ def test_losses_are_those_of_plain_peft_and_trl(values, small, request, tmp_path
     assert plain_losses[0] - plain_losses[-1] > 0.05  # it learns, or equality would say little
     assert ours == pytest.approx(plain_losses, abs=1e-3)
     assert measured["steps_applied"] == STEPS
+
+
+def test_losses_on_the_tiny_model(prepared, tmp_path):
+    settings = small_config(TINY, learning_rate=2e-3, checkpointing=2, offload_activations=True)
+    trainer = our_trainer(settings, prepared, tmp_path)
+    trainer.train()
+    assert logged_losses(trainer) == pytest.approx(reference_losses(settings, prepared, tmp_path / "plain"), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rslora": True},
+        {"dora": True},
+        {"dropout": 0.1},
+        {"neftune_alpha": 5.0},
+        {"weights": "int8"},
+        {"weights": "fp16"},
+        {"upcast": True, "attention": "eager"},
+        {"targets": "q_proj,down_proj", "schedule": "linear", "weight_decay": 0.1, "double_quant": False},
+    ],
+    ids=str,
+)
+def test_options_train_and_plain_peft_reads_the_adapter(values, small, prepared, tmp_path):
+    settings = small_config(small, max_steps=4, **values)
+    trainer = our_trainer(settings, prepared, tmp_path)
+    measured = finetune.train(trainer)
+    assert measured["steps_applied"] == 4
+    assert measured["loss_last"] < 1.1 * measured["loss_first"]
+    base, _ = finetune.load_base(settings.with_values(attention="math"))
+    plain = PeftModel.from_pretrained(base, finetune.save(trainer, tmp_path)).eval()
+    ids = torch.tensor([[1, 5, 9, 12, 7, 3]])
+    with torch.no_grad():
+        ours, theirs = trainer.model.eval()(input_ids=ids).logits, plain(input_ids=ids).logits
+        untrained = plain.get_base_model().lm_head(plain.get_base_model().model(ids).last_hidden_state)
+        with plain.disable_adapter():
+            without = plain(input_ids=ids).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert torch.equal(theirs, untrained)
+    assert (theirs - without).abs().max() > 1e-2
+
+
+def test_all_at_once_resolves_auto_and_writes_its_folder(small, prepared, tmp_path, capsys):
+    settings = small_config(small, checkpointing="auto", max_steps=4, eval_steps=2)
+    measured = finetune.finetune(settings, prepared, tmp_path / "finetune")
+    written = config.load_yaml(tmp_path / "finetune" / "config.yaml")
+    assert written.train.checkpointing == ("none" if not torch.cuda.is_available() else 0)
+    assert sorted(path.name for path in (tmp_path / "finetune" / "adapter").glob("adapter*")) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    log = json.loads((tmp_path / "finetune" / "log.json").read_text())
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4]
+    assert measured["heldout_loss"] == [entry["eval_loss"] for entry in log if "eval_loss" in entry][-1]
+    assert measured["text_tokens"] > 0 and measured["padding_tokens"] < measured["text_tokens"]
+    shown = capsys.readouterr()
+    assert shown.out == "" and "arning" not in shown.err
+
+
+def test_the_same_seed_gives_the_same_losses(small, prepared, tmp_path):
+    runs = []
+    for seed in (3, 3, 4):
+        trainer = our_trainer(small_config(small, seed=seed, max_steps=5), prepared, tmp_path)
+        trainer.train()
+        runs.append(logged_losses(trainer))
+    assert runs[0] == pytest.approx(runs[1], abs=1e-4)
+    assert runs[0] != pytest.approx(runs[2], abs=1e-4)
+
+
+def test_stops_early_with_the_best_adapter(small, prepared, tmp_path):
+    rising = {"learning_rate": 0.3, "schedule": "constant_with_warmup", "warmup_fraction": 0.0}
+    settings = small_config(small, eval_steps=1, patience=2, save_steps=1000, **rising)
+    trainer = our_trainer(settings, prepared, tmp_path)
+    measured = finetune.train(trainer)
+    found = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert measured["steps"] < STEPS and found[measured["steps"] - 1] > min(found)
+    assert measured["steps"] == 3 + found.index(min(found))
+    assert measured["heldout_loss"] == pytest.approx(min(found), abs=1e-5)
+
+
+def test_a_save_that_falls_on_an_evaluation_is_made(small, prepared, tmp_path):
+    trainer = our_trainer(small_config(small, eval_steps=2, save_steps=2, max_steps=3), prepared, tmp_path)
+    finetune.train(trainer)
+    assert (tmp_path / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors").is_file()
+
+
+def test_progress_is_not_told_at_every_step(small, prepared, tmp_path, capsys):
+    finetune.train(our_trainer(small_config(small), prepared, tmp_path))
+    states = capsys.readouterr().err
+    assert "20/20" in states and "loss=" in states
+    assert states.count("\r") < STEPS / 2
+
+
+# ---- what cannot be trained ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"rank": 33}, "rank=33 is larger than k_proj, whose smaller side is 32: choose a rank of at most 32"),
+        (
+            {"targets": "q_proj,query"},
+            "no linear layer 'query'; it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+        ),
+        ({"seq_len": 129}, "seq_len=129 is more than the 128 tokens that this model was made for"),
+        ({"seq_len": 16}, "has 39 tokens, more than seq_len=16: prepare again"),
+        ({"patience": 2}, "patience needs eval_steps"),
+        ({"checkpointing": 3}, "checkpointing=3 layers, but this model has 2: choose 0 to 2"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_cannot_be_trained(values, sentence, small, prepared, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        our_trainer(small_config(small, **values), prepared, tmp_path)
+
+
+def test_nothing_held_out_is_no_obstacle(small, tmp_path):
+    trainer = our_trainer(small_config(small, max_steps=2), write_prepared(tmp_path, [9, 9, 9], heldout=0), tmp_path)
+    assert finetune.train(trainer)["heldout_loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("lengths", "masked", "sentence"),
+    [([], False, "has 0 conversations"), ([5, 6], True, "all 2 conversations have no token to train on")],
+)
+def test_data_that_cannot_be_trained(lengths, masked, sentence, small, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        our_trainer(small_config(small), write_prepared(tmp_path, lengths, masked), tmp_path)
+
+
+def test_data_that_is_not_there_and_a_way_to_resume_that_is_none(small, tmp_path):
+    with pytest.raises(ValueError, match="02_dataset_preparation"):
+        our_trainer(small_config(small), tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="auto or never, not 'sometimes'"):
+        finetune.finetune(small_config(small), tmp_path, tmp_path / "out", resume="sometimes")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU; runs where there is none")
+@pytest.mark.parametrize("checkpointing", ["auto", "all"])
+def test_a_7b_without_a_gpu(checkpointing, prepared, tmp_path):
+    with pytest.raises(ValueError, match=r"7\.2e9 parameters.*Runtime > Change runtime type > T4.*profile tiny"):
+        finetune.finetune(profile("mistral-7b", checkpointing=checkpointing), prepared, tmp_path / "out")
+
+
+def test_a_loss_that_is_no_number_stops_it(small, prepared, tmp_path):
+    trainer = our_trainer(small_config(small), prepared, tmp_path)
+    trainer.model.get_base_model().lm_head.weight.data[0] = float("nan")
+    with pytest.raises(finetune.NotTrained, match=r"loss became nan at step 1: lower learning_rate \(now 0\.01\)"):
+        finetune.train(trainer)
+
+
+def test_training_that_changes_nothing_is_an_error(small, prepared, tmp_path):
+    settings = small_config(small, max_steps=1, warmup_fraction=0.9)  # its one step has the warm-up's rate, 0
+    with pytest.raises(finetune.NotTrained, match=r"1 of 1 optimizer steps .* 0 adapter weights differ"):
+        finetune.train(our_trainer(settings, prepared, tmp_path))
+
+
+# ---- attention, packing, padding -------------------------------------------------------------------------------------
+
+
+def adapted(small: Path, window: int | None = None, **values):
+    """The small model with adapters that do something, its layers installed."""
+    settings = small_config(small, **values)
+    base, _ = finetune.load_base(settings)
+    base.config.sliding_window = window
+    model = finetune.attach_adapter(base, settings)
+    generator = torch.Generator().manual_seed(5)
+    for _, value in finetune.adapters(model):
+        value.data = torch.randn(value.shape, generator=generator) / 10
+    finetune.choose_layers(model, settings)
+    return model.get_base_model()
+
+
+def hidden_states(model, embedded: torch.Tensor, batch: dict) -> torch.Tensor:
+    """The last layer's output for embeddings (batch, tokens, hidden)."""
+    rest = {name: value for name, value in batch.items() if name not in ("input_ids", "labels")}
+    return model.model(inputs_embeds=embedded, **rest).last_hidden_state
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"checkpointing": "all", "keep_attention": False}, {"dropout": 1e-9}, {"attention": "math"}],
+    ids=["own layers", "own, recomputing", "transformers' layers, no mask", "transformers' layers"],
+)
+def test_packed_conversations_do_not_see_each_other(values, window, small):
+    model = adapted(small, window, **values)
+    rows = [{"input_ids": list(range(3, 3 + size)), "assistant_masks": [1] * size} for size in (7, 12, 5)]
+    by_bounds = values.get("attention") is None
+    together = batches.collate(rows, 0, packing=True, by_bounds=by_bounds)
+    embedded = model.model.embed_tokens(together["input_ids"]).detach().requires_grad_()
+    packed = hidden_states(model, embedded, together)
+    alone = [model.model(torch.tensor([row["input_ids"]])).last_hidden_state for row in rows]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), atol=2e-5, rtol=1e-4)
+    packed[:, 7:19].sum().backward()
+    reached = embedded.grad.abs().sum(-1)[0]
+    assert reached[:7].sum() == 0 and reached[19:].sum() == 0 and reached[7:19].min() > 0
+
+
+def test_a_sliding_window_is_transformers(small):
+    losses, grads = [], []
+    ids = torch.tensor([list(range(3, 23)), list(range(22, 2, -1))])
+    for values in ({}, {"attention": "eager"}, {"attention": "eager", "window": None}):
+        model = adapted(small, **({"window": 6} | values))
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss.item())
+        grads.append(torch.cat([value.grad.reshape(-1) for _, value in finetune.adapters(model)]))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-5, rtol=1e-3)
+    assert losses[1] != pytest.approx(losses[2], abs=1e-3)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("train", [True, False])
+def test_padding_on_either_side_changes_nothing(train, side, window, small):
+    model = adapted(small, window).train(train)
+    short, long = [5, 6, 7, 8, 9], list(range(3, 14))
+    pad = [0] * (len(long) - len(short))
+    ids = torch.tensor([pad + short if side == "left" else short + pad, long])
+    with torch.set_grad_enabled(train):
+        padded = model(input_ids=ids, attention_mask=(ids != 0).long()).logits
+        alone = model(input_ids=torch.tensor([short])).logits[0]
+    where = slice(len(pad), None) if side == "left" else slice(len(short))
+    torch.testing.assert_close(padded[0, where], alone, atol=1e-4, rtol=1e-4)
+
+
+# ---- what the budget counts on ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"checkpointing": "none"},
+        {"checkpointing": "all"},
+        {"checkpointing": "all", "keep_attention": False},
+        {"checkpointing": "all", "keep_attention": False, "offload_activations": True},
+    ],
+    ids=str,
+)
+def test_a_layer_keeps_what_the_budget_says(values, small):
+    settings, model = small_config(small, seq_len=32, batch_size=2, **values), adapted(small, **values)
+    sizes, kept = shape(str(small)), []
+
+    def note(tensor):
+        kept.append(tensor.nbytes)
+        return tensor
+
+    layer = model.model.layers[0]
+    x = torch.randn(2, 32, sizes.hidden, requires_grad=True)
+    positions = model.model.rotary_emb(x, torch.arange(32)[None])
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        layer(x, position_embeddings=positions)
+    counts = activations.kept_when_checked if values["checkpointing"] == "all" else activations.kept
+    statistics = 4 * 64 * sizes.heads * (values.get("keep_attention", True))  # SDPA on a CPU has none
+    assert sum(kept) == 2 * (counts(sizes, settings) - statistics)  # fp32 here, 16 bits there
+
+
+def test_host_memory_that_is_full_leaves_inputs_on_the_device(small, prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(layers, "HOST_BYTES", 20_000)
+    values = {"checkpointing": "all", "max_steps": 3}
+    kept, offloaded = (
+        our_trainer(small_config(small, offload_activations=offload, **values), prepared, tmp_path)
+        for offload in (False, True)
+    )
+    kept.train()
+    offloaded.train()
+    assert logged_losses(offloaded) == pytest.approx(logged_losses(kept), abs=1e-6)
+
+
+def test_one_flat_optimizer_is_bitsandbytes_on_each_matrix():
+    from bitsandbytes.optim import AdamW
+
+    def run(make):
+        torch.manual_seed(0)
+        matrices = [torch.nn.Parameter(torch.randn(64, 64 * size)) for size in (1, 2, 3)]
+        optimizer = make(matrices)
+        for turn in range(6):
+            for place, matrix in enumerate(matrices):
+                matrix.grad = torch.randn_like(matrix)
+                if place == turn == 0:  # none is as good as zeros
+                    matrix.grad = None if isinstance(optimizer, FlatOptimizer) else torch.zeros_like(matrix)
+            optimizer.param_groups[0]["lr"] = 1e-2 / (turn + 1)
+            optimizer.step()
+            if turn == 2 and isinstance(optimizer, FlatOptimizer):
+                saved = optimizer.state_dict()
+                optimizer = make(matrices)  # as a resumed run does
+                optimizer.load_state_dict(saved)
+        return matrices
+
+    def bitsandbytes(matrices):
+        return AdamW(matrices, lr=1e-2, weight_decay=0.1, optim_bits=8)
+
+    flat = run(lambda matrices: FlatOptimizer(matrices, bitsandbytes))
+    for ours, theirs in zip(flat, run(bitsandbytes), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
