@@ -44,7 +44,7 @@ COLUMNS = (
         "perplexity_low",
         "perplexity_high",
     ),
-    *("exact_match", "f1", "questions", "tokens"),
+    *("kl_from_trained", "exact_match", "f1", "questions", "tokens"),
 )
 
 
