@@ -15,9 +15,11 @@ from helpers.models import ModelShape
 HALF, FULL = 2, 4
 """Bytes of an fp16 (or bf16) and of an fp32 value."""
 MLP_TOKENS = 4096
-"""Tokens that go through our own MLP at once (helpers/layers.py)."""
+"""Tokens that go through our own MLP at once (helpers/layers.py): enough to keep matrix products at full rate."""
+HOST_BYTES = 6 * 2**30
+"""Host memory for offloaded inputs, at most: half of a free Colab's. What is beyond it stays on the card."""
 LOGITS_AT_ONCE = 2**24
-"""Logits that our own chunked loss makes at once (helpers/losses.py)."""
+"""Logits that our own chunked loss (helpers/losses.py) makes at once."""
 LOSS_TOKENS, LOSS_WORDS = 4096, 32768
 """Tile of trl's chunked loss (trl/kernels/chunked_logprob.py)."""
 
@@ -125,12 +127,18 @@ def kept(shape: ModelShape, config: RunConfig) -> float:
 
 
 def kept_when_checked(shape: ModelShape, config: RunConfig) -> float:
-    """Bytes on the card that one checkpointed layer keeps: its input, and with keep_attention attention's result."""
+    """Bytes on the card that one checkpointed layer keeps: its input, and with keep_attention attention's result.
+
+    Offloaded inputs are not on the card; of those that the host has no room for, each layer gets its share.
+    """
     hidden, queries, _, _ = sizes(shape)
-    stream = 0 if config.train.offload_activations else hidden * stream_bytes(config)
-    if way(shape, config) == "own" and config.train.keep_attention:
-        stream += queries * HALF + FULL * shape.heads
-    return tokens_of(config) * stream
+    stream, own = tokens_of(config) * hidden * stream_bytes(config), way(shape, config) == "own"
+    if config.train.offload_activations and (layers := checked_layers(shape, config)):
+        away = min(layers, HOST_BYTES // stream) if own else layers
+        stream *= (layers - away) / layers
+    if own and config.train.keep_attention:
+        stream += tokens_of(config) * (queries * HALF + FULL * shape.heads)
+    return stream
 
 
 def kept_while_offloading(shape: ModelShape, config: RunConfig) -> float:

@@ -62,7 +62,8 @@ def ram(config: RunConfig, shape: ModelShape, machine: Machine, stage: str) -> d
 def offloaded_bytes(config: RunConfig, shape: ModelShape) -> float:
     """Bytes of checkpointed layers' inputs in host memory."""
     tokens = config.train.batch_size * config.data.seq_len
-    return activations.checked_layers(shape, config) * tokens * shape.hidden * activations.stream_bytes(config)
+    size = activations.checked_layers(shape, config) * tokens * shape.hidden * activations.stream_bytes(config)
+    return min(size, activations.HOST_BYTES) if activations.way(shape, config) == "own" else size
 
 
 def calibration_bytes(config: RunConfig, shape: ModelShape) -> float:

@@ -32,12 +32,7 @@ import psutil
 import torch
 
 from helpers import attention, kernels
-
-MLP_TOKENS = 4096
-"""Tokens that go through the MLP at once: enough to keep matrix products at full rate."""
-
-HOST_BYTES = 6 * 2**30
-"""Host memory for offloaded inputs, at most: half of a free Colab's. What is beyond it stays on the GPU."""
+from helpers.activations import HOST_BYTES, MLP_TOKENS
 
 FAMILIES = ("mistral", "llama", "qwen2")
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
+from helpers.activations import LOGITS_AT_ONCE
 from helpers.batches import IGNORE
-
-LOGITS_AT_ONCE = 2**24
 
 
 class ChunkedLoss(torch.autograd.Function):

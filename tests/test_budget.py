@@ -86,7 +86,7 @@ def test_memory_falls_as_layers_are_checkpointed(values):
     steps = (0, 8, 16, 24, 32)
     sizes = [process_gib(planning.with_train(config, checkpointing=count)) for count in steps]
     # the last layer may cost its input more than it saves, where everything is at its smallest
-    assert all(more >= fewer - max(one_input, 0.01) for more, fewer in itertools.pairwise(sizes))
+    assert all(more >= fewer - max(one_input, 0.02) for more, fewer in itertools.pairwise(sizes))
 
 
 @settings(max_examples=25, deadline=None)
