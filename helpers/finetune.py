@@ -128,8 +128,6 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
         "fp16": lambda: None,
     }[config.model.weights]()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     implementation = {"efficient": attention.register, "eager": lambda: "eager", "math": lambda: "sdpa"}
     model = AutoModelForCausalLM.from_pretrained(
         config.model.model,
@@ -211,6 +209,7 @@ def build_trainer(
 
     prepared: folder with train/ and heldout/ as helpers.data writes them. saves: where checkpoints go while it trains.
     """
+    refuse_without_liger(config)
     asked, rows, heldout = config.train, load_split(prepared, "train"), load_split(prepared, "heldout")
     check_rows(rows, config, model)
     lengths = [len(ids) for ids in rows["input_ids"]]
@@ -280,7 +279,7 @@ def training_arguments(config: RunConfig, saves: Path, steps: int, evaluates: bo
         bf16=dtype == torch.bfloat16,
         use_cpu=not on_gpu,
         gradient_checkpointing=False,  # helpers decide layer by layer
-        use_liger_kernel=asked.kernels == "liger" and has_liger(),
+        use_liger_kernel=asked.kernels == "liger",
         logging_steps=1,
         logging_nan_inf_filter=False,  # a NaN must be seen
         save_strategy="steps",
@@ -361,9 +360,15 @@ def eight_bit_optimizer(model: PeftModel, config: RunConfig) -> FlatOptimizer:
     return FlatOptimizer((value for _, value in adapters(model)), make)
 
 
-def has_liger() -> bool:
-    """Whether Liger's Triton kernels are installed and can run."""
-    return torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None
+def refuse_without_liger(config: RunConfig) -> None:
+    """Raise ValueError where Liger's kernels are asked for and cannot run."""
+    asked = {"kernels=liger": config.train.kernels == "liger", "loss=fused": config.train.loss == "fused"}
+    there = torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None
+    for setting in (name for name, wanted in asked.items() if wanted and not there):
+        raise ValueError(
+            f"{setting} needs a GPU and the package liger-kernel (pip install liger-kernel): the defaults kernels=own "
+            "and loss=chunked need neither and are as fast"
+        )
 
 
 def choose_layers(model: PeftModel, config: RunConfig) -> str:
@@ -529,6 +534,7 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
     busy_s = sum(watch.step_s)
     share = len(watch.step_s) / trainer.state.max_steps
     return {
+        "precision": precision().reason,
         "layers": trainer.layers_reason,
         "loss_first": losses[0],
         "loss_last": sum(losses[-10:]) / len(losses[-10:]),
