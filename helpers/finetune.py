@@ -227,10 +227,12 @@ def build_trainer(
     if asked.patience and not evaluates:
         raise ValueError("patience needs eval_steps and held-out conversations: set eval_steps, or leave patience out")
     losses.install(model.get_base_model(), asked.loss)
-    layers_reason = choose_layers(model, config)
+    own_layers, layers_reason = choose_layers(model, config)
+    arguments = training_arguments(config, saves, math.ceil(len(plan) / asked.accumulation), evaluates)
+    arguments.activation_offloading = asked.offload_activations and not own_layers and torch.cuda.is_available()
     trainer = FineTuner(
         model=model,
-        args=training_arguments(config, saves, math.ceil(len(plan) / asked.accumulation), evaluates),
+        args=arguments,
         train_dataset=Dataset.from_dict({"split": ["train"] * len(plan), "rows": plan}),
         eval_dataset=Dataset.from_dict({"split": ["heldout"] * len(heldout_plan), "rows": heldout_plan})
         if heldout_plan
@@ -371,8 +373,8 @@ def refuse_without_liger(config: RunConfig) -> None:
         )
 
 
-def choose_layers(model: PeftModel, config: RunConfig) -> str:
-    """Let exactly as many decoder layers recompute their activations as configured; returns how they compute."""
+def choose_layers(model: PeftModel, config: RunConfig) -> tuple[bool, str]:
+    """Let exactly as many decoder layers recompute as configured: (whether helpers.layers compute, that in words)."""
     base = model.get_base_model()
     layers, wanted = base.model.layers, config.train.checkpointing
     count = {"all": len(layers), "auto": len(layers), "none": 0}.get(wanted, wanted)  # auto: nobody planned
@@ -384,12 +386,12 @@ def choose_layers(model: PeftModel, config: RunConfig) -> str:
         checked = "attention" if config.train.keep_attention else "input"
         keeps = [checked] * count + ["everything"] * (len(layers) - count)
         decoder.install(base, keeps, config.train.offload_activations)
-        return f"{count} of {len(layers)} layers recompute, through helpers.layers"
+        return True, f"{count} of {len(layers)} layers recompute, through helpers.layers"
     if count:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         for place, layer in enumerate(layers):
             layer.gradient_checkpointing = place < count
-    return f"{count} of {len(layers)} layers recompute, through transformers' layers: {reason}"
+    return False, f"{count} of {len(layers)} layers recompute, through transformers' layers: {reason}"
 
 
 class FineTuner(SFTTrainer):

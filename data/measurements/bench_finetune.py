@@ -38,14 +38,14 @@ PLAN_STEPS = 3
 POINTS = [
     f"seq={seq} batch={batch} steps={PLAN_STEPS}"
     for seq, batches in {
-        256: (1, 4, 16, 64),
-        512: (1, 4, 16),
-        1024: (1, 2, 8),
-        2048: (1, 2, 4, 8),
-        4096: (1, 4),
-        8192: (1, 2),
-        12288: (1,),
         16384: (1,),
+        12288: (1,),
+        8192: (1, 2),
+        4096: (1, 4),
+        2048: (1, 2, 4, 8),
+        1024: (1, 2, 8),
+        512: (1, 4, 16),
+        256: (1, 4, 16, 64),
     }.items()
     for batch in batches
 ]
@@ -202,7 +202,8 @@ def emit(out: Path, record: dict) -> None:
     about |= {name: found.get(name, "") for name in names}
     with out.open("a") as stream:
         stream.write(json.dumps(about | record) + "\n")
-    print(json.dumps({name: value for name, value in record.items() if name != "kernels"}), flush=True)
+    shown = {name: value for name, value in record.items() if name != "kernels"}
+    print(json.dumps(shown, ensure_ascii=False), flush=True)
 
 
 def write_prepared(folder: Path, model: Path, sequences: int, seq: int, distinct: int | None = None) -> Path:
