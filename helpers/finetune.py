@@ -47,6 +47,7 @@ from helpers import layers as decoder
 from helpers.config import RunConfig
 from helpers.models import shape
 from helpers.optimizers import FlatOptimizer
+from helpers.versions import forget_old_torchao
 
 GIB = 2**30
 CHATTY = ("transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "py.warnings")
@@ -173,6 +174,7 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig) -> PeftModel:
         bias="none",
         task_type="CAUSAL_LM",
     )
+    forget_old_torchao()
     model = get_peft_model(model, lora)
     trainable_to_fp32(model)
     return model

@@ -24,6 +24,7 @@ from typing import Any
 from helpers.config import RunConfig
 from helpers.models import hub_config, shape_from_config
 from helpers.templates import Template, load_tokenizer
+from helpers.versions import forget_old_torchao
 
 GIB = 2**30
 ADAPTER, CONFIG = "adapter_config.json", "config.json"
@@ -150,6 +151,7 @@ def load(name: str | Path, config: RunConfig | None = None) -> Loaded:
         if what == "adapter":
             from peft import PeftModel
 
+            forget_old_torchao()
             model = PeftModel.from_pretrained(model, str(name))
         model.eval()
         tokenizer = open_tokenizer(name, config)

@@ -60,7 +60,7 @@ TROUBLES = (
         "Found an incompatible version of torchao. Found version 0.10.0, but only versions above 0.16.0 are supported",
         r"incompatible version of torchao",
         "PEFT meets the image's torchao as soon as it wraps a layer that is not quantized.",
-        "Merge with helpers.merge, which does not go through PEFT's layers; or pip uninstall -y torchao, restart.",
+        "Open models with helpers.finetune and helpers.inference, which mind it; or pip uninstall -y torchao, restart.",
         "Soup#389",
     ),
     Trouble(

@@ -130,3 +130,19 @@ def advice(package: str, found: str | None, known: list[str]) -> str:
 def runtimes() -> str:
     """The past Colab runtimes, in words."""
     return "Ctrl-Shift-P > Change runtime version > " + " or ".join(row["runtime"] for row in COLAB_RUNTIMES[:3]) + " …"
+
+
+def forget_old_torchao() -> None:
+    """Have PEFT take a torchao that it finds too old for none at all, as nothing here is torchao's.
+
+    Colab's image has torchao 0.10; PEFT wants 0.16 and would refuse to wrap any layer that is not quantized.
+    """
+    from unittest import mock
+
+    from peft.import_utils import is_torchao_available
+
+    try:
+        is_torchao_available()
+    except ImportError:
+        with mock.patch.dict(sys.modules, torchao=None):  # importlib finds no spec for it
+            is_torchao_available()  # and remembers the answer

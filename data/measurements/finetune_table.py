@@ -1,7 +1,7 @@
 """Fine-tuning beside Unsloth and the baseline recipe: the README's table from h200_finetune.csv, and that CSV.
 
 python data/measurements/finetune_table.py                        # print the tables
-python data/measurements/finetune_table.py OUT/finetune.jsonl …   # make the CSVs from bench_finetune.py's rows first
+python data/measurements/finetune_table.py OUT/finetune.jsonl …   # put bench_finetune.py's rows into the CSVs first
 """
 
 import csv
@@ -30,11 +30,11 @@ SHOWN = {"ours": "ours", "unsloth": "Unsloth", "baseline": "baseline recipe"}
 
 
 def write(sources: list[Path]) -> None:
-    """The CSVs from the benchmark's JSON lines; a row measured again takes the place of the earlier one."""
+    """The benchmark's JSON lines into the CSVs; a row measured again takes the place of the earlier one."""
     records = [json.loads(line) for source in sources for line in source.read_text(encoding="utf-8").splitlines()]
     kinds = {"check": CHECKS, "planned": PLANS, "kernels": None}
     for path, columns in COLUMNS.items():
-        chosen = [record for record in records if kinds.get(record["engine"], ROWS) == path]
+        chosen = [*read(path), *(record for record in records if kinds.get(record["engine"], ROWS) == path)]
         settings = (
             [name for name in columns[:7] if name != "layers"] if path == ROWS else columns[: 1 + (path == PLANS)]
         )
