@@ -346,6 +346,9 @@ def worker_settings() -> dict[str, str]:
     """Environment of the process, read by GPTQModel when it is imported.
 
     Two CPU workers: with the default on two cores, one, its loader finds no thread for itself and nothing starts.
+    No compiled packing: on a GPU gptq_task packs there, and without one, compiling takes longer than it saves. What is
+    compiled, once, is GPTQ's own step: 19 s on the first layer, then 2.2 s a layer of a 7B instead of 10.1
+    (data/measurements/merge_quantize.csv).
     """
     return {
         "GPTQMODEL_CPU_WORKERS": os.environ.get("GPTQMODEL_CPU_WORKERS", "2"),
@@ -503,7 +506,7 @@ def gptq_task(job: dict, report: Callable[[dict], object], batch_tokens: int = B
         sym=config["symmetric"],
         desc_act=config["act_order"],
         offload_to_disk_path=str(output / "offload"),
-        **library,
+        **({"pack_impl": "gpu"} if gpu else {}) | library,
     )
     start = time.monotonic()
     # fp16 whatever the folder says: a T4 has no bf16, and GPTQModel would keep it; a CPU computes fp32 twice as fast

@@ -340,7 +340,10 @@ def run_gptq(job: dict) -> dict:
 
     settings = QuantizeConfig(calibration_samples=SAMPLES, calibration_tokens=TOKENS)
     gptq_task(
-        job | {"config": asdict(settings), "rows": rows}, report, variant["batch_tokens"], **variant.get("library", {})
+        job | {"config": asdict(settings), "rows": rows},
+        report,
+        variant["batch_tokens"],
+        **{"pack_impl": "cpu"} | variant.get("library", {}),
     )
     seconds = time.monotonic() - start
     ends = [
