@@ -131,8 +131,8 @@ class TrainConfig:
 class MergeConfig:
     """The adapter into its base."""
 
-    merge_base: Literal["original", "nf4"] = "original"
-    """original: the fp16 weights; nf4: what training saw, dequantized."""
+    merge_base: Literal["auto", "original", "nf4"] = "auto"
+    """original: the fp16 weights; nf4: those after rounding to NF4 and back; auto: what training saw."""
     shard_gib: Annotated[float, Field(gt=0, le=50)] = 1.8
     free_base: bool = False
     """Delete each base shard when it is merged, for small disks."""

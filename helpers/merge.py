@@ -14,7 +14,7 @@ import re
 import shutil
 import struct
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,6 +106,8 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig) ->
     adapter, output = Path(adapter), Path(output)
     work, progress = output.with_name(output.name + ".partial"), progress_file(output)
     loaded = read_adapter(adapter)
+    trained = trained_config(adapter) or RunConfig()
+    config = replace(config, merge_base=base_to_merge(adapter, config.merge_base))
     base_folder = find_base(base, json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")))
     refuse_output(output, [base_folder, adapter], "merge")
     with exclusive(work):
@@ -118,7 +120,6 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig) ->
         identity = fingerprint(tensors, adapter, config, earlier.get("identity", {}).get("base", {}))
         finished = finished_shards(work, earlier, identity)
         check_disk(output, plan, set(finished), config.free_base)
-        trained = trained_config(adapter)
         run = trained.with_values(model=str(base), **asdict(config))
         try:
             with building(output, "merge", run, {"adapter": adapter.parent}, keep=True) as stage:
@@ -153,10 +154,23 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig) ->
     return stage.measurements
 
 
-def trained_config(adapter: Path) -> RunConfig:
-    """The configuration that training left beside its adapter; the defaults for an adapter from elsewhere."""
+def trained_config(adapter: Path) -> RunConfig | None:
+    """The configuration that training left beside its adapter; None for an adapter from elsewhere."""
     beside = adapter.parent / "config.yaml"
-    return load_yaml(beside) if beside.is_file() else RunConfig()
+    return load_yaml(beside) if beside.is_file() else None
+
+
+def base_to_merge(adapter: Path, merge_base: str) -> str:
+    """original or nf4. auto: the weights that training saw; the original ones for an adapter that does not tell.
+
+    An adapter corrects the base it was trained on, NF4's rounding included. Merged into the original weights it
+    corrects an error that is not there: 0.0024 nats a token from the trained model, against 0.0000; after GPTQ 0.0025
+    against 0.0005 (a model of 26 million parameters, data/measurements/merge_bases.csv).
+    """
+    if merge_base != "auto":
+        return merge_base
+    trained = trained_config(adapter)
+    return "nf4" if trained is not None and trained.model.weights == "nf4" else "original"
 
 
 # ---- reading, and refusing what cannot be merged ---------------------------------------------------------------------

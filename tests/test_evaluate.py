@@ -1,5 +1,6 @@
 """Evaluation: figures equal a plain loop, memory does not grow, verdicts are right, bad input is one sentence."""
 
+import contextlib
 import json
 import math
 import os
@@ -70,10 +71,11 @@ def quantize(source: Path, target: Path, tokenizer) -> None:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    model = GPTQModel.load(str(source), QuantizeConfig(bits=4, group_size=128), device="cpu")
-    texts = TEXT.read_text(encoding="utf-8").split("\n\n")[:16]
-    model.quantize([dict(tokenizer(text[:400])) for text in texts], batch_size=4)
-    model.save(str(target))
+    with contextlib.chdir(target.parent):  # GPTQModel writes a folder of logs where it stands
+        model = GPTQModel.load(str(source), QuantizeConfig(bits=4, group_size=128), device="cpu")
+        texts = TEXT.read_text(encoding="utf-8").split("\n\n")[:16]
+        model.quantize([dict(tokenizer(text[:400])) for text in texts], batch_size=4)
+        model.save(str(target))
     tokenizer.save_pretrained(target)
 
 

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, MistralConfig, MistralForCausalLM
 
 import helpers.merge
-from helpers.config import MergeConfig
+from helpers.config import MergeConfig, RunConfig, load_yaml, save_yaml
 from helpers.merge import PARTS, PREFIX, SafetensorsWriter, Stored, disk_needed_bytes, merge, plan_shards
 from helpers.models import TINY
 from helpers.workspace import exclusive, require
 
-SMALL_SHARDS = MergeConfig(shard_gib=0.001)
+SMALL_SHARDS = MergeConfig(shard_gib=0.001, merge_base="original")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS = {
     "plain": {},
@@ -129,6 +129,18 @@ def test_nf4_base_is_what_training_saw(base, adapters, tmp_path):
             checked += 1
     assert checked == 14
     assert torch.equal(got["lm_head.weight"], tensors(base)["lm_head.weight"])
+
+
+@pytest.mark.parametrize(("weights", "seen"), [("nf4", "nf4"), ("fp16", "original"), (None, "original")])
+def test_an_adapter_goes_into_the_weights_that_its_training_saw(weights, seen, base, adapters, tmp_path):
+    adapter = copied(adapters["plain"], tmp_path / "finetune" / "adapter")
+    if weights:
+        save_yaml(RunConfig().with_values(weights=weights, double_quant=False), adapter.parent / "config.yaml")
+    assert merge(base, adapter, tmp_path / "merged", MergeConfig())["merge_base"] == seen
+    merge(base, adapter, tmp_path / "named", MergeConfig(merge_base=seen))
+    got, wanted = tensors(tmp_path / "merged"), tensors(tmp_path / "named")
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert load_yaml(tmp_path / "merged" / "config.yaml").merge.merge_base == seen
 
 
 def test_result_is_a_folder_that_transformers_opens(base, adapters, tmp_path):

@@ -63,6 +63,8 @@ def main() -> None:
     config = profile("tiny", **({"model": str(options.base)} if options.base else {}), seed=options.seed, **values)
     started = time.monotonic()
     merged = make_models(config, options.work)
+    from transformers import AutoTokenizer  # noqa: F401 - imported lazily, and two threads at once would fail at it
+
     say(started, "fine-tuned and merged")
     with ThreadPoolExecutor(options.jobs) as pool:
         jobs = {
