@@ -183,8 +183,7 @@ def run_budget(options: argparse.Namespace, config: RunConfig) -> Outcome:
     """What it needs; exit 3 when it does not fit."""
     shape, machine = models.shape(config.model.model), machine_of(options)
     plan = budget.plan(config, shape, machine)
-    shown = plan.config if config.train.checkpointing == "auto" else config
-    estimate = budget.budget(shown, shape, machine, stage=options.budget_stage)
+    estimate = budget.budget(budget.requested(config, plan), shape, machine, stage=options.budget_stage)
     result = budget.to_json(estimate, plan)
     text = "\n".join([budget.table(estimate), *(f"Plan: {reason}" for reason in plan.reasons)])
     if options.verify:
@@ -206,12 +205,15 @@ def run_finetune(options: argparse.Namespace, config: RunConfig) -> Outcome:
     from helpers import finetune
 
     run = workspace_of(options, config)
-    plan = budget.plan(config, models.shape(config.model.model), machine_of(options))
-    if not plan.budget.fits:
-        return DOES_NOT_FIT, budget.to_json(plan.budget, plan), "\n".join(plan.budget.reasons)
+    shape, machine = models.shape(config.model.model), machine_of(options)
+    plan = budget.plan(config, shape, machine)
+    chosen = budget.requested(config, plan)
+    estimate = budget.budget(chosen, shape, machine)
+    if not estimate.fits:
+        return DOES_NOT_FIT, budget.to_json(estimate, plan), "\n".join(estimate.reasons)
     output = options.output or run.folder("finetune")
     prepared = options.prepared or run.folder("prepare")
-    return done("finetune", output, finetune.finetune(plan.config, prepared, output, resume=options.resume))
+    return done("finetune", output, finetune.finetune(chosen, prepared, output, resume=options.resume))
 
 
 def run_merge(options: argparse.Namespace, config: RunConfig) -> Outcome:

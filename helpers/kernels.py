@@ -108,6 +108,17 @@ def dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Te
     return out
 
 
+def same_as_bitsandbytes(weight: torch.Tensor) -> bool:
+    """Whether `dequantize` gives on this device, bit for bit, what bitsandbytes gives for a packed weight.
+
+    Asked once before training, on one matrix: Triton compiles anew for each card, and a wrong weight raises nothing.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = weight.quant_state
+    return torch.equal(dequantize(weight.data, state, state.dtype), dequantize_4bit(weight.data.view(-1, 1), state))
+
+
 def on_triton(x: torch.Tensor) -> bool:
     """Whether a tensor is where Triton's kernels run."""
     return triton is not None and x.is_cuda

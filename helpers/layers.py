@@ -407,6 +407,9 @@ def why_not(model: torch.nn.Module) -> str | None:
     ]
     if any(linear.weight.dtype == torch.int8 for linear in linears):
         return "8-bit weights are multiplied by bitsandbytes' own layers"
+    packed = next((linear.weight for linear in linears if hasattr(linear.weight, "quant_state")), None)
+    if packed is not None and not kernels.same_as_bitsandbytes(packed):
+        return "on this card the kernel that unpacks weights does not agree with bitsandbytes"
     return None
 
 

@@ -151,8 +151,7 @@ class Panel(ipywidgets.VBox):
             config = self.config()
             self.derived.value = derived(config, self.shape)
             self.plan = budget.plan(config.with_values(checkpointing="auto"), self.shape, self.machine)
-            planned = config.train.checkpointing == "auto"  # then what will run is what the plan makes of it
-            needs = self.plan.budget if planned else budget.budget(config, self.shape, self.machine)
+            needs = budget.budget(budget.requested(config, self.plan), self.shape, self.machine)
         except ValueError as error:  # what the sliders show is no run at all; the sentence says why
             self.picture.value = f"{STYLE}<div class='needs'>{verdict(False, [str(error)])}</div>"
             self.words, self.button.disabled, self.proposal.value = str(error), True, ""

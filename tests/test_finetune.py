@@ -24,7 +24,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from helpers import activations, batches, config, finetune, layers
+from helpers import activations, batches, config, finetune, kernels, layers
 from helpers.models import TINY, profile, shape
 from helpers.optimizers import FlatOptimizer
 
@@ -514,3 +514,11 @@ def test_one_flat_optimizer_is_bitsandbytes_on_each_matrix():
     flat = run(lambda matrices: FlatOptimizer(matrices, bitsandbytes))
     for ours, theirs in zip(flat, run(bitsandbytes), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_kernel_that_unpacks_other_weights_is_not_trained_with(small, monkeypatch):
+    model = adapted(small, weights="nf4")
+    assert layers.why_not(model) is None
+    right = kernels.dequantize
+    monkeypatch.setattr(kernels, "dequantize", lambda *arguments: right(*arguments) * 1.001)
+    assert "does not agree with bitsandbytes" in layers.why_not(model)
