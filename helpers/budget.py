@@ -198,6 +198,17 @@ def plan(config: RunConfig, shape: ModelShape, machine: Machine) -> Plan:
     return Plan(chosen, budget(chosen, shape, machine), reasons)
 
 
+def requested(config: RunConfig, plan: Plan) -> RunConfig:
+    """What runs when this is asked for: the plan's way of computing it, as long as context and rank stay.
+
+    Where the plan had to cut one of them the request does not fit, even with every layer checkpointed.
+    """
+    if config.train.checkpointing != "auto":
+        return config
+    same = (config.data.seq_len, config.adapter.rank) == (plan.config.data.seq_len, plan.config.adapter.rank)
+    return plan.config if same else config.with_values(checkpointing="all")
+
+
 def training_needs(shape: ModelShape, machine: Machine) -> Callable[[RunConfig], float]:
     """GiB of VRAM that training takes, as a function of the configuration."""
     return lambda config: vram_of(config, shape, machine, "train").process_gib

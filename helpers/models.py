@@ -230,7 +230,8 @@ def describe(model: ModelShape) -> dict[str, str]:
 
 
 PROFILES: dict[str, dict[str, Any]] = {
-    "mistral-7b": {},  # RunConfig's own defaults: they are chosen for a 7B on a T4
+    # RunConfig's own defaults are chosen for a 7B on a T4; a first run takes an afternoon, not thirteen sessions.
+    "mistral-7b": {"max_conversations": 2000},
     "tiny": {
         "model": str(TINY),
         "source": str(ROOT / "data" / "conversations.jsonl"),
