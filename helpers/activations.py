@@ -133,19 +133,30 @@ def kept_when_checked(shape: ModelShape, config: RunConfig) -> float:
     """
     hidden, queries, _, _ = sizes(shape)
     stream, own = tokens_of(config) * hidden * stream_bytes(config), way(shape, config) == "own"
-    if config.train.offload_activations and (layers := checked_layers(shape, config)):
-        away = min(layers, HOST_BYTES // stream) if own else layers
-        stream *= (layers - away) / layers
+    if layers := checked_layers(shape, config):
+        stream *= (layers - offloaded_layers(shape, config)) / layers
     if own and config.train.keep_attention:
         stream += tokens_of(config) * (queries * HALF + FULL * shape.heads)
     return stream
 
 
+def offloaded_layers(shape: ModelShape, config: RunConfig) -> int:
+    """How many checkpointed layers' inputs lie in host memory: all, or as many as our own layers find room for."""
+    layers = checked_layers(shape, config) if config.train.offload_activations else 0
+    if way(shape, config) != "own":
+        return layers
+    return min(layers, int(HOST_BYTES // (tokens_of(config) * shape.hidden * stream_bytes(config))))
+
+
 def kept_while_offloading(shape: ModelShape, config: RunConfig) -> float:
-    """Bytes of inputs that are on their way to or from host memory: two layers' (helpers/layers.py)."""
-    if not (config.train.offload_activations and checked_layers(shape, config)):
+    """Bytes of inputs that are on their way to or from host memory: two layers' (helpers/layers.py).
+
+    Those that the host has no room for are the upper ones; while they are on the card, fewer are on their way.
+    """
+    away = offloaded_layers(shape, config)
+    if not away:
         return 0.0
-    copies = 2 if way(shape, config) == "own" else 4
+    copies = max(2 - (checked_layers(shape, config) - away), 0) if way(shape, config) == "own" else 4
     return copies * tokens_of(config) * shape.hidden * stream_bytes(config)
 
 
@@ -178,13 +189,10 @@ def forward_work(shape: ModelShape, config: RunConfig, checked: bool) -> float:
 
 def backward_work(shape: ModelShape, config: RunConfig) -> float:
     """Bytes that a layer's backward pass needs at its fullest, beside what is kept, or rebuilt, of it."""
-    hidden, queries, keys, inner = sizes(shape)
+    hidden, _, _, inner = sizes(shape)
     tokens, dense, weight = tokens_of(config), stream_bytes(config), largest_weight(shape)
     if way(shape, config) == "own":
-        piece = min(tokens, MLP_TOKENS)
-        mlp = tokens * HALF * 3 * hidden + piece * HALF * (hidden + 2 * inner) + weight
-        attention = tokens * HALF * (3 * hidden + 5 * queries + 2 * keys)
-        return max(mlp, attention)
+        return max(own_backward(shape, config))
     if dense == FULL:
         mlp = tokens * inner
         mlp = max(weight + 6 * mlp, 10 * mlp)
@@ -198,14 +206,34 @@ def backward_work(shape: ModelShape, config: RunConfig) -> float:
     return max(mlp, factor * score_bytes(shape, config) - gone)
 
 
+def own_backward(shape: ModelShape, config: RunConfig) -> tuple[float, float]:
+    """Bytes that our own layer's backward pass needs beside what was kept or rebuilt: (in the MLP, in attention).
+
+    Both hold the gradients of the layer's result and of its middle, and the first norm's result. Attention holds its
+    result's gradient, keys and values repeated for all heads, three gradients as large, and the memory-efficient
+    kernel's fp32 accumulator of the queries' gradient (PyTorch's mem_eff_attention/kernel_backward.h).
+    """
+    hidden, queries, _, inner = sizes(shape)
+    tokens, piece = tokens_of(config), min(tokens_of(config), MLP_TOKENS)
+    mlp = tokens * HALF * 3 * hidden + piece * HALF * (hidden + 2 * inner) + largest_weight(shape)
+    attention = tokens * (HALF * (3 * hidden + 6 * queries) + FULL * queries)
+    return mlp, attention
+
+
 def rebuilt(shape: ModelShape, config: RunConfig) -> float:
-    """Bytes that a checkpointed layer's backward pass rebuilds, beside what was kept of it."""
+    """Bytes that a checkpointed layer's backward pass rebuilds, beside what was kept of it, at its fullest.
+
+    Our own layers: queries, keys and values, and while the MLP is done its input, gate and up.
+    """
     if way(shape, config) != "own":
         return kept(shape, config)
     hidden, queries, keys, inner = sizes(shape)
     tokens, piece = tokens_of(config), min(tokens_of(config), MLP_TOKENS)
     again = 0 if config.train.keep_attention else queries
-    return HALF * (tokens * (queries + 2 * keys + again + hidden) + piece * 2 * inner)
+    attending = HALF * tokens * (queries + 2 * keys + again)
+    mlp, attention = own_backward(shape, config)
+    in_mlp = attending + HALF * (tokens * hidden + piece * 2 * inner)
+    return max(in_mlp + mlp, attending + attention) - max(mlp, attention)
 
 
 def loss_work(shape: ModelShape, config: RunConfig) -> tuple[float, float]:
@@ -222,8 +250,17 @@ def loss_work(shape: ModelShape, config: RunConfig) -> tuple[float, float]:
     if way(shape, config) == "own" or config.train.loss == "fused":
         piece = min(tokens * words, LOGITS_AT_ONCE)
         both = 10 * piece + tokens * hidden * 4 * HALF
-        return both, both
+        return both, max(both, final_norm_work(shape, config))
     tile = min(tokens, LOSS_TOKENS) * min(words, LOSS_WORDS) * HALF
     head = min(words, LOSS_WORDS) * hidden * HALF if dense == FULL else 0
     both = tile + head + tokens * hidden * (13 if dense == FULL else 6)
     return both, both
+
+
+def final_norm_work(shape: ModelShape, config: RunConfig) -> float:
+    """Bytes of the last norm's backward pass, which is transformers' own unless Liger's is asked for.
+
+    Six tensors in fp32: its input, that one's gradient through the product, and in the square's derivative the
+    gradient, the input to the power of one, twice that, and the product (PyTorch's pow_backward).
+    """
+    return 0.0 if way(shape, config) == "liger" else 6.0 * FULL * tokens_of(config) * shape.hidden

@@ -18,9 +18,10 @@ The MLP goes through MLP_TOKENS tokens at a time, so what is alive beside that, 
 
     one dequantized matrix, s·h·f (112 MiB)
     + MLP: min(tokens, MLP_TOKENS) · s·(h + 3f)                       (92 KiB a token, at most 368 MiB)
-    + attention: tokens · s·(7h + 6kv) (68 KiB a token; with the memory-efficient kernel keys and values are repeated:
-      s·(9h + 4kv), 80 KiB), not at the same time as the MLP's
+    + attention: tokens · s·(7h + 2kv) beside queries, keys and values (with the memory-efficient kernel, for which
+      keys and values are repeated, s·11h: 88 KiB a token), not at the same time as the MLP's
 
+and before the first layer's turn the last norm, which is transformers' own: tokens · 24h (96 KiB).
 Weights are dequantized when they are used and never kept; adapters stay in fp32 and are cast a layer at a time.
 """
 

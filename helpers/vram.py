@@ -98,7 +98,7 @@ def moments(shape: ModelShape, config: RunConfig, capability: tuple[int, int] = 
     def moment(inputs: int, unchecked: int, gradients: float, **extra: float) -> dict[str, float]:
         return always | {
             "LoRA gradients": lora if all_gradients else lora * gradients,
-            "checkpoints": inputs * one_input + moving,
+            "checkpoints": inputs * one_input + (moving if inputs else 0.0),
             "activations of unchecked layers": unchecked * one_kept,
             **{name.replace("_", " "): size for name, size in extra.items()},
         }

@@ -56,7 +56,7 @@ configurations = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(configurations, st.sampled_from(budget.STAGES))
 def test_components_sum_to_the_peaks_moment_and_nothing_is_negative(values, stage):
     found = budget.budget(seven(**values), SEVEN, T4, stage)
@@ -70,7 +70,7 @@ def test_components_sum_to_the_peaks_moment_and_nothing_is_negative(values, stag
     assert found.fits == (not found.reasons)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(configurations, st.sampled_from(["rank", "seq_len", "batch_size"]), st.integers(1, 512))
 def test_memory_grows_with_rank_context_and_batch(values, name, more):
     limit = {"rank": 1024, "seq_len": 32768, "batch_size": 1024}[name]
@@ -78,18 +78,29 @@ def test_memory_grows_with_rank_context_and_batch(values, name, more):
     assert process_gib(seven(**grown)) >= process_gib(seven(**values)) - 1e-9
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(configurations)
 def test_memory_falls_as_layers_are_checkpointed(values):
+    """But for what rebuilding one layer adds: its input, and holes in what the allocator reserves.
+
+    With a few tokens and a large rank the optimizer step is the peak, which no checkpointing lowers.
+    """
     config = seven(**values)
     one_input = activations.tokens_of(config) * SEVEN.hidden * 4 / 2**30
-    steps = (0, 8, 16, 24, 32)
-    sizes = [process_gib(planning.with_train(config, checkpointing=count)) for count in steps]
-    # the last layer may cost its input more than it saves, where everything is at its smallest
-    assert all(more >= fewer - max(one_input, 0.02) for more, fewer in itertools.pairwise(sizes))
+    found = [
+        budget.vram_of(planning.with_train(config, checkpointing=count), SEVEN, T4, "train")
+        for count in (0, 8, 16, 24, 32)
+    ]
+    checked = planning.with_train(config, checkpointing=32)
+    work, again = activations.forward_work(SEVEN, checked, checked=True), activations.rebuilt(SEVEN, checked)
+    holes = (0.16 * work + 0.165 * again) / 2**30
+    for more, fewer in itertools.pairwise(found):
+        # the last layer may cost its input more than it saves, where everything is at its smallest
+        assert more.allocated_gib >= fewer.allocated_gib - max(one_input, 0.02)
+        assert more.process_gib >= fewer.process_gib - max(one_input, 0.02) - holes
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.sampled_from(CARDS),
     st.sampled_from([128, 512, 1024, 2048, 6144, 16384, 32768]),

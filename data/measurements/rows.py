@@ -1,6 +1,7 @@
 """The measured rows of this folder as (configuration, shape, machine, figures), for tables.py and compare.py."""
 
 import csv
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -129,6 +130,24 @@ def own_layers() -> Iterator[Measured]:
         yield Measured(
             "own layers", "own", config, shape("mistral-7b-v0.3"), hardware.machine("h200"), True, "ok",
             number(row["allocated_gib"]), number(row["reserved_gib"]), step_s=number(row["step_s"]),
+        )  # fmt: skip
+
+
+def planned() -> Iterator[Measured]:
+    """What the planner chose for a T4, trained; `planned` is micro-batch × accumulation and what is recomputed."""
+    for row in read("h200_planned.csv"):
+        batch, accumulation, layers = map(int, re.match(r"(\d+) × (\d+), (\d+) layers", row["planned"]).groups())
+        config = RunConfig().with_values(
+            batch_size=batch,
+            seq_len=int(row["seq"]),
+            accumulation=accumulation,
+            checkpointing=layers,
+            offload_activations="offloaded" in row["planned"],
+        )
+        tokens = int(row["batch"]) * int(row["seq"])
+        yield Measured(
+            "planned", "own", config, shape("mistral-7b-v0.3"), hardware.machine("h200"), True, "ok",
+            number(row["allocated_gib"]), number(row["reserved_gib"]), step_s=tokens / float(row["tok_s"]),
         )  # fmt: skip
 
 

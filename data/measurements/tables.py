@@ -70,6 +70,7 @@ def sets() -> dict[str, list[Measured]]:
     }
     if (HERE / "h200_finetune.csv").exists():
         found["7B, our own layers, H200 as a T4 (one factor read off)"] = list(rows.own_layers())
+        found["7B, what the planner chose (the last norm's part read off)"] = list(rows.planned())
     own = HERE / "h200_own_layers.csv"
     if own.exists():
         found["**our own layers, all four models, H200 as a T4**"] = list(rows.h200(own.name))
