@@ -13,6 +13,7 @@ import gc
 import json
 import logging
 import os
+import shutil
 import threading
 import time
 import warnings
@@ -28,6 +29,8 @@ from helpers.versions import forget_old_torchao
 
 GIB = 2**30
 ADAPTER, CONFIG = "adapter_config.json", "config.json"
+KERNELS = ("gptq_marlin", "gptq_triton", "gptq_torch")
+"""GPTQModel's kernels for a GPU that need no download, the fastest first; the last knows everything."""
 Messages = list[dict[str, str]]
 
 
@@ -138,9 +141,10 @@ def load(name: str | Path, config: RunConfig | None = None) -> Loaded:
         quantization = {"quantization_config": bitsandbytes_config(config.with_values(weights="nf4"), dtype)}
         how = f"nf4, because {short}"
     started = time.perf_counter()
+    if what == "gptq":
+        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its pools need two workers, also on two cores
+        quantization = gptq_kernel(source, dtype) if placed == "cuda" else {}
     with quiet():
-        if what == "gptq":
-            os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its pools need two workers, also on two cores
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -189,6 +193,61 @@ def bitsandbytes_config(config: RunConfig, dtype: Any) -> Any:
         bnb_4bit_use_double_quant=config.model.double_quant,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def gptq_kernel(source: str | Path, dtype: Any, device: str = "cuda") -> dict[str, Any]:
+    """What from_pretrained needs to compute a GPTQ model on a GPU without a download.
+
+    Left alone, GPTQModel takes Machete on Hopper, which first downloads CUTLASS, and fails where nothing can be
+    downloaded. KERNELS are tried instead: Marlin (compiled once, with nvcc; from capability 7.5 on, a T4's), Triton
+    (needs a C compiler), PyTorch's own operators. A kernel that does not know these bits is passed over; when one
+    cannot be built, a sentence says so. Tests see on a CPU that the choice reaches the layers; that Marlin and Triton
+    build and compute needs a GPU and is not tested.
+    """
+    from transformers import GPTQConfig
+
+    settings = read_config(source)["quantization_config"]
+    for kernel in KERNELS:
+        with quiet():
+            known, trouble = try_kernel(kernel, settings, dtype, device)
+        if known and not trouble:
+            break
+        if known:
+            print(f"GPTQ's kernel {kernel} cannot be built here ({trouble}): a slower one is used.")
+    return {"quantization_config": GPTQConfig(bits=settings["bits"], backend=kernel)}
+
+
+def try_kernel(kernel: str, settings: dict, dtype: Any, device: str) -> tuple[bool, str]:
+    """Whether a kernel of GPTQModel knows this kind of model, and why it cannot be built: "" when it can."""
+    from gptqmodel.utils.importer import hf_select_quant_linear_v2
+    from gptqmodel.utils.marlin import marlin_runtime_available, marlin_runtime_error
+
+    try:
+        hf_select_quant_linear_v2(
+            bits=settings["bits"],
+            group_size=settings.get("group_size", 128),  # these three as transformers reads them
+            desc_act=settings.get("desc_act", False),
+            sym=settings.get("sym", True),
+            format=settings.get("checkpoint_format", "gptq"),
+            quant_method="gptq",
+            dtype=dtype,
+            device_map={"": device},
+            backend=kernel,
+            pack=False,
+        )
+    except ValueError as error:  # holds the reason as an exception of its own
+        missing = isinstance(error.args[0], ImportError)
+        return missing, first_line(error) if missing else ""
+    if kernel == "gptq_marlin" and not marlin_runtime_available(dtype):  # it is compiled here
+        return True, first_line(marlin_runtime_error(dtype))
+    if kernel == "gptq_triton" and not (shutil.which("gcc") or shutil.which("clang")):
+        return True, "there is no C compiler"
+    return True, ""
+
+
+def first_line(error: object) -> str:
+    """A compiler's complaint, as far as a sentence has room for it."""
+    return next((line.strip()[:120] for line in str(error).splitlines() if line.strip()), "no reason given")
 
 
 def shortfall(source: str, config: RunConfig) -> str:

@@ -22,6 +22,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from helpers.config import QuantizeConfig, RunConfig, load_yaml
+from helpers.inference import gptq_kernel, kind
 from helpers.merge import TOKENIZER_FILES, for_all_readers, nearest_folder, refuse_output, stored_tensors
 from helpers.models import ROOT, ModelShape, shape
 from helpers.workspace import building, exclusive, write_text
@@ -596,6 +597,8 @@ def open_model(folder: Path, offload: Path, gpu_gib: float | None = None):
     place = {"device_map": "cuda"}
     if weights > room:
         place = {"device_map": "auto", "max_memory": {0: room, "cpu": 0}, "offload_folder": str(offload)}
+    if kind(folder) == "gptq":
+        place |= gptq_kernel(folder, torch.float16)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, **place)
 
 

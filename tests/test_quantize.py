@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Mis
 
 import helpers.quantize
 from helpers.config import QuantizeConfig
+from helpers.inference import KERNELS, gptq_kernel
 from helpers.models import TINY, shape
 from helpers.quantize import (
     calibration_rows,
@@ -105,6 +106,20 @@ def test_transformers_computes_what_the_checkpoint_says(gptq_model):
         got, wanted = kernel(ids).logits.float(), dense(ids).logits
     assert (got - wanted).abs().max() < 0.02 * wanted.abs().max()
     assert torch.equal(got.argmax(-1), wanted.argmax(-1))
+
+
+def test_kernel_is_one_that_needs_no_download_and_reaches_the_layers(gptq_model, capsys):
+    # on a CPU neither Marlin nor Triton can be used, and the last of the list is left; on a GPU they come first
+    chosen = gptq_kernel(gptq_model, torch.float32, device="cpu")
+    assert chosen["quantization_config"].backend == KERNELS[-1] == "gptq_torch"
+    if not torch.cuda.is_available():
+        assert "kernel gptq_marlin cannot be built here (Marlin kernel requires CUDA.)" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(gptq_model, dtype=torch.float32, **chosen)
+    assert {type(module).__name__ for name, module in model.named_modules() if name.endswith("q_proj")} == {
+        "TorchLinear"
+    }
+    assert model.config.quantization_config.bits == 4
+    assert not {"gptq_machete", "gptq_swordfish", "auto"} & set(KERNELS)
 
 
 def quantized_to(bits: int, folder: Path) -> Path:
