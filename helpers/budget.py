@@ -138,10 +138,11 @@ def vram_of(config: RunConfig, shape: ModelShape, machine: Machine, stage: str) 
 
 
 def beyond_gib(config: RunConfig, shape: ModelShape, stage: str, allocated_gib: float) -> float:
-    """GiB that the allocator reserves beyond its tensors' peak. GPTQ: from one measured 7B (4.37 and 7.08 GiB)."""
+    """GiB that the allocator reserves beyond its tensors' peak; merge and GPTQ: read off merge_quantize.csv."""
     if stage == "train":
         return vram.beyond(shape, config) / GIB
-    return allocated_gib * {"merge": 0.1, "quantize": 0.62, "inference": 0.03}[stage]
+    merge = 0.57 if host.merges_into_nf4(config) else 0.4
+    return allocated_gib * {"merge": merge, "quantize": 0.52, "inference": 0.055}[stage]
 
 
 def time_of(

@@ -17,10 +17,12 @@ from helpers.hardware import Machine
 from helpers.models import ModelShape
 
 GIB = 2**30
-LIBRARIES_GIB = {"train": 0.5, "merge": 0.22, "quantize": 0.9, "inference": 0.5}
+LIBRARIES_GIB = {"train": 0.5, "merge": 0.22, "quantize": 0.9, "inference": 0.68}
 """Memory of a process that has imported what a stage needs (measured: data/measurements/README.md)."""
-CUDA_HOST_GIB = 0.5
-"""What CUDA's libraries take of the host's memory, beside that."""
+CUDA_HOST_GIB = {"train": 0.5, "merge": 0.36, "quantize": 0.3, "inference": 0.5}
+"""What CUDA's libraries take of the host's memory, beside that (merge, quantize: merge_quantize.csv)."""
+BITSANDBYTES_GIB = 0.55
+"""What bitsandbytes takes beside them where nothing else has imported it (merge_quantize.csv)."""
 KNOWN_CONVERSATIONS = {"HuggingFaceH4/ultrachat_200k": 207_865, "kaitchup/ultrachat-100k-flattened": 100_000}
 """Rows of data sets that people start with (their cards on the hub)."""
 
@@ -31,11 +33,14 @@ def ram(config: RunConfig, shape: ModelShape, machine: Machine, stage: str) -> d
     Pages of memory-mapped files (safetensors, Arrow) are left out: the kernel drops them when memory is short.
     """
     on_gpu = machine.gpu is not None
-    parts = {"Python and libraries": LIBRARIES_GIB[stage] + (CUDA_HOST_GIB if on_gpu else 0.0)}
+    parts = {"Python and libraries": LIBRARIES_GIB[stage] + (CUDA_HOST_GIB[stage] if on_gpu else 0.0)}
     largest = max(shape.vocab * shape.hidden, *(a * b for a, b in shape.linears.values()))
     lora = vram.lora_parameters(shape, config)
     if stage == "merge":  # the tensor as read, in fp32, its adapter's product in fp32, and the result in fp16
         widest = max(a * b for a, b in shape.linears.values())
+        if on_gpu:  # only the result comes back
+            quantizing = {"bitsandbytes": BITSANDBYTES_GIB} if merges_into_nf4(config) else {}
+            return parts | quantizing | {"one tensor": 2 * widest / GIB, "adapter": 4 * lora / shape.layers / GIB}
         return parts | {"one tensor": max(12 * widest, 4 * largest) / GIB, "adapter": 4 * lora / shape.layers / GIB}
     if stage == "quantize":
         rest, layer = 2 * (shape.parameters - shape.linear_parameters), 2 * shape.layer_linear_parameters
@@ -57,6 +62,11 @@ def ram(config: RunConfig, shape: ModelShape, machine: Machine, stage: str) -> d
         for m in moments.values()
     )
     return parts | {"model and activations, in fp32": held / GIB}
+
+
+def merges_into_nf4(config: RunConfig) -> bool:
+    """Whether the base is rounded to NF4 first: asked for, or (auto) because training saw it so."""
+    return config.merge.merge_base == "nf4" or (config.merge.merge_base == "auto" and config.model.weights == "nf4")
 
 
 def offloaded_bytes(config: RunConfig, shape: ModelShape) -> float:

@@ -179,9 +179,9 @@ def inference(
 
 
 def merging(shape: ModelShape, config: RunConfig, capability: tuple[int, int] = (7, 5)) -> dict[str, dict[str, float]]:
-    """The one moment of a merge: the largest adapted tensor in fp32, its adapter's product, and their sum."""
+    """The one moment of a merge: the largest adapted tensor in fp32, its adapter's product, their sum, the change."""
     widest = max(inputs * outputs for inputs, outputs in shape.linears.values())
-    return {"the largest tensor": {"layer work": 3 * FULL * widest, "cuBLAS work space": workspace(capability) / 2}}
+    return {"the largest tensor": {"layer work": 4 * FULL * widest, "cuBLAS work space": workspace(capability) / 2}}
 
 
 def quantization(
@@ -189,8 +189,8 @@ def quantization(
 ) -> dict[str, dict[str, float]]:
     """Moments of GPTQ (https://arxiv.org/abs/2210.17323), one decoder layer at a time on the card.
 
-    The widest module's Hessian, its inverse and Cholesky factor are fp32 squares of its inputs; a layer's inputs and
-    outputs for the whole calibration set stay in fp16.
+    The widest module's Hessian, its inverse and Cholesky factor are fp32 squares of its inputs; a layer's inputs for
+    the whole calibration set stay in fp16, and its outputs, made once it is quantized.
     """
     asked = config.quantize
     tokens = asked.calibration_samples * asked.calibration_tokens
@@ -198,11 +198,13 @@ def quantization(
     work = min(tokens, 4096) * 3 * shape.intermediate * HALF
     base = {
         "one layer": shape.layer_linear_parameters * HALF,
-        "calibration activations": 2 * tokens * shape.hidden * HALF,
+        "calibration activations": tokens * shape.hidden * HALF,
         "cuBLAS work space": workspace(capability),
     }
     return {
         "the widest module's sweep": base
         | {"Hessians": 3 * inputs**2 * FULL, "the module's weights in fp32": 2 * inputs * outputs * FULL},
         "the calibration set's pass": base | {"Hessians": inputs**2 * FULL, "layer work": work},
+        "the quantized layer's pass": base
+        | {"calibration activations": 2 * tokens * shape.hidden * HALF, "layer work": work},
     }

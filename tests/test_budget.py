@@ -196,7 +196,7 @@ def test_too_little_disk_is_said_with_what_to_delete():
 
 
 def test_a_run_that_outlasts_a_session_says_how_many_it_takes():
-    found = budget.budget(seven(checkpointing="all"), SEVEN, T4)
+    found = budget.budget(seven(checkpointing="all", max_conversations=20_000), SEVEN, T4)
     assert found.time.sessions == -(-found.time.total_h // 12) > 1
     assert budget.budget(seven(checkpointing="all", max_steps=10), SEVEN, T4).time.sessions == 1
 
@@ -294,6 +294,35 @@ def test_predictions_hold_on_rows_that_they_were_not_fitted_to():
             assert sum(map(abs, process)) / len(process) < 4 and min(process) > -5, name
     t4 = tables.compare(list(tables.rows.t4("unseen")), tables.process_gib, "process_gib").percent
     assert sum(map(abs, t4)) / len(t4) < 5
+
+
+def within_10_percent(predicted: float, measured: float) -> bool:
+    return abs(predicted / measured - 1) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("task", "stage", "values"),
+    [
+        ("merge-original", "merge", {"merge_base": "original"}),
+        ("merge-nf4", "merge", {"merge_base": "nf4"}),
+        ("full-compiled-pack", "quantize", {}),
+    ],
+)
+def test_merge_and_gptq_need_what_they_were_measured_to_need(task, stage, values):
+    (row,) = [row for row in tables.rows.read("merge_quantize.csv") if row["task"] == task]
+    found = budget.budget(seven(**values), SEVEN, hardware.machine("h200"), stage)
+    assert within_10_percent(found.vram.allocated_gib, float(row["vram_allocated_gib"]))
+    assert within_10_percent(found.vram.reserved_gib, float(row["vram_reserved_gib"]))
+    assert within_10_percent(found.ram.peak_gib, float(row["anon_gib"]))
+    written = float(row["size_gib"]) if stage == "quantize" else int(row["size_bytes"]) / 2**30
+    assert within_10_percent(found.disk.parts["GPTQ model" if stage == "quantize" else "merged model"], written)
+
+
+def test_evaluation_needs_what_it_was_measured_to_need():
+    measured = json.loads((tables.HERE / "h200_evaluate.json").read_text())
+    found = budget.budget(seven(), SEVEN, hardware.machine("h200"), "inference").vram
+    assert within_10_percent(found.allocated_gib, measured["peak_allocated_gib"])
+    assert within_10_percent(found.reserved_gib, measured["peak_reserved_gib"])
 
 
 def test_a_7bs_step_on_a_t4_is_within_15_percent_of_published_ones():
