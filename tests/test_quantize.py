@@ -309,7 +309,7 @@ def one_layer(tmp_path) -> Path:
     return folder
 
 
-def test_killed_at_random_moments_the_next_run_finishes(one_layer, tmp_path):
+def test_killed_at_random_moments_the_next_run_finishes(one_layer, gptq_model, tmp_path):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "helpers", "quantize", "--model", str(one_layer), "--output", str(output)]
     command += ["--calibration", "general", "--calibration-tokens", "192", "--profile", "tiny", "--json"]
@@ -317,10 +317,7 @@ def test_killed_at_random_moments_the_next_run_finishes(one_layer, tmp_path):
     def start() -> subprocess.Popen:
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
-    began = time.monotonic()
-    assert start().wait() == 0
-    took_s = time.monotonic() - began
-    shutil.rmtree(output)
+    took_s = require(gptq_model, "quantize")["measurements"]["total_s"]  # about as long: most of it is start-up
     for kill in range(KILLS):
         process = start()
         time.sleep(random.uniform(kill, kill + 1) / KILLS * took_s)
