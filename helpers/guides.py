@@ -33,7 +33,7 @@ def figures() -> list[dict[str, str]]:
             "QLoRA of Mistral 7B",
             "6–8 GB",
             f"{leanest / GB_IN_GIB:.1f} GB at least, {usual / GB_IN_GIB:.1f} the guides' way",
-            f"{verdict(usual / GB_IN_GIB, 6, 8)} for the guides' way, {verdict(leanest / GB_IN_GIB, 6, 8)} for the least",
+            f"{verdict(usual / GB_IN_GIB, 6, 8)} for that, {verdict(leanest / GB_IN_GIB, 6, 8)} for the least",
         ),
         row(
             "QLoRA, all linear layers",
