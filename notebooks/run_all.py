@@ -53,15 +53,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="tiny", choices=("tiny", "mistral-7b"))
     parser.add_argument("--workspace", type=Path, default=Path("runs/tiny"))
+    parser.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="names of notebooks to run, of the five")
     options = parser.parse_args()
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
-        workspace = run_all(options.profile, options.workspace)
+        workspace = run_all(options.profile, options.workspace, options.only)
     except papermill.PapermillExecutionError as error:
         print(f"failed in cell {error.cell_index}\n{error}", file=sys.stderr)
         return 1
-    report = json.loads((workspace / "report.json").read_text(encoding="utf-8"))
-    print(f"\n{table(report)}\n\nIn {workspace}:")
+    if (workspace / "report.json").is_file():
+        print(f"\n{table(json.loads((workspace / 'report.json').read_text(encoding='utf-8')))}")
+    print(f"\nIn {workspace}:")
     for path in sorted(workspace.iterdir()):
         print(f"  {path.name}{'/' if path.is_dir() else ''}")
     return 0
