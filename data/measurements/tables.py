@@ -145,12 +145,12 @@ def step_errors() -> Errors:
 
 
 def fine_tuning() -> str:
-    """Ours at its fastest and at its leanest beside Unsloth and the guides' recipe: tokens a second and GiB."""
+    """Ours at its fastest and at its leanest, as measured, beside Unsloth and the guides' recipe: tokens a second and GiB."""
     found = [row for row in rows.read("h200_finetune.csv") if not row["error"]]
     engines = {name: [row for row in found if row["engine"] == name] for name in ("ours", "unsloth", "baseline")}
     sizes = sorted({(int(row["batch"]), int(row["seq"])) for row in found}, key=lambda size: (size[0] * size[1], size))
     lines = [
-        "| batch × context | ours, fastest that fits | ours, leanest | Unsloth | guides' recipe |",
+        "| batch × context | ours, fastest | ours, leanest | Unsloth | guides' recipe |",
         "|---|--:|--:|--:|--:|",
     ]
     for batch, seq in sizes:
@@ -199,8 +199,8 @@ def planned() -> str:
     return (
         f"The plans for a T4 at {len(chosen)} points, up to {longest:,} tokens, all trained; reserved at most "
         f"{most:.2f} of {CAP_GIB} GiB. Predicted against measured: allocated {allocated}, reserved {reserved}. (With "
-        "the formulas of that day up to 3.3 % under: the run showed a part that they lacked. They have it since, and plan "
-        "the longest contexts with more room.)"
+        "the formulas of that day up to 3.3 % under: the run showed a part that they lacked. They have it since, "
+        "and plan the longest contexts with more room.)"
     )
 
 
