@@ -12,7 +12,7 @@ from helpers.models import ModelShape
 CONTEXTS = (32768, 24576, 16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 128)
 RANKS = (256, 128, 64, 32, 16, 8, 4)
 MARGIN = 0.03
-"""Share of the VRAM that a plan leaves free: of our own layers, what is reserved was at most that much under (tables.py)."""
+"""Share of the VRAM that a plan leaves free: for our own layers, predictions were at most that much under."""
 
 LEANEST = {"keep_attention": False, "offload_activations": True}
 

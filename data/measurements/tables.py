@@ -145,7 +145,7 @@ def step_errors() -> Errors:
 
 
 def fine_tuning() -> str:
-    """Ours at its fastest and at its leanest, as measured, beside Unsloth and the guides' recipe: tokens a second and GiB."""
+    """Ours at its fastest and leanest beside Unsloth and the guides' recipe: tokens a second and GiB."""
     found = [row for row in rows.read("h200_finetune.csv") if not row["error"]]
     engines = {name: [row for row in found if row["engine"] == name] for name in ("ours", "unsloth", "baseline")}
     sizes = sorted({(int(row["batch"]), int(row["seq"])) for row in found}, key=lambda size: (size[0] * size[1], size))
