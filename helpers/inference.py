@@ -386,8 +386,8 @@ def pad_left(rows: list[list[int]], pad: int, device: Any) -> dict[str, Any]:
 
 def stream(loaded: Loaded, messages: str | Messages, **settings: Any) -> None:
     """Print the answer as it is written; settings as in `pieces`."""
-    for piece in pieces(loaded, messages, **settings):
-        print(piece, end="", flush=True)
+    for place, piece in enumerate(pieces(loaded, messages, **settings)):
+        print(piece if place else piece.lstrip(), end="", flush=True)  # templates leave a space before the answer
     print()
 
 
