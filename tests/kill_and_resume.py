@@ -175,7 +175,7 @@ def wait_for_moment(process: int, saves: Path, number: int, chance: random.Rando
             time.sleep(chance.uniform(0, 0.02))
             return
         if not number % 2 and writes >= enough:
-            time.sleep(chance.uniform(0, 0.3))
+            time.sleep(chance.uniform(0, 0.05))
             return
         time.sleep(0.0005)
 
