@@ -56,7 +56,7 @@ def make_inputs(folder: Path) -> tuple[Path, Path]:
     return model, prepared
 
 
-def life(model: Path, prepared: Path, output: Path, trouble: str, seed: int) -> int:
+def life(model: Path, prepared: Path, output: Path, trouble: str, seed: float) -> int:
     """One life of the training, in a fork; returns its process id."""
     process = os.fork()
     if process:
@@ -124,22 +124,28 @@ def kill_and_resume(folder: Path, trouble: str, kills: int, undisturbed: tuple[P
         (folder / "drive_store" / "recipes").mkdir(parents=True)
         (output.parent / "lasting.txt").write_text(str(folder / "drive_store" / "recipes" / "run"))
     saves = output.with_name("finetune.partial") / "checkpoints"
-    resumed_from, inside, log = [], 0, output.parent / "lives.log"
-    for number in range(kills):
+    resumed_from, differences, inside, log = [], [], 0, output.parent / "lives.log"
+    log.touch()
+    while len(resumed_from) < kills:
+        number = len(resumed_from)
         whole = [path for path in checkpoints.all_of(saves) if checkpoints.problem(path) is None]
-        resumed_from.append(checkpoints.step_of(whole[-1]) if whole else 0)
         full = trouble == "disk" and number % 4 == 2
-        log.touch()
         said = log.read_text().count("could not be written")
-        process = life(model, prepared, output, "none" if trouble == "disk" and not full else trouble, number)
-        while full and log.read_text().count("could not be written") == said:
+        process = life(model, prepared, output, "none" if trouble == "disk" and not full else trouble, chance.random())
+        while full and not has_ended(process) and log.read_text().count("could not be written") == said:
             time.sleep(0.01)
         wait_for_moment(process, saves, number, chance)
-        inside += (saves / checkpoints.BESIDE).exists()
+        in_a_write = (saves / checkpoints.BESIDE).exists()
         os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
-        if status == 0:
-            break  # it ended before the blow
+        if os.WIFEXITED(status):  # it ended before the blow, which so does not count: compare, and train anew
+            assert status == 0, log.read_text()
+            differences.append(compare(expected, output))
+            shutil.rmtree(output)
+            shutil.rmtree(folder / "drive_store" / "recipes" / "run", ignore_errors=True)
+            continue
+        inside += in_a_write
+        resumed_from.append(checkpoints.step_of(whole[-1]) if whole else 0)
         whole = [path for path in checkpoints.all_of(saves) if checkpoints.problem(path) is None]
         if trouble == "rot" and len(whole) > 1 and chance.random() < 0.5:
             flip_bit(chance.choice([file for file in whole[-1].iterdir() if file.stat().st_size]), chance)
@@ -148,6 +154,7 @@ def kill_and_resume(folder: Path, trouble: str, kills: int, undisturbed: tuple[P
     _, status = os.waitpid(life(model, prepared, output, trouble if trouble == "drive" else "none", 1), 0)
     said = log.read_text()
     assert status == 0, said
+    differences.append(compare(expected, output))
     return {
         "kills": len(resumed_from),
         "inside_a_write": inside,
@@ -156,8 +163,9 @@ def kill_and_resume(folder: Path, trouble: str, kills: int, undisturbed: tuple[P
         "not_written": said.count("could not be written"),
         "not_sent": said.count("was not copied"),
         "fetched": said.count("fetching checkpoint"),
-        "loss_difference": loss_difference(expected, output),
-        "adapter_difference": adapter_difference(expected, output),
+        "trainings_ended": len(differences),
+        "loss_difference": max(loss for loss, _ in differences),
+        "adapter_difference": max(adapter for _, adapter in differences),
         "total_s": round(time.monotonic() - began, 1),
     }
 
@@ -166,9 +174,7 @@ def wait_for_moment(process: int, saves: Path, number: int, chance: random.Rando
     """Until a random moment of this life: inside a checkpoint write every second time, else anywhere."""
     begin, patience_s = time.monotonic(), 20.0
     writes, inside, enough = 0, False, chance.randrange(3)
-    while time.monotonic() - begin < patience_s and not os.waitid(
-        os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT
-    ):
+    while time.monotonic() - begin < patience_s and not has_ended(process):
         was_inside, inside = inside, (saves / checkpoints.BESIDE).exists()
         writes += inside and not was_inside
         if number % 2 and inside and writes > enough:
@@ -180,6 +186,11 @@ def wait_for_moment(process: int, saves: Path, number: int, chance: random.Rando
         time.sleep(0.0005)
 
 
+def has_ended(process: int) -> bool:
+    """Whether a child has ended; it stays to be waited for."""
+    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def flip_bit(file: Path, chance: random.Random) -> None:
     """Change one bit of a file, in place."""
     content = bytearray(file.read_bytes())
@@ -187,19 +198,15 @@ def flip_bit(file: Path, chance: random.Random) -> None:
     file.write_bytes(content)
 
 
-def loss_difference(one: Path, other: Path) -> float:
-    """The largest difference between two logs' losses, step by step."""
+def compare(one: Path, other: Path) -> tuple[float, float]:
+    """The largest difference of a loss, step by step, and of an adapter weight, between two finished trainings."""
     logs = [json.loads((folder / "log.json").read_text(encoding="utf-8")) for folder in (one, other)]
     losses = [{entry["step"]: entry["loss"] for entry in log if "loss" in entry} for log in logs]
     assert losses[0].keys() == losses[1].keys() and len(losses[0]) == STEPS, [list(loss) for loss in losses]
-    return max(abs(losses[0][step] - losses[1][step]) for step in losses[0])
-
-
-def adapter_difference(one: Path, other: Path) -> float:
-    """The largest difference between two adapters' weights."""
     first, second = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, other))
     assert first.keys() == second.keys()
-    return max((first[name] - second[name]).abs().max().item() for name in first)
+    loss = max(abs(losses[0][step] - losses[1][step]) for step in losses[0])
+    return loss, max((first[name] - second[name]).abs().max().item() for name in first)
 
 
 if __name__ == "__main__":
