@@ -9,6 +9,7 @@ in the activations' type.
 tensor([[0.8485, 1.1314]])
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,28 +96,34 @@ def dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Te
     """
     blocks = state.absmax.numel()
     if not on_triton(packed) or blocks * state.blocksize != state.shape.numel():
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(packed.view(-1, 1), state).to(dtype)
+        return bitsandbytes_dequantize(packed, state, dtype)
     out = torch.empty(state.shape, dtype=dtype, device=packed.device)
     groups = state.state2 if state.nested else None
+    # No fused multiply-add: bitsandbytes rounds a scale's product before it adds the offset.
     _dequantize[(triton.cdiv(blocks, 64),)](
         packed, state.absmax, state.code, out, blocks,
         groups.code if groups else None, groups.absmax if groups else None, state.offset if groups else None,
         NESTED=bool(groups), GROUP=groups.blocksize if groups else 1, HALF=state.blocksize // 2, BLOCKS=64,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
-def same_as_bitsandbytes(weight: torch.Tensor) -> bool:
-    """Whether `dequantize` gives on this device, bit for bit, what bitsandbytes gives for a packed weight.
+def bitsandbytes_dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The same through bitsandbytes' own kernels."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(packed.view(-1, 1), state).to(dtype)
+
+
+def dequantizer(weight: torch.Tensor) -> Callable[[torch.Tensor, Any, torch.dtype], torch.Tensor]:
+    """`dequantize` where it gives on this device, bit for bit, what bitsandbytes gives for a packed weight; else that.
 
     Asked once before training, on one matrix: Triton compiles anew for each card, and a wrong weight raises nothing.
     """
-    from bitsandbytes.functional import dequantize_4bit
-
-    state = weight.quant_state
-    return torch.equal(dequantize(weight.data, state, state.dtype), dequantize_4bit(weight.data.view(-1, 1), state))
+    packed, state = weight.data, weight.quant_state
+    expected = bitsandbytes_dequantize(packed, state, state.dtype)
+    return dequantize if torch.equal(dequantize(packed, state, state.dtype), expected) else bitsandbytes_dequantize
 
 
 def on_triton(x: torch.Tensor) -> bool:

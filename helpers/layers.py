@@ -49,11 +49,12 @@ class Linear:
     up: torch.nn.Parameter | None
     """LoRA's B: (out, rank)."""
     scaling: float
+    dequantize: Callable = kernels.dequantize
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix in dtype: (out, in)."""
         state = getattr(self.weight, "quant_state", None)
-        return self.weight.to(dtype) if state is None else kernels.dequantize(self.weight.data, state, dtype)
+        return self.weight.to(dtype) if state is None else self.dequantize(self.weight.data, state, dtype)
 
 
 def linear_of(module: torch.nn.Module) -> Linear:
@@ -408,9 +409,6 @@ def why_not(model: torch.nn.Module) -> str | None:
     ]
     if any(linear.weight.dtype == torch.int8 for linear in linears):
         return "8-bit weights are multiplied by bitsandbytes' own layers"
-    packed = next((linear.weight for linear in linears if hasattr(linear.weight, "quant_state")), None)
-    if packed is not None and not kernels.same_as_bitsandbytes(packed):
-        return "on this card the kernel that unpacks weights does not agree with bitsandbytes"
     return None
 
 
@@ -422,8 +420,14 @@ def install(model: torch.nn.Module, keeps: list[str], offload: bool = False) -> 
     device = next(model.parameters()).device
     host = Offload(device) if offload else None
     places = Places(host)
-    for module, kept in zip(model.model.layers, keeps, strict=True):
-        module.forward = training_forward(module.forward, Layer(module, kept, host), places)
+    layers = [Layer(module, kept, host) for module, kept in zip(model.model.layers, keeps, strict=True)]
+    linears = [linear for layer in layers for group in layer.groups for linear in group.linears]
+    packed = [linear for linear in linears if hasattr(linear.weight, "quant_state")]
+    chosen = kernels.dequantizer(packed[0].weight) if packed else None
+    for linear in packed:
+        linear.dequantize = chosen
+    for module, layer in zip(model.model.layers, layers, strict=True):
+        module.forward = training_forward(module.forward, layer, places)
 
 
 class Places:
