@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--deadline-s", type=float, default=540)
     parser.add_argument("--layers", type=int, default=32, help="of the full model; fewer to try the script")
     parser.add_argument("--name", default="mistral-7b-v0.3", help="the model whose shape it has")
+    parser.add_argument("--candidates", nargs="+", choices=VARIANTS, default=CANDIDATES, help="tried on two layers")
     parser.add_argument("--task", help="internal: one task, its job as JSON on standard input")
     options = parser.parse_args()
     if options.task:
@@ -87,8 +88,9 @@ class Bench:
         )
         self.task("make", "make-2-layers", {"name": name, "folder": str(self.work / "two"), "layers": 2}, limit=False)
         self.task("merge", "merge-original", {"base": str(base), "adapter": str(adapter), "output": str(merged)})
-        steady = {name: self.gptq(name, self.work / "two") for name in CANDIDATES}
-        best = min((name for name in CANDIDATES if steady[name]), key=lambda name: steady[name], default=CANDIDATES[0])
+        tried = self.options.candidates
+        steady = {name: self.gptq(name, self.work / "two") for name in tried}
+        best = min((name for name in tried if steady[name]), key=lambda name: steady[name], default=tried[0])
         expected_s = 60 + (steady[best] or 14) * self.options.layers
         if self.left_s() > expected_s:
             self.gptq(best, merged, "full-")
@@ -100,7 +102,7 @@ class Bench:
         else:
             print(f"no time for all layers: {expected_s:.0f} s expected, {self.left_s():.0f} s left")
         for variant in VARIANTS:
-            if variant not in CANDIDATES:
+            if variant not in tried:
                 self.gptq(variant, self.work / "two")
         nf4 = {"base": str(base), "adapter": str(adapter), "output": str(self.work / "merged-nf4"), "merge_base": "nf4"}
         self.task("merge", "merge-nf4", nf4)

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROWS, CHECKS, PLANS = (HERE / f"h200_finetune{part}.csv" for part in ("", "_check", "_plan"))
+ROWS, CHECKS, PLANS, KERNELS = (
+    HERE / f"h200_{name}.csv" for name in ("finetune", "finetune_check", "planned", "dequantize")
+)
 ABOUT = (
     *("date", "gpu", "cap_gib"),
     *("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "liger_kernel", "unsloth"),
@@ -25,6 +27,14 @@ COLUMNS = {
         *("batch", "seq", "planned", "predicted_allocated_gib", "allocated_gib", "predicted_reserved_gib"),
         *("reserved_gib", "card_share", "predicted_tok_s", "tok_s", "applied", "error"),
     ),
+    KERNELS: ("matrix", "different", "ours_ms", "bitsandbytes_ms"),
+}
+# CSV -> the columns that say which row it is.
+SETTINGS = {
+    ROWS: ("engine", "batch", "seq", "checkpointing", "keep_attention", "offload_activations"),
+    CHECKS: ("variant",),
+    PLANS: ("batch", "seq"),
+    KERNELS: ("matrix",),
 }
 SHOWN = {"ours": "ours", "unsloth": "Unsloth", "baseline": "baseline recipe"}
 
@@ -32,13 +42,10 @@ SHOWN = {"ours": "ours", "unsloth": "Unsloth", "baseline": "baseline recipe"}
 def write(sources: list[Path]) -> None:
     """The benchmark's JSON lines into the CSVs; a row measured again takes the place of the earlier one."""
     records = [json.loads(line) for source in sources for line in source.read_text(encoding="utf-8").splitlines()]
-    kinds = {"check": CHECKS, "planned": PLANS, "kernels": None}
+    kinds = {"check": CHECKS, "planned": PLANS, "kernels": KERNELS}
     for path, columns in COLUMNS.items():
         chosen = [*read(path), *(record for record in records if kinds.get(record["engine"], ROWS) == path)]
-        settings = (
-            [name for name in columns[:7] if name != "layers"] if path == ROWS else columns[: 1 + (path == PLANS)]
-        )
-        latest = {tuple(str(record.get(name, "")) for name in settings): record for record in chosen}
+        latest = {tuple(str(record.get(name, "")) for name in SETTINGS[path]): record for record in chosen}
         if latest:
             with path.open("w", encoding="utf-8", newline="") as stream:
                 table = csv.DictWriter(stream, (*ABOUT, *columns), extrasaction="ignore", lineterminator="\n")

@@ -198,9 +198,7 @@ def planned() -> str:
     longest, most = max(row.config.data.seq_len for row in chosen), max(row.reserved_gib for row in chosen)
     return (
         f"The plans for a T4 at {len(chosen)} points, up to {longest:,} tokens, all trained; reserved at most "
-        f"{most:.2f} of {CAP_GIB} GiB. Predicted against measured: allocated {allocated}, reserved {reserved}. (With "
-        "the formulas of that day up to 3.3 % under: the run showed a part that they lacked. They have it since, "
-        "and plan the longest contexts with more room.)"
+        f"{most:.2f} of {CAP_GIB} GiB. Predicted against measured: allocated {allocated}, reserved {reserved}."
     )
 
 
