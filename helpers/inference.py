@@ -29,8 +29,8 @@ from helpers.versions import forget_old_torchao
 
 GIB = 2**30
 ADAPTER, CONFIG = "adapter_config.json", "config.json"
-KERNELS = ("gptq_marlin", "gptq_triton", "gptq_torch")
-"""GPTQModel's kernels for a GPU that need no download, the fastest first; the last knows everything."""
+KERNELS = ("gptq_triton", "gptq_torch")
+"""GPTQModel's kernels for a GPU that need neither a download nor nvcc, the faster first; the last knows everything."""
 Messages = list[dict[str, str]]
 
 
@@ -195,19 +195,20 @@ def bitsandbytes_config(config: RunConfig, dtype: Any) -> Any:
     )
 
 
-def gptq_kernel(source: str | Path, dtype: Any, device: str = "cuda") -> dict[str, Any]:
-    """What from_pretrained needs to compute a GPTQ model on a GPU without a download.
+def gptq_kernel(
+    source: str | Path, dtype: Any, device: str = "cuda", kernels: tuple[str, ...] = KERNELS
+) -> dict[str, Any]:
+    """What from_pretrained needs to compute a GPTQ model on a GPU at once.
 
     Left alone, GPTQModel takes Machete on Hopper, which first downloads CUTLASS, and fails where nothing can be
-    downloaded. KERNELS are tried instead: Marlin (compiled once, with nvcc; from capability 7.5 on, a T4's), Triton
-    (needs a C compiler), PyTorch's own operators. A kernel that does not know these bits is passed over; when one
-    cannot be built, a sentence says so. Tests see on a CPU that the choice reaches the layers; that Marlin and Triton
-    build and compute needs a GPU and is not tested.
+    downloaded; elsewhere Marlin, which nvcc compiles for minutes on every new machine (data/measurements/README.md).
+    So Triton's kernel is taken (needs a C compiler), or PyTorch's own operators where it does not know these bits or
+    cannot be built, which a sentence says.
     """
     from transformers import GPTQConfig
 
     settings = read_config(source)["quantization_config"]
-    for kernel in KERNELS:
+    for kernel in kernels:
         with quiet():
             known, trouble = try_kernel(kernel, settings, dtype, device)
         if known and not trouble:
@@ -220,7 +221,6 @@ def gptq_kernel(source: str | Path, dtype: Any, device: str = "cuda") -> dict[st
 def try_kernel(kernel: str, settings: dict, dtype: Any, device: str) -> tuple[bool, str]:
     """Whether a kernel of GPTQModel knows this kind of model, and why it cannot be built: "" when it can."""
     from gptqmodel.utils.importer import hf_select_quant_linear_v2
-    from gptqmodel.utils.marlin import marlin_runtime_available, marlin_runtime_error
 
     try:
         hf_select_quant_linear_v2(
@@ -238,8 +238,6 @@ def try_kernel(kernel: str, settings: dict, dtype: Any, device: str) -> tuple[bo
     except ValueError as error:  # holds the reason as an exception of its own
         missing = isinstance(error.args[0], ImportError)
         return missing, first_line(error) if missing else ""
-    if kernel == "gptq_marlin" and not marlin_runtime_available(dtype):  # it is compiled here
-        return True, first_line(marlin_runtime_error(dtype))
     if kernel == "gptq_triton" and not (shutil.which("gcc") or shutil.which("clang")):
         return True, "there is no C compiler"
     return True, ""

@@ -54,6 +54,7 @@ def label_loss(
     targets = labels[:, 1:].reshape(-1)
     places = (targets != IGNORE).nonzero()[:, 0]
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, places)
+    rows = rows.to(head.weight.dtype)  # DoRA's layers answer in fp32 under autocast
     targets = targets.index_select(0, places)
     if kind == "full":
         total = torch.nn.functional.cross_entropy(head(rows).float(), targets, reduction="sum")

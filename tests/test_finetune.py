@@ -24,7 +24,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from helpers import activations, batches, config, finetune, kernels, layers
+from helpers import activations, batches, config, finetune, kernels, layers, losses
 from helpers.models import TINY, profile, shape
 from helpers.optimizers import FlatOptimizer
 
@@ -214,6 +214,19 @@ def test_losses_are_those_of_plain_peft_and_trl(values, small, request, tmp_path
     assert plain_losses[0] - plain_losses[-1] > 0.05  # it learns, or equality would say little
     assert ours == pytest.approx(plain_losses, abs=1e-3)
     assert measured["steps_applied"] == STEPS
+
+
+@pytest.mark.parametrize("kind", ["chunked", "full"])
+def test_loss_of_hidden_states_wider_than_the_head(kind):
+    # DoRA's layers answer in fp32 under autocast, whatever the head's type
+    torch.manual_seed(0)
+    head, hidden = torch.nn.Linear(16, 50, bias=False), torch.randn(2, 6, 16, requires_grad=True)
+    labels = torch.randint(0, 50, (2, 6))
+    exact = losses.label_loss(hidden, head, labels, None, "full")
+    wide = losses.label_loss(hidden, head.to(torch.bfloat16).requires_grad_(False), labels, None, kind)
+    assert wide.item() == pytest.approx(exact.item(), abs=0.02)
+    (gradient,) = torch.autograd.grad(wide, hidden)
+    assert gradient.dtype == hidden.dtype and gradient.abs().sum() > 0
 
 
 def test_losses_on_the_tiny_model(prepared, tmp_path):

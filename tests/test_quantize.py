@@ -108,18 +108,19 @@ def test_transformers_computes_what_the_checkpoint_says(gptq_model):
     assert torch.equal(got.argmax(-1), wanted.argmax(-1))
 
 
-def test_kernel_is_one_that_needs_no_download_and_reaches_the_layers(gptq_model, capsys):
-    # on a CPU neither Marlin nor Triton can be used, and the last of the list is left; on a GPU they come first
+def test_kernel_is_one_that_needs_neither_download_nor_nvcc_and_reaches_the_layers(gptq_model, capsys):
+    # on a CPU Triton cannot be used, and the last of the list is left; on a GPU it comes first
     chosen = gptq_kernel(gptq_model, torch.float32, device="cpu")
     assert chosen["quantization_config"].backend == KERNELS[-1] == "gptq_torch"
     if not torch.cuda.is_available():
+        gptq_kernel(gptq_model, torch.float32, device="cpu", kernels=("gptq_marlin", "gptq_torch"))
         assert "kernel gptq_marlin cannot be built here (Marlin kernel requires CUDA.)" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(gptq_model, dtype=torch.float32, **chosen)
     assert {type(module).__name__ for name, module in model.named_modules() if name.endswith("q_proj")} == {
         "TorchLinear"
     }
     assert model.config.quantization_config.bits == 4
-    assert not {"gptq_machete", "gptq_swordfish", "auto"} & set(KERNELS)
+    assert not {"gptq_machete", "gptq_marlin", "auto"} & set(KERNELS)
 
 
 def quantized_to(bits: int, folder: Path) -> Path:

@@ -47,6 +47,8 @@ VARIANTS = {
     "two-cores": {"batch_tokens": 4096, "cores": 2},
 }
 CANDIDATES = ("python-pack", "gpu-pack", "compiled-pack")
+OPENED = ("gptq_triton", "gptq_torch", "gptq_marlin")
+NEW_TOKENS = 64
 
 
 def main() -> None:
@@ -57,7 +59,7 @@ def main() -> None:
     parser.add_argument("--deadline-s", type=float, default=540)
     parser.add_argument("--layers", type=int, default=32, help="of the full model; fewer to try the script")
     parser.add_argument("--name", default="mistral-7b-v0.3", help="the model whose shape it has")
-    parser.add_argument("--candidates", nargs="+", choices=VARIANTS, default=CANDIDATES, help="tried on two layers")
+    parser.add_argument("--candidates", nargs="*", choices=VARIANTS, default=CANDIDATES, help="tried on two layers")
     parser.add_argument("--task", help="internal: one task, its job as JSON on standard input")
     options = parser.parse_args()
     if options.task:
@@ -90,15 +92,14 @@ class Bench:
         self.task("merge", "merge-original", {"base": str(base), "adapter": str(adapter), "output": str(merged)})
         tried = self.options.candidates
         steady = {name: self.gptq(name, self.work / "two") for name in tried}
-        best = min((name for name in tried if steady[name]), key=lambda name: steady[name], default=tried[0])
-        expected_s = 60 + (steady[best] or 14) * self.options.layers
+        best = min((name for name in tried if steady[name]), key=lambda name: steady[name], default="gpu-pack")
+        expected_s = 60 + (steady.get(best) or 3) * self.options.layers
         if self.left_s() > expected_s:
             self.gptq(best, merged, "full-")
-            self.task(
-                "check",
-                "check",
-                {"model": str(merged), "output": str(self.work / f"full-{best}"), "vocab": shape(name).vocab},
-            )
+            quantized = {"output": str(self.work / f"full-{best}"), "vocab": shape(name).vocab}
+            for kernel in OPENED:
+                self.task("open", f"open-{kernel}", quantized | {"kernel": kernel}, cores=2)
+            self.task("check", "check", quantized | {"model": str(merged)})
         else:
             print(f"no time for all layers: {expected_s:.0f} s expected, {self.left_s():.0f} s left")
         for variant in VARIANTS:
@@ -213,7 +214,7 @@ def child(task: str, job: dict) -> None:
     gpu = torch.cuda.is_available()
     if gpu and task != "make":
         torch.cuda.set_per_process_memory_fraction(VRAM_GIB * GIB / torch.cuda.get_device_properties(0).total_memory)
-    row = {"make": make, "merge": run_merge, "gptq": run_gptq, "check": run_check}[task](job)
+    row = {"make": make, "merge": run_merge, "gptq": run_gptq, "open": run_open, "check": run_check}[task](job)
     memory = (
         {
             f"vram_{kind}_gib": round(getattr(torch.cuda, f"max_memory_{kind}")() / GIB, 3)
@@ -363,21 +364,46 @@ def run_gptq(job: dict) -> dict:
     }
 
 
-def run_check(job: dict) -> dict:
-    """Open the merged model in less VRAM than it needs, then the quantized one; perplexity of both on random tokens."""
+def run_open(job: dict) -> dict:
+    """Open the quantized model with one of GPTQModel's kernels: seconds, perplexity on random tokens, tokens/s."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from helpers.inference import gptq_kernel
+    from helpers.quantize import perplexity
+
+    rows, start = random_rows(4, job["vocab"]), time.monotonic()
+    kernel = gptq_kernel(job["output"], torch.float16, kernels=(job["kernel"],))
+    model = AutoModelForCausalLM.from_pretrained(job["output"], dtype=torch.float16, device_map="cuda", **kernel)
+    result = {
+        "kernel": job["kernel"],
+        "open_s": round(time.monotonic() - start, 1),
+        "perplexity": perplexity(model, rows),
+    }
+    ids, took = torch.tensor([rows[0][:128]], device="cuda"), []
+    for new in (1, NEW_TOKENS, NEW_TOKENS):  # the first two compile and try variants
+        start = time.monotonic()
+        lengths = {"max_new_tokens": new, "min_new_tokens": new}
+        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **lengths)
+        torch.cuda.synchronize()
+        took.append(time.monotonic() - start)
+    return result | {"first_token_s": round(took[0], 2), "tokens_per_s": round(NEW_TOKENS / took[2], 1)}
+
+
+def random_rows(count: int, vocab: int) -> list[list[int]]:
+    """Rows of TOKENS random tokens."""
     import torch
 
-    from helpers.quantize import open_model, perplexity
+    return torch.randint(300, vocab, (count, TOKENS), generator=torch.Generator().manual_seed(1)).tolist()
 
-    rows = torch.randint(300, job["vocab"], (4, TOKENS), generator=torch.Generator().manual_seed(1)).tolist()
-    result = {}
-    for name in ("model", "output"):
-        start = time.monotonic()
-        model = open_model(Path(job[name]), Path(job["output"]) / "offload", gpu_gib=VRAM_GIB)
-        result |= {f"{name}_open_s": round(time.monotonic() - start, 1), f"{name}_perplexity": perplexity(model, rows)}
-        result |= {f"{name}_seconds": round(time.monotonic() - start, 1)}
-        del model
-    return result
+
+def run_check(job: dict) -> dict:
+    """helpers.quantize's own check: the merged model in less VRAM than it needs, then the quantized one."""
+    from helpers.quantize import check_task
+
+    result, start = {}, time.monotonic()
+    check_task(job | {"check_rows": random_rows(4, job["vocab"])}, result.update)
+    return result | {"seconds": round(time.monotonic() - start, 1)}
 
 
 if __name__ == "__main__":
