@@ -19,7 +19,7 @@ from helpers.models import ModelShape
 GIB = 2**30
 LIBRARIES_GIB = {"train": 0.3, "merge": 0.22, "quantize": 0.9, "inference": 0.68}
 """Memory of a process that has imported what a stage needs (measured: data/measurements/README.md)."""
-CUDA_HOST_GIB = {"train": 0.7, "merge": 0.36, "quantize": 0.3, "inference": 0.5}
+CUDA_HOST_GIB = {"train": 0.7, "merge": 0.36, "quantize": 0.25, "inference": 0.5}
 """What CUDA's libraries take of the host's memory, beside that (merge, quantize: merge_quantize.csv)."""
 BITSANDBYTES_GIB = 0.55
 """What bitsandbytes takes beside them where nothing else has imported it (merge_quantize.csv)."""

@@ -305,7 +305,7 @@ def within_10_percent(predicted: float, measured: float) -> bool:
     [
         ("merge-original", "merge", {"merge_base": "original"}),
         ("merge-nf4", "merge", {"merge_base": "nf4"}),
-        ("full-compiled-pack", "quantize", {}),
+        ("full-gpu-pack", "quantize", {}),
     ],
 )
 def test_merge_and_gptq_need_what_they_were_measured_to_need(task, stage, values):

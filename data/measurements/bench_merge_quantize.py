@@ -2,12 +2,15 @@
 
 Every task runs in a process of its own, with the allocator capped at 14.42 GiB and, where the system lets us, a hard
 limit of 12 GiB on its host memory. First GPTQ of two layers with each variant of settings, then all 32 layers with the
-fastest. A row a task is appended to merge_quantize.jsonl as soon as it is known.
+fastest; the result is opened with each of GPTQModel's kernels on two cores. A row a task is appended to
+merge_quantize.jsonl as soon as it is known; --rows puts such a file's rows into merge_quantize.csv, a task's newest.
 
-    python data/measurements/bench_merge_quantize.py --work /tmp/bench --output data/measurements --deadline-s 540
+    python data/measurements/bench_merge_quantize.py --work /tmp/bench --output OUT --deadline-s 540
+    python data/measurements/bench_merge_quantize.py --rows OUT/merge_quantize.jsonl
 """
 
 import argparse
+import csv
 import json
 import os
 import re
@@ -54,18 +57,40 @@ NEW_TOKENS = 64
 def main() -> None:
     """Run the tasks in order of importance until the deadline."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/bench"))
+    parser.add_argument("--output", type=Path, default=Path("/tmp/bench"))
+    parser.add_argument("--rows", type=Path, help="measure nothing: this file's rows into merge_quantize.csv")
     parser.add_argument("--deadline-s", type=float, default=540)
     parser.add_argument("--layers", type=int, default=32, help="of the full model; fewer to try the script")
     parser.add_argument("--name", default="mistral-7b-v0.3", help="the model whose shape it has")
     parser.add_argument("--candidates", nargs="*", choices=VARIANTS, default=CANDIDATES, help="tried on two layers")
     parser.add_argument("--task", help="internal: one task, its job as JSON on standard input")
     options = parser.parse_args()
+    if options.rows:
+        keep_rows(options.rows)
+        return
     if options.task:
         child(options.task, json.loads(sys.stdin.read()))
         return
     Bench(options).run()
+
+
+def keep_rows(source: Path) -> None:
+    """The file's rows into merge_quantize.csv; a task measured again takes the place of the earlier row."""
+    path = Path(__file__).with_name("merge_quantize.csv")
+    with path.open(encoding="utf-8", newline="") as stream:
+        reader = csv.DictReader(stream)
+        columns, latest = list(reader.fieldnames or ()), {row["task"]: row for row in reader}
+    for line in source.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        row |= {"layer_times_s": " ".join(map(str, row["layer_times_s"]))} if "layer_times_s" in row else {}
+        row |= {"oom_kill": row.get("limit_events", {}).get("oom_kill", "")}
+        latest[row["task"]] = row
+        columns += [name for name in row if name not in (*columns, "limit_events", "modules")]
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        table = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        table.writerows(latest.values())
 
 
 class Bench:

@@ -180,7 +180,7 @@ def merge_and_gptq() -> str:
     named = {
         "merge into the fp16 base": ("merge-original", "merge_s"),
         "merge into the base as training saw it (NF4)": ("merge-nf4", "merge_s"),
-        "GPTQ, 4 bits, 32 layers": ("full-compiled-pack", "quantize_s"),
+        "GPTQ, 4 bits, 32 layers": ("full-gpu-pack", "quantize_s"),
     }
     lines = ["| | seconds | VRAM reserved, GiB | RAM, GiB |", "|---|--:|--:|--:|"]
     for name, (task, seconds) in named.items():
