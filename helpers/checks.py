@@ -50,6 +50,7 @@ CHECKS = {
     "also-held-out": Check("a training conversation that is, almost, in the held-out file too", DROP, (DROP, KEEP)),
     "length-outlier": Check("a conversation far longer or shorter than the others", KEEP, (KEEP, DROP)),
     "script-outlier": Check("a conversation in a script that hardly any other is in", KEEP, (KEEP, DROP)),
+    "language-outlier": Check("a conversation in a language that hardly any other is in", KEEP, (KEEP, DROP)),
     # The context.
     "over-context": Check("not even the first exchange fits the context", DROP, (DROP,)),
     "cut-to-context": Check("longer than the context (repair leaves out last turns, whole)", REPAIR, (REPAIR, DROP)),

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from helpers.dataview import epoch, findings, lengths, summary, token_view
 from helpers.duplicates import groups, sketches
 from helpers.formats import BadRow, recognise, to_messages
 from helpers.models import PROFILES
-from helpers.outliers import far_lengths, rare_scripts, scripts
+from helpers.outliers import far_lengths, language_name, languages, rare, scripts
 from helpers.readers import ROW_LIMIT, read
 from helpers.templates import Encoded, Template, load_tokenizer, special_tokens
 from helpers.uploads import save_upload
@@ -136,6 +136,7 @@ class Rows:
         self.path, self.template, self.seq_len, self.found = path, template, seq_len, found
         # One number a conversation: 2 GB of short ones are millions, and Python's own lists would take the memory.
         self.hashes, self.from_heldout, self.letters, self.scripts = array("Q"), array("B"), array("Q"), array("B")
+        self.languages = array("B")
         self.files: list[str] = []
         self.file, self.line = array("I"), array("Q")
         self.sketches: list[np.ndarray] = []
@@ -219,6 +220,7 @@ class Rows:
             self.letters.append(len(talk.text))
         texts = [talk.text for talk, _, _ in batch]
         self.scripts.extend(scripts(texts))
+        self.languages.extend(languages(texts))
         self.sketches.append(sketches(texts))
         part = pa.RecordBatch.from_pydict(columns, schema=self.schema)
         for name in ("input_ids", "assistant_masks"):
@@ -243,13 +245,18 @@ class Rows:
             held_out = split(hashes[first], fraction)
         self.judge("near-duplicate", kept & (first != np.arange(len(first))), kept)
         self.judge("length-outlier", kept & far_lengths(np.array(self.letters)), kept)
-        self.judge("script-outlier", kept & rare_scripts(np.array(self.scripts)), kept)
+        foreign = rare(np.array(self.scripts))
+        self.judge("script-outlier", kept & foreign, kept)
+        strange = kept & rare(np.array(self.languages)) & ~foreign
+        self.judge("language-outlier", strange, kept, lambda i: language_name(self.languages[i]))
         return kept, held_out
 
-    def judge(self, kind: str, which: np.ndarray, kept: np.ndarray) -> None:
+    def judge(
+        self, kind: str, which: np.ndarray, kept: np.ndarray, example: Callable[[int], str] = lambda i: ""
+    ) -> None:
         """Count a finding about whole conversations and take them out of kept where it says so."""
         for i in np.flatnonzero(which).tolist():
-            if self.found.add(kind, f"{self.files[self.file[i]]} {self.line[i]}") == DROP:
+            if self.found.add(kind, f"{self.files[self.file[i]]} {self.line[i]}", example(i)) == DROP:
                 kept[i] = False
 
     def save(self, folder: Path, chosen: np.ndarray) -> None:

@@ -1,19 +1,29 @@
-"""Conversations unlike the others: far longer or shorter, or in a script that hardly any other is in.
+"""Conversations unlike the others: far longer or shorter, or in a script or language that hardly any other is in.
 
-The script is what can be told without a model: Latin against Cyrillic, not English against French.
+The script can be told of any text, and without a model; the language only of those that py3langid is sure about
+(langid.py's naive Bayes over byte n-grams of 97 languages, https://aclanthology.org/P12-3005).
 
 >>> [SCRIPTS[script] for script in scripts(["Good morning", "Доброе утро", "12 + 3"])]
 ['Latin', 'Cyrillic', 'none']
+>>> [language_name(number) for number in languages(["Wie geht es dir heute, mein alter Freund?", "x = f(3)"])]
+['de', 'not sure']
 """
+
+from functools import cache
+from typing import Any
 
 import numpy as np
 
 FAR = 20
 """Times the median length, or a part of it, from which a conversation is an outlier."""
 RARE = 0.01
-"""Share of conversations under which a script is an outlier."""
+"""Share of conversations under which a script or a language is an outlier."""
 ENOUGH = 100
 """Conversations under which there is no telling what is usual."""
+SURE = 0.7
+"""Probability from which a language counts: program code, sums and lists of names stay below it."""
+HEAD = 200
+"""Characters of a conversation by which its language is told."""
 
 SCRIPTS = (
     "none", "Latin", "Greek", "Cyrillic", "Armenian", "Hebrew", "Arabic", "Indic", "Thai or Lao", "Georgian", "Hangul",
@@ -48,12 +58,29 @@ def script(text: str) -> int:
     return int(counts.argmax()) if counts.any() else NONE
 
 
-def rare_scripts(script_of: np.ndarray) -> np.ndarray:
-    """Which conversations are in a script that fewer than RARE of all are in: (conversations,) -> (conversations,)."""
-    counts = np.bincount(script_of, minlength=len(SCRIPTS))
-    rare = counts < RARE * len(script_of)
-    rare[NONE] = False
-    return rare[script_of] & (len(script_of) >= ENOUGH)
+@cache
+def identifier() -> Any:
+    """py3langid's model, which takes half a second to read; it answers "und" when it is not SURE."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=SURE)
+
+
+def languages(texts: list[str]) -> list[int]:
+    """The language that each text begins in, a number for `language_name`; NONE where that is not sure."""
+    number = {label: place for place, label in enumerate(identifier().labels, 1)}
+    return [number.get(identifier().classify(text[:HEAD])[0], NONE) for text in texts]
+
+
+def language_name(number: int) -> str:
+    """The ISO 639 code of one of `languages`' numbers."""
+    return identifier().labels[number - 1] if number else "not sure"
+
+
+def rare(kinds: np.ndarray) -> np.ndarray:
+    """Which conversations are of a kind, other than NONE, that fewer than RARE of all are of: (conversations,)."""
+    counts = np.bincount(kinds)
+    return (counts < RARE * len(kinds))[kinds] & (kinds != NONE) & (len(kinds) >= ENOUGH)
 
 
 def far_lengths(letters: np.ndarray) -> np.ndarray:

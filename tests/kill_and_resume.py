@@ -20,11 +20,13 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"  # trl's thread for telemetry would hold locks that a fork never gives back
 
 import torch  # noqa: E402
 import tqdm  # noqa: E402
@@ -35,6 +37,8 @@ from transformers import MistralConfig, MistralForCausalLM  # noqa: E402
 from helpers import checkpoints, finetune, models  # noqa: E402
 
 STEPS, SAVE_STEPS = 40, 2
+LIMIT_S = 600
+"""For the kills of one trouble; 20 take 10 s on an idle machine."""
 
 
 def make_inputs(folder: Path) -> tuple[Path, Path]:
@@ -106,6 +110,7 @@ def calm(folder: Path) -> tuple[Path, Path, Path]:
     """The training left alone, in this process, which so imports what the lives need: model, prepared rows, output."""
     torch.set_num_threads(1)
     tqdm.tqdm.monitor_interval = 0  # no thread that a fork would lose
+    tqdm.tqdm.set_lock(threading.RLock())  # not its semaphore, which a killed life would hold for all later ones
     model, prepared = make_inputs(folder)
     output = folder / "calm" / "finetune"
     output.parent.mkdir()
@@ -151,7 +156,11 @@ def kill_and_resume(folder: Path, trouble: str, kills: int, undisturbed: tuple[P
             flip_bit(chance.choice([file for file in whole[-1].iterdir() if file.stat().st_size]), chance)
         if trouble == "drive" and chance.random() < 0.3:
             shutil.rmtree(saves, ignore_errors=True)  # the machine is gone: only Drive is left
-    _, status = os.waitpid(life(model, prepared, output, trouble if trouble == "drive" else "none", 1), 0)
+    last = life(model, prepared, output, trouble if trouble == "drive" else "none", 1)
+    while not has_ended(last):
+        assert time.monotonic() - began < LIMIT_S, f"the last life of {trouble} does not end: {log.read_text()}"
+        time.sleep(0.01)
+    _, status = os.waitpid(last, 0)
     said = log.read_text()
     assert status == 0, said
     differences.append(compare(expected, output))

@@ -369,7 +369,8 @@ def settings(**values):
 def test_the_corpus_is_large_enough():
     assert len(REFUSED) + len(FOUND) >= 60
     assert {kind for *_, kind, _, _ in FOUND.values()} | {"unknown-fields", "over-context"} >= set(CHECKS) - {
-        "edge-spaces", "near-duplicate", "also-held-out", "length-outlier", "script-outlier", "cut-to-context",
+        "edge-spaces", "near-duplicate", "also-held-out", "length-outlier", "script-outlier", "language-outlier",
+        "cut-to-context",
     }  # fmt: skip
 
 

@@ -202,13 +202,20 @@ def test_the_profile_s_held_out_file_is_not_for_other_data(tmp_path):
 
 
 def test_outliers_are_told(tmp_path):
-    talks = [*many(300), talk("Где?", "Там, за рекой."), talk("word " * 900, "x")]
+    german = talk("Wie heißt die Gärtnerin?", "Sie heißt Yara, und sie verkauft ihre Äpfel auf dem Markt.")
+    talks = [*many(300), talk("Где?", "Там, за рекой."), talk("word " * 900, "x"), german]
     config = profile("tiny", seq_len=1024)
     made = data.prepare(config, tmp_path / "a", write(tmp_path / "a.jsonl", talks))
     places = {finding["kind"]: (finding["count"], finding["place"]) for finding in made["findings"]}
     assert places["script-outlier"] == (1, "a.jsonl line 301")
     assert places["length-outlier"] == (1, "a.jsonl line 302")
-    assert made["kept"] == 302
+    assert places["language-outlier"] == (1, "a.jsonl line 303")
+    assert any(
+        "language-outlier" in finding["sentence"] and "'de'" in finding["sentence"] for finding in made["findings"]
+    )
+    assert made["kept"] == 303
+    dropped = config.with_values(on_finding="language-outlier=drop")
+    assert data.prepare(dropped, tmp_path / "b", str(tmp_path / "a.jsonl"))["dropped"] == {"language-outlier": 1}
 
 
 def test_a_short_context_warns_before_training(tmp_path):

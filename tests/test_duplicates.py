@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from helpers.duplicates import BINS, SIMILAR, groups, similarity, sketches
 from helpers.hub import hub_sentence
-from helpers.outliers import SCRIPTS, far_lengths, rare_scripts, script
+from helpers.outliers import SCRIPTS, far_lengths, language_name, languages, rare, script
 
 
 def shingles(text):
@@ -70,11 +70,26 @@ def test_scripts(text, name):
     assert SCRIPTS[script(text)] == name
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("Guten Morgen, wie geht es dir heute? Mir geht es gut, danke der Nachfrage.", "de"),
+        ("Quel est le nom du jardinier? Il s'appelle Yara et il aime les pommes.", "fr"),
+        ("Hello! Hi, how can I help you today?", "en"),
+        ("你好，世界。今天天气很好。", "zh"),
+        ("for i in range(10):\n    print(i, f(i))", "not sure"), ("12 + 3 = 15", "not sure"), ("", "not sure"),
+        ("x", "not sure"), ("\ud800 alone", "not sure"),
+    ],
+)  # fmt: skip
+def test_languages(text, name):
+    assert language_name(languages([text])[0]) == name
+
+
 def test_outliers_need_enough_to_compare_with():
     assert not far_lengths(np.array([10, 10, 10_000])).any()
     assert np.flatnonzero(far_lengths(np.array([10] * 200 + [201, 200]))).tolist() == [200]
-    assert not rare_scripts(np.array([1, 1, 3])).any()
-    assert np.flatnonzero(rare_scripts(np.array([1] * 200 + [3, 0]))).tolist() == [200], "digits alone are no script"
+    assert not rare(np.array([1, 1, 3])).any()
+    assert np.flatnonzero(rare(np.array([1] * 200 + [3, 0]))).tolist() == [200], "digits alone are no script"
 
 
 def raised(name, cause=None):

@@ -28,7 +28,7 @@ from helpers import data  # noqa: E402 - the environment of the tokenizer's thre
 from helpers.checks import Findings, actions  # noqa: E402
 from helpers.duplicates import groups, sketches  # noqa: E402
 from helpers.models import TINY, profile  # noqa: E402
-from helpers.outliers import scripts  # noqa: E402
+from helpers.outliers import languages, scripts  # noqa: E402
 from helpers.readers import read  # noqa: E402
 from helpers.templates import Template, load_tokenizer  # noqa: E402
 
@@ -103,6 +103,7 @@ def speed(folder: Path) -> None:
     sketched = timed("sketches", SHORT, "conversations", lambda: sketches(bodies))
     timed("groups of near duplicates", SHORT, "conversations", lambda: groups(sketched))
     timed("scripts", SHORT, "conversations", lambda: scripts(bodies))
+    timed("languages", SHORT, "conversations", lambda: languages(bodies))
     config = profile("tiny", seq_len=512)
     timed("prepare, all of it", SHORT, "conversations", lambda: data.prepare(config, folder / "out", str(path)))
 
