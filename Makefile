@@ -32,10 +32,15 @@ $(VENV)/ready: $(REQUIREMENTS)
 	@$(PIP) install --no-deps -r requirements-gptq.txt
 	@touch $@
 
+# What tests hold ours to: Mistral's own tokenizers
+$(VENV)/reference: requirements-reference.txt $(VENV)/ready
+	@$(PIP) install --no-deps -r requirements-reference.txt
+	@touch $@
+
 run: setup
 	@$(BIN)/python notebooks/run_all.py --profile $(PROFILE) --workspace $(RUN)
 
-test: setup
+test: setup $(VENV)/reference
 	@echo "== lint"
 	@$(MAKE) --no-print-directory lint
 	@echo "== tests (the five notebooks among them)"

@@ -90,7 +90,7 @@ def from_sentencepiece(path, legacy):
 @pytest.mark.parametrize("version", ["v1", "v3"])
 def test_tokens_equal_mistral_common(version, legacy):
     """v1 is the tokenizer of Mistral 7B v0.1 and v0.2, v3 that of v0.3; their packages ship the vocabularies."""
-    pytest.importorskip("mistral_common", reason="runs after pip install --no-deps of requirements-reference.txt")
+    pytest.importorskip("mistral_common", reason="mistral-common is not installed: `make test` installs it")
     from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.protocol.instruct.validator import ValidationMode
