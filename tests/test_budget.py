@@ -296,6 +296,11 @@ def test_predictions_hold_on_rows_that_they_were_not_fitted_to():
     assert sum(map(abs, t4)) / len(t4) < 5
 
 
+def test_the_readme_holds_the_tables_that_the_rows_give():
+    readme = tables.README.read_text(encoding="utf-8")
+    assert f"<!-- budget -->\n{tables.document()}\n<!-- /budget -->" in readme, "tables.py --write"
+
+
 def within_10_percent(predicted: float, measured: float) -> bool:
     return abs(predicted / measured - 1) < 0.1
 

@@ -53,7 +53,8 @@ def spread_gib() -> float:
 
 def verdicts(chosen: Sequence[Measured]) -> str:
     """How many fits and does-not-fit are right; with the allocator's default, its spread has to fit too."""
-    needed = [reserved_gib(row) + (0 if row.expandable else spread_gib()) for row in chosen]
+    spread = spread_gib()
+    needed = [reserved_gib(row) + (0 if row.expandable else spread) for row in chosen]
     right = [(gib <= CAP_GIB) == (row.status == "ok") for gib, row in zip(needed, chosen, strict=True)]
     return f"{sum(right)} of {len(right)}"
 
