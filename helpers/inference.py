@@ -201,8 +201,8 @@ def gptq_kernel(
     """What from_pretrained needs to compute a GPTQ model on a GPU at once.
 
     Left alone, GPTQModel takes Machete on Hopper, which first downloads CUTLASS, and fails where nothing can be
-    downloaded; elsewhere Marlin, which nvcc compiles for minutes on every new machine (data/measurements/README.md).
-    So Triton's kernel is taken (needs a C compiler), or PyTorch's own operators where it does not know these bits or
+    downloaded; Marlin is compiled by nvcc, for minutes on every new machine (data/measurements/README.md). So Triton's
+    kernel is taken (needs a C compiler), or PyTorch's own operators where it does not know these bits or
     cannot be built, which a sentence says.
     """
     from transformers import GPTQConfig

@@ -68,8 +68,9 @@ def identifier() -> Any:
 
 def languages(texts: list[str]) -> list[int]:
     """The language that each text begins in, a number for `language_name`; NONE where that is not sure."""
-    number = {label: place for place, label in enumerate(identifier().labels, 1)}
-    return [number.get(identifier().classify(text[:HEAD])[0], NONE) for text in texts]
+    model = identifier()
+    number = {label: place for place, label in enumerate(model.labels, 1)}
+    return [number.get(model.classify(text[:HEAD])[0], NONE) for text in texts]
 
 
 def language_name(number: int) -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"  # trl's thread for telemetry would hold locks that a fork never gives back
+os.environ["HF_HUB_OFFLINE"] = "1"  # no thread for trl's telemetry in a process that forks
 
 import torch  # noqa: E402
 import tqdm  # noqa: E402

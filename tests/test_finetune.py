@@ -531,8 +531,13 @@ def test_one_flat_optimizer_is_bitsandbytes_on_each_matrix():
 
 def test_a_kernel_that_unpacks_other_weights_is_not_trained_with(small, monkeypatch):
     model = adapted(small, weights="nf4")
+    assert layers.why_not(model) is None
     weight = model.model.layers[0].self_attn.q_proj.base_layer.weight
     assert kernels.dequantizer(weight) is kernels.dequantize
-    right = kernels.dequantize
+    right, used = kernels.dequantize, []
     monkeypatch.setattr(kernels, "dequantize", lambda *arguments: right(*arguments) * 1.001)
     assert kernels.dequantizer(weight) is kernels.bitsandbytes_dequantize
+    monkeypatch.setattr(kernels, "dequantizer", lambda weight: lambda *arguments: used.append(1) or right(*arguments))
+    layers.install(model, ["everything"] * len(model.model.layers))
+    model(input_ids=torch.tensor([[1, 5, 9]]))
+    assert len(used) == 7 * len(model.model.layers), "the layers unpack with what was chosen"

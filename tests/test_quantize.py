@@ -120,7 +120,7 @@ def test_kernel_is_one_that_needs_neither_download_nor_nvcc_and_reaches_the_laye
         "TorchLinear"
     }
     assert model.config.quantization_config.bits == 4
-    assert not {"gptq_machete", "gptq_marlin", "auto"} & set(KERNELS)
+    assert not {"gptq_machete", "gptq_swordfish", "gptq_marlin", "auto"} & set(KERNELS)
 
 
 def quantized_to(bits: int, folder: Path) -> Path:

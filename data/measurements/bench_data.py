@@ -4,7 +4,7 @@
     python data/measurements/bench_data.py --file-gb 2       # and the memory of a 2 GB JSONL, 13 minutes
 
 Prints one JSON object a line; `data/measurements/bench_data.jsonl` holds those of the machine it names. Its large file
-was prepared under a hard limit of 2 GiB, file pages included (limit_gib), which this makes as root with cgroup v1:
+was prepared under a hard limit of 2 GiB, file pages included, which this makes as root with cgroup v1:
 
     mkdir /sys/fs/cgroup/memory/two; echo 2G > /sys/fs/cgroup/memory/two/memory.limit_in_bytes
     (echo $BASHPID > /sys/fs/cgroup/memory/two/cgroup.procs; exec python data/measurements/bench_data.py --file-gb 2)
