@@ -355,6 +355,13 @@ def erase(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def erase_empty(*folders: Path) -> None:
+    """Delete those folders that hold nothing."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
 def empty(file: Path) -> None:
     """Let a file that is about to be deleted use no space in Drive's bin; one with a second name keeps its bytes."""
     with suppress(OSError):
