@@ -326,10 +326,11 @@ def empty_folder(folder: Path) -> None:
     """Delete what lies in a folder that this process holds."""
     for name in files.names(folder):
         path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            files.erase(path)
-        else:
-            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                files.erase(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 # ---- manifests -------------------------------------------------------------------------------------------------------
