@@ -9,7 +9,6 @@ model, config.json alone is a plain one.
 """
 
 import contextlib
-import gc
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helpers.card import gives_back
 from helpers.config import RunConfig
 from helpers.models import hub_config, shape_from_config
 from helpers.templates import Template, load_tokenizer
@@ -116,6 +116,7 @@ def base_of(adapter: Path, config: RunConfig) -> str:
     return config.model.model if gone else named
 
 
+@gives_back
 def load(name: str | Path, config: RunConfig | None = None) -> Loaded:
     """Open a base or merged model, an adapter on its base, or a GPTQ model, on the GPU when there is one.
 
@@ -289,15 +290,6 @@ def quiet() -> Iterator[None]:
             transformers.logging.set_verbosity(level)
             if bars:
                 transformers.logging.enable_progress_bar()
-
-
-def free_memory() -> None:
-    """Give back what a model held; forget the model first."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def prompt_ids(tokenizer: Any, prompt: str | Messages) -> list[int]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from helpers.card import seeing
 from helpers.config import QuantizeConfig, RunConfig, load_yaml
 from helpers.inference import gptq_kernel, kind
 from helpers.merge import TOKENIZER_FILES, for_all_readers, nearest_folder, refuse_output, stored_tensors
@@ -329,7 +330,7 @@ def worker(job: dict, log: Path) -> Iterator[dict]:
             stdout=subprocess.PIPE,
             stderr=stream,
             cwd=job["output"],  # GPTQModel writes a folder of logs where it stands
-            env=os.environ | worker_settings(),
+            env=os.environ | worker_settings() | seeing(1),
             text=True,
         )
     try:

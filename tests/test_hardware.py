@@ -25,10 +25,9 @@ def test_every_card_has_a_host_and_facts_in_range(name):
     assert dict(hardware.describe(found))["GPU"].endswith(found.gpu.name) or found.gpu.count > 1
 
 
-def test_kaggle_has_two_cards_and_a_run_uses_one():
+def test_kaggle_has_two_cards_and_room_is_counted_for_one():
     kaggle = hardware.machine("kaggle")
     assert kaggle.gpu.count == 2 and kaggle.vram_gib == 14.56 and kaggle.host.ram_gib == 30
-    assert "of which a run uses one" in dict(hardware.describe(kaggle))["GPU"]
 
 
 @pytest.mark.parametrize("name", ["cpu", "none"])
