@@ -42,7 +42,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from helpers import attention, batches, budget, card, checkpoints, hardware, losses, workspace
+from helpers import activations, attention, batches, budget, card, checkpoints, hardware, losses, planning, workspace
 from helpers import layers as decoder
 from helpers.config import RunConfig
 from helpers.models import shape
@@ -107,10 +107,11 @@ def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "aut
 def planned(config: RunConfig) -> RunConfig:
     """The configuration with checkpointing="auto" made a number, by this machine's budget; others stay as they are.
 
-    Raises budget.DoesNotFit (a ValueError) when no way of training fits.
+    But for host memory, of which no configuration gets more than half of what is free. Raises budget.DoesNotFit (a
+    ValueError) when no way of training fits.
     """
     if config.train.checkpointing != "auto":
-        return config
+        return planning.within_host(config, hardware.probe())
     plan = budget.plan(config, shape(config.model.model), hardware.probe())
     budget.check(plan.budget)
     return plan.config
@@ -392,7 +393,7 @@ def choose_layers(model: PeftModel, config: RunConfig) -> tuple[bool, str]:
     if reason is None:
         checked = "attention" if config.train.keep_attention else "input"
         keeps = [checked] * count + ["everything"] * (len(layers) - count)
-        decoder.install(base, keeps, config.train.offload_activations)
+        decoder.install(base, keeps, activations.host_room(config) if config.train.offload_activations else 0)
         return True, f"{count} of {len(layers)} layers recompute, through helpers.layers"
     if count:
         base.gradient_checkpointing_enable({"use_reentrant": False})
