@@ -213,6 +213,14 @@ def ram_remedy(parts: dict[str, float]) -> str:
     return "close what else runs, or take a smaller model"
 
 
+def kept_remedy() -> str:
+    """Where to put a run that is more than Kaggle keeps."""
+    return (
+        "give a workspace in /kaggle/temp, and set RECIPES_LASTING=/kaggle/working: checkpoints, adapter and GPTQ "
+        "model are kept there, the merged model is not"
+    )
+
+
 def disk_remedy(config: RunConfig, parts: dict[str, float]) -> str:
     """What frees most of the disk."""
     if "merged model" in parts and "base, 16 bits" in parts and not config.merge.free_base:
