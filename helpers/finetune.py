@@ -110,9 +110,12 @@ def planned(config: RunConfig) -> RunConfig:
     But for host memory, of which no configuration gets more than half of what is free. Raises budget.DoesNotFit (a
     ValueError) when no way of training fits.
     """
+    machine = hardware.probe()
+    if machine.unusable:
+        raise ValueError(machine.unusable)
     if config.train.checkpointing != "auto":
-        return planning.within_host(config, hardware.probe())
-    plan = budget.plan(config, shape(config.model.model), hardware.probe())
+        return planning.within_host(config, machine)
+    plan = budget.plan(config, shape(config.model.model), machine)
     budget.check(plan.budget)
     return plan.config
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 
+import gpu_checks
 import pytest
 import torch
 from test_finetune import prepared, small, small_config  # noqa: F401 - fixtures
@@ -174,3 +175,18 @@ def test_gptq_runs_in_a_process_that_sees_one_card(tmp_path, monkeypatch):
     monkeypatch.setattr(quantize.subprocess, "Popen", popen)
     assert list(quantize.worker({"output": str(tmp_path)}, tmp_path / "log")) == [json.loads("{}")]
     assert started[0]["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_the_gpu_checks_find_nothing_amiss_where_they_can_run(small, prepared, tmp_path):  # noqa: F811
+    settings = small_config(small, max_steps=3)
+    found = gpu_checks.stopped_and_continued(settings, prepared, tmp_path / "finetune")
+    assert found["passed"] and found["resumed_from_step"] == 2 and found["steps"] == 3
+    found = gpu_checks.drive_offload(torch.device("cpu"), 256, 32, [1024, 20000, 16, 24576])
+    assert found["passed"], found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU; runs where there is none")
+def test_the_gpu_checks_skip_with_a_reason():
+    for name in gpu_checks.CHECKS:
+        said = gpu_checks.result_of(name, ROOT)
+        assert said["passed"] is None and "0 GPUs are visible" in said["skipped"]
