@@ -50,16 +50,19 @@ def gptq_kernel(
 ) -> dict[str, Any]:
     """What from_pretrained needs to compute a GPTQ model on a GPU by the first of `kernels` that can be had.
 
-    settings: quantization_config of the model's config.json. Says in a sentence why it is not the fastest, and what
-    that costs. The first call on a machine may compile for a minute (`make_ready`).
+    settings: quantization_config of the model's config.json. The last of `kernels` is taken unasked. Says in a
+    sentence why it is not the fastest, and what that costs. The first call on a machine may compile for a minute
+    (`make_ready`).
     """
     from transformers import GPTQConfig
 
     reasons = {}
-    for kernel in kernels:
+    for kernel in kernels[:-1]:
         if not (reason := why_not(kernel, settings, dtype, device, say)):
             break
         reasons[kernel] = reason
+    else:
+        kernel = kernels[-1]
     if reasons:
         why = "; ".join(f"{NAMES.get(name, name)} cannot be had: {reason}" for name, reason in reasons.items())
         cost = "unpacks every matrix for every token, some three times the time of ExLlamaV2's at one answer at a time"
@@ -94,12 +97,14 @@ def why_not(kernel: str, settings: dict, dtype: Any, device: str, say: Say = pri
             from gptqmodel.nn_modules.qlinear.exllamav2 import ExllamaV2Linear
             from gptqmodel.utils.importer import hf_select_quant_linear_v2
         if kernel == EXLLAMA:
-            knows, _ = ExllamaV2Linear._validate(**asked, pack_dtype=torch.int32, dtype=dtype)
+            knows, _ = ExllamaV2Linear._validate(
+                **asked, pack_dtype=torch.int32, dtype=dtype, dynamic=settings.get("dynamic")
+            )
             if not knows:
                 return f"it does not know {asked['bits']} bits in groups of {asked['group_size']} in {dtype}"
             if trouble := make_ready(EXTENSION, device, say=say):
                 return trouble
-            # what the library adds to unpack one matrix is for a kernel of the past: 0.9 GiB for a 7B, never touched
+            # beside room to unpack one matrix the library takes 0.9 GiB for a 7B that no kernel is ever given
             ExllamaV2Linear.scratch_space_fixed = ExllamaV2Linear.temp_dq_size
         if kernel == TRITON and not (shutil.which("gcc") or shutil.which("clang")):
             return "there is no C compiler"

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from helpers.config import QuantizeConfig, RunConfig, load_yaml, save_yaml
 from helpers.formats import BadRow, recognise, to_messages
-from helpers.gptq_kernels import Say, gptq_kernel
+from helpers.gptq_kernels import Say, gptq_kernel, tools_path
 from helpers.inference import kind, read_config
 from helpers.merge import TOKENIZER_FILES, for_all_readers, nearest_folder, refuse_output, stored_tensors
 from helpers.models import ROOT, ModelShape, shape
@@ -530,6 +530,7 @@ def worker_settings() -> dict[str, str]:
     """
     return {
         "GPTQMODEL_CPU_WORKERS": os.environ.get("GPTQMODEL_CPU_WORKERS", "2"),
+        "PATH": tools_path(),  # pip's ninja, which that step is compiled with
         "GPTQMODEL_DISABLE_PACK_EXT": os.environ.get("GPTQMODEL_DISABLE_PACK_EXT", "1"),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }

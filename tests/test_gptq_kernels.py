@@ -7,12 +7,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import helpers.gptq_kernels
+from helpers.cost import kernel_ms
 from helpers.gptq_kernels import EXLLAMA, KERNELS, TORCH, TRITON, compute_dtype, gptq_kernel, why_not
+from helpers.report import text_table
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = """#include <torch/csrc/stable/library.h>
@@ -139,7 +142,7 @@ def test_each_kernel_that_cannot_be_had_is_named_with_its_reason_and_what_the_ot
     said = capsys.readouterr().out
     assert "computed by PyTorch's operators" in said
     assert "ExLlamaV2's kernel cannot be had: it needs a GPU" in said
-    assert "Triton's kernel cannot be had" in said
+    assert "Triton's kernel cannot be had: it does not support device: cpu" in said
     assert "three times" in said
     gptq_kernel(four, torch.float16, device="cpu", kernels=(TORCH,))
     assert capsys.readouterr().out == ""
@@ -160,3 +163,12 @@ def test_gptqmodel_still_has_what_is_taken_from_it():
     assert extension.name == "gptqmodel_exllamav2_ops"
     assert extension.build_root().name == extension._cache_fingerprint()
     assert ExllamaV2Linear.temp_dq_size and ExllamaV2Linear.scratch_space_fixed
+
+
+def test_gpu_time_a_token_counts_kernels_and_not_copies_beside_them():
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [("gemm", cuda, 400.0), ("Memcpy HtoD (Pinned -> Device)", cuda, 900.0), ("aten::mm", cpu, 50.0)]
+    events += [("Memcpy DtoD (Device -> Device)", cuda, 100.0)]
+    assert kernel_ms(SimpleNamespace(name=n, device_type=t, device_time=us) for n, t, us in events) == 0.5
+    assert "GPU ms a token" in text_table({"gptq": {"gpu_ms_per_token": 4.57}})
+    assert "4.57" in text_table({"gptq": {"gpu_ms_per_token": 4.57}})
