@@ -65,16 +65,17 @@ def gptq_kernel(
         kernel = kernels[-1]
     if reasons:
         why = "; ".join(f"{NAMES.get(name, name)} cannot be had: {reason}" for name, reason in reasons.items())
-        cost = "unpacks every matrix for every token, some three times the time of ExLlamaV2's at one answer at a time"
-        say(f"The GPTQ model is computed by {NAMES.get(kernel, kernel)}, which {cost} ({why}).")
+        cost = "every matrix is unpacked for every token, some three times the time of ExLlamaV2's for one answer"
+        say(f"The GPTQ model is computed by {NAMES.get(kernel, kernel)}: {cost} ({why}).")
     return {"quantization_config": GPTQConfig(bits=settings["bits"], backend=kernel)}
 
 
 def compute_dtype(config: dict, best: Any) -> Any:
     """fp16 for a GPTQ model that is stored in fp16, also where the card computes in bf16 (best); else best.
 
-    ExLlamaV2 multiplies in fp16: bf16 around it would be two conversions more a matrix and eight bits less precision,
-    and quantize's check of the model was in fp16. A model that is stored in bf16 may need bf16's range, and keeps it.
+    ExLlamaV2 multiplies in fp16: bf16 around it would be two conversions more a matrix and 8 significant bits instead
+    of 11, and quantize's check of the model was in fp16. A model that is stored in bf16 may need bf16's range, and
+    keeps it.
     config: the model's config.json.
     """
     import torch
