@@ -149,7 +149,8 @@ class QuantizeConfig:
     symmetric: bool = True
     act_order: bool = False
     """Quantize columns by falling activation size: a little better, slower to decode on old kernels."""
-    calibration: Literal["own", "general", "both"] = "own"
+    calibration: str = "own"
+    """own, general, both, or a file of conversations or text to use instead of the run's own."""
     calibration_samples: Count = 128
     calibration_tokens: Count = 512
 
