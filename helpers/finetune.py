@@ -42,7 +42,19 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from helpers import attention, batches, budget, checkpoints, files, hardware, losses, workspace
+from helpers import (
+    activations,
+    attention,
+    batches,
+    budget,
+    card,
+    checkpoints,
+    files,
+    hardware,
+    losses,
+    planning,
+    workspace,
+)
 from helpers import layers as decoder
 from helpers.config import RunConfig
 from helpers.models import shape
@@ -78,6 +90,7 @@ def precision(capability: tuple[int, int] | None = None) -> Precision:
     return Precision(torch.bfloat16, f"bf16: compute capability {major}.{minor} has it, and it needs no loss scaling")
 
 
+@card.gives_back
 def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "auto") -> dict[str, Any]:
     """Train an adapter on a prepared dataset: output/adapter and output/log.json; returns what was measured.
 
@@ -116,10 +129,9 @@ def plan(config: RunConfig, output: Path, machine: hardware.Machine | None = Non
     As the checkpoint that it goes on from did, where there is one; else the fastest way that fits. So a run that began
     on a T4 goes on on an L4, and is predicted as it runs.
     """
-    machine = machine or hardware.probe()
     saves = workspace.beside(Path(output), "partial") / workspace.SCRATCH
     checkpoint = checkpoints.to_be_continued(saves, config) if resume == "auto" else None
-    return plan_from(config, checkpoint, machine)
+    return plan_from(config, checkpoint, machine or hardware.probe())
 
 
 def plan_from(config: RunConfig, checkpoint: Path | None, machine: hardware.Machine) -> budget.Plan:
@@ -133,14 +145,18 @@ def plan_from(config: RunConfig, checkpoint: Path | None, machine: hardware.Mach
 def planned(config: RunConfig, checkpoint: Path | None = None) -> RunConfig:
     """The configuration that trains: with a number for checkpointing="auto", in the micro-batches of a checkpoint.
 
-    Says so when those are others than the configuration's. Raises budget.DoesNotFit (a ValueError) when they do not
-    fit this machine however much is recomputed, or when no way of training fits.
+    Others stay as they are, but for host memory, of which no configuration gets more than half of what is free. Says
+    so when the micro-batches are others than the configuration's. Raises budget.DoesNotFit (a ValueError) when they do
+    not fit this machine however much is recomputed, or when no way of training fits.
     """
+    machine = hardware.probe()
+    if machine.unusable:
+        raise ValueError(machine.unusable)
     made = checkpoints.split_of(checkpoint) if checkpoint else {}
     same = all(getattr(config.train, name) == value for name, value in made.items())
     if same and config.train.checkpointing != "auto":
-        return config
-    chosen = plan_from(config, checkpoint, hardware.probe())
+        return planning.within_host(config, machine)
+    chosen = plan_from(config, checkpoint, machine)
     budget.check(chosen.budget)
     if not same:
         print("; ".join(chosen.reasons))
@@ -297,7 +313,7 @@ def build_trainer(
 def training_arguments(config: RunConfig, saves: Path, steps: int, evaluates: bool) -> SFTConfig:
     """The trainer's arguments for so many optimizer steps."""
     asked, dtype, on_gpu = config.train, precision().dtype, torch.cuda.is_available()
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(saves),
         per_device_train_batch_size=1,  # an item of the dataset is a micro-batch already
         per_device_eval_batch_size=1,
@@ -333,6 +349,10 @@ def training_arguments(config: RunConfig, saves: Path, steps: int, evaluates: bo
         report_to="none",
         max_length=None,
     )
+    # A process trains on one card, however many it sees: with more the Trainer would split batches over all of them
+    # (nn.DataParallel), which trl refuses. Setting CUDA_VISIBLE_DEVICES here would be too late in a notebook.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def load_split(prepared: Path, name: str) -> Dataset:
@@ -419,7 +439,7 @@ def choose_layers(model: PeftModel, config: RunConfig) -> tuple[bool, str]:
     if reason is None:
         checked = "attention" if config.train.keep_attention else "input"
         keeps = [checked] * count + ["everything"] * (len(layers) - count)
-        decoder.install(base, keeps, config.train.offload_activations)
+        decoder.install(base, keeps, activations.host_room(config) if config.train.offload_activations else 0)
         return True, f"{count} of {len(layers)} layers recompute, through helpers.layers"
     if count:
         base.gradient_checkpointing_enable({"use_reentrant": False})
