@@ -100,6 +100,7 @@ def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "aut
     prepared, output = Path(prepared), Path(output)
     if resume not in ("auto", "never"):
         raise ValueError(f"resume must be auto or never, not {resume!r}")
+    workspace.fetch(prepared)
     load_split(prepared, "train")  # a dataset that is not there is said before anything is loaded or written
     with workspace.building(output, "finetune", config, {"prepared": prepared}, keep=True) as stage:
         for file in stage.folder.iterdir():  # of an end that failed

@@ -108,7 +108,7 @@ def in_batches(config: RunConfig, batch_size: int, shape: ModelShape, machine: M
     if machine.gpu is None:
         return with_train(way, checkpointing="none") if way.train.checkpointing == "auto" else way
     way = with_train(way, keep_attention=True, offload_activations=False)  # chosen anew for this machine
-    leanest = with_train(way, checkpointing="all", **LEANEST)
+    leanest = within_host(with_train(way, checkpointing="all", **LEANEST), machine)
     return least_recomputed(way, shape, machine, needs, usable_gib(way, shape, machine)) or leanest
 
 
