@@ -45,7 +45,7 @@ LIVES: list[tuple[str, str, dict[str, Any], str]] = [
     ("create", f"{HERE}/writing/*/optimizer.pt", {"raise_at": 1, "errno": 28, "kill_at": 2}, ""),  # nothing
     ("rename", f"{HERE}/writing/checkpoint-2/whole.json", {}, ""),
     ("rename", f"{HERE}/checkpoint-2", {}, ""),
-    ("rename", f"{HERE}/writing.deleting", {}, ""),  # 2, here and in Drive
+    ("rename", f"{HERE}/writing.deleting", {"kill_at": 2}, ""),  # 2, here and in Drive
     ("write", f"{DRIVE}/writing/checkpoint-4-*/optimizer.pt", {}, "the machine is lost"),  # 2, in Drive
     ("rename", f"{HERE}/checkpoint-2", {}, ""),  # being fetched
     ("rename", f"{DRIVE}/checkpoint-4", {}, "the machine is lost"),  # 4 is not whole in Drive yet
