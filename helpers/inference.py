@@ -91,6 +91,11 @@ def kind(name: str | Path) -> str:
     return "gptq" if method == "gptq" else "model"
 
 
+def kinds(models: dict[str, str | Path]) -> dict[str, str]:
+    """Name -> kind of each."""
+    return {name: kind(path) for name, path in models.items()}
+
+
 def read_config(name: str | Path) -> dict:
     """config.json of a folder or a hub model. Raises ValueError with one sentence."""
     folder = Path(name)
