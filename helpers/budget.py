@@ -249,6 +249,8 @@ def shortages(
             f"{work} needs a GPU for {shape.parameters / 1e9:.1f}e9 parameters, and {machine.name} has none: take one "
             "(in Colab: Runtime > Change runtime type > T4 GPU), or the profile tiny, made for a CPU"
         )
+    if machine.unusable:
+        reasons.append(f"{work} cannot run: {machine.unusable}")
     if machine.gpu and memory.process_gib > memory.usable_gib:
         remedy = planning.vram_remedy(config, shape, machine, stage, training_needs(shape, machine))
         near = memory.process_gib <= memory.limit_gib
@@ -267,6 +269,12 @@ def shortages(
         reasons.append(
             f"{work} needs {disk.peak_gib:.1f} GiB of disk, {machine.host.name} has {disk.limit_gib:.1f} free: "
             f"{planning.disk_remedy(config, disk.parts)}"
+        )
+    written_gib, limit_gib = disk.peak_gib - disk.parts.get("base, 16 bits", 0.0), machine.host.kept_gib
+    if limit_gib is not None and written_gib > limit_gib:
+        reasons.append(
+            f"{work} writes {written_gib:.1f} GiB into the run's folder, and {machine.host.name} keeps {limit_gib:.1f} "
+            f"there: {planning.kept_remedy()}"
         )
     return reasons
 

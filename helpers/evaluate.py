@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from helpers import cost, hardware, host, metrics, pace, placement, plots
 from helpers import report as report_pages
+from helpers.card import free_memory, gives_back
 from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.inference import (
@@ -27,7 +28,6 @@ from helpers.inference import (
     Loaded,
     base_of,
     batch_generate,
-    free_memory,
     kind,
     load,
     open_tokenizer,
@@ -41,6 +41,7 @@ from helpers.tasks import run_tasks
 from helpers.workspace import MANIFEST, building, read_manifest, write_text
 
 
+@gives_back
 def evaluate(
     models: dict[str, str | Path], config: RunConfig, data: Path, output: Path, machine: Machine | None = None
 ) -> dict[str, dict[str, Any]]:
@@ -247,6 +248,8 @@ def evaluate_one(
         answers = ask(loaded, prompts, config)
     entry |= {"kind": loaded.kind, "loaded_as": loaded.how, "load_s": loaded.load_s} | peaks
     entry |= sizes(path, loaded) | (cost.speed(loaded) if prompts else {})
+    if loaded.placement.away:  # its copies from the host are no kernels, but nothing runs beside them
+        entry["gpu_ms_per_token"] = None
     entry["evaluation_s"] = time.perf_counter() - started
     entry |= predictions(loaded, config, machine or hardware.probe(), (len(read.losses), len(prompts)), peaks)
     if asked.tasks:

@@ -37,8 +37,8 @@ only; GPTQ's here is ExLlamaV2's, fused up to 50 rows (MAX_Q_GEMM_ROWS in its so
 unpack for every token."""
 BUS_GB_S = {7: 12.0, 8: 24.0, 9: 48.0}
 """Copies from page-locked memory to a card, by its generation: three quarters of PCIe 3, 4 and 5 with 16 lanes."""
-SPEED_TOKENS = 100
-"""Tokens that helpers/cost.py decodes at either of its batch sizes: three runs of 32, and four to warm up."""
+SPEED_TOKENS = (148, 100)
+"""Tokens that helpers/cost.py decodes one by one, and several at once: three runs of 32, four to warm up, profiles."""
 PYTHON_S_PER_DECODED_LAYER = 0.0012
 
 
@@ -181,7 +181,8 @@ def evaluation_s(
     if machine.gpu is None:
         rate = 1e9 * CPU_GFLOPS_PER_CORE * machine.host.cpus
         writing = 2 * answers * asked.max_new_tokens * shape.parameters / rate
-        speed = 9 * SPEED_TOKENS * 2 * shape.parameters / rate + 2 * SPEED_TOKENS * shape.layers * CPU_S_PER_LAYER / 2
+        speed = 2 * (SPEED_TOKENS[0] + 8 * SPEED_TOKENS[1]) * shape.parameters / rate
+        speed += sum(SPEED_TOKENS) * shape.layers * CPU_S_PER_LAYER / 2
         return {"reading": reading / rate, "answers": writing + batches, "speed": speed if answers else 0.0}
     gpu = machine.gpu
     unpacking = UNPACKED * shape.linear_parameters if found.precision in ("nf4", "gptq") else 0.0
@@ -191,7 +192,7 @@ def evaluation_s(
     return {
         "reading": reading / (1e12 * gpu.fp16_tflops * gpu.efficiency) + math.ceil(rows / found.batch_size) * a_batch,
         "answers": batches * asked.max_new_tokens * many,
-        "speed": SPEED_TOKENS * (one + many) if answers else 0.0,
+        "speed": SPEED_TOKENS[0] * one + SPEED_TOKENS[1] * many if answers else 0.0,
     }
 
 

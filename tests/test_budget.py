@@ -23,7 +23,7 @@ T4 = hardware.machine("t4")
 TINY = models.profile("tiny")
 TINY_SHAPE = models.shape(TINY.model.model)
 OLD_LAPTOP = Machine(None, Host("old laptop", 4.0, 10.0, 2))
-CARDS = ("t4", "p100", "rtx3080", "rtx3060", "l4", "4090", "a100-40")
+CARDS = ("t4", "rtx3080", "rtx3060", "l4", "4090", "a100-40")
 
 
 def seven(**values) -> RunConfig:
@@ -399,3 +399,28 @@ def test_a_budget_takes_milliseconds():
     for _ in range(20):
         budget.budget(config, SEVEN, T4)
     assert (time.process_time() - began) / 20 < 0.05  # 1 ms here; the bound is for slow machines
+
+
+@pytest.mark.parametrize("card", ["p100", "v100"])
+def test_a_card_that_pytorch_has_no_kernels_for_does_not_fit_and_says_why(card):
+    machine = hardware.machine(card)
+    capability = ".".join(map(str, machine.gpu.capability))
+    for stage in budget.STAGES:
+        found = budget.budget(seven(checkpointing="all"), SEVEN, machine, stage)
+        assert not found.fits
+        assert f"no kernels for the {machine.gpu.name}'s compute capability {capability}" in found.reasons[0]
+        assert "7.5 or above" in found.reasons[0] and "CUDA 12.6" in found.reasons[0]
+    assert dict(hardware.describe(machine))["of no use here"] == machine.unusable
+    assert hardware.suggested_profile(machine) == "tiny"
+    old_build = replace(machine, gpu=replace(machine.gpu, has_kernels=True))
+    assert budget.budget(seven(checkpointing="all"), SEVEN, old_build).fits
+
+
+def test_a_run_fits_kaggles_disk_and_not_the_20_gb_that_kaggle_keeps():
+    kaggle = hardware.machine("kaggle")
+    assert budget.budget(seven(checkpointing="all"), SEVEN, kaggle, "run").fits
+    kept = replace(kaggle, host=replace(kaggle.host, kept_gib=hardware.KAGGLE_KEEPS_GIB))
+    assert budget.budget(seven(checkpointing="all"), SEVEN, kept, "train").fits
+    for stage in ("quantize", "run"):
+        (reason,) = budget.budget(seven(checkpointing="all"), SEVEN, kept, stage).reasons
+        assert "keeps 18.6 there" in reason and "/kaggle/temp" in reason and "RECIPES_LASTING" in reason

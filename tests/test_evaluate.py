@@ -326,6 +326,7 @@ def test_every_entry_has_what_a_report_promises(finished):
     for entry in found.values():
         assert entry["perplexity"] > 1 and 0 <= entry["exact_match"] <= 1 and entry["answers"] == 24
         assert entry["tokens_per_s"] > 0 and entry["tokens_per_s_batch_8"] > 0 and entry["first_token_s"] > 0
+        assert (entry["gpu_ms_per_token"] is None) == (not torch.cuda.is_available())
         assert entry["size_bytes"] == sum(file.stat().st_size for file in Path(entry["path"]).rglob("*"))
         for metric, (low, high) in entry["intervals"].items():
             assert low <= entry[metric] <= high
@@ -534,7 +535,7 @@ def test_a_model_that_cannot_be_opened_has_dashes_a_sentence_and_no_verdict(fold
 
 def test_how_each_model_was_opened_is_in_every_table(finished):
     root, found = finished
-    ways = {"base": "fp32", "again": "fp32", "gptq": "4-bit codes, computed in fp32", "noisy": "fp32"}
+    ways = {"base": "fp32", "again": "fp32", "gptq": "gptq in fp32", "noisy": "fp32"}
     assert {name: entry["loaded_as"] for name, entry in found.items()} == ways
     assert report.table(found).loc["opened as"].to_dict() == ways
     assert "opened as" in report.text_table(found).splitlines()[0]
