@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helpers import families
 from helpers.config import RunConfig
 from helpers.models import hub_config, shape_from_config
 from helpers.templates import Template, load_tokenizer
@@ -149,7 +150,7 @@ def load(name: str | Path, config: RunConfig | None = None) -> Loaded:
             source,
             dtype=dtype,
             device_map={"": placed},
-            attn_implementation=attention_kernel(config),
+            attn_implementation=attention_kernel(config, read_config(source)),
             **quantization,
         )
         if what == "adapter":
@@ -174,11 +175,18 @@ def precision() -> tuple[Any, str]:
     return (torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16), "cuda"
 
 
-def attention_kernel(config: RunConfig) -> str:
-    """The attention that training had: without grouped heads' materialised scores on a T4 unless the run chose so."""
+def attention_kernel(config: RunConfig, model: dict) -> str | None:
+    """The attention that training had, by transformers' name; None, its own choice, for a family unknown here.
+
+    model: config.json. Without grouped heads' materialised scores on a T4, unless the run or the family needs another.
+    """
     from helpers import attention
 
-    return {"efficient": attention.register, "eager": lambda: "eager", "math": lambda: "sdpa"}[config.model.attention]()
+    try:
+        kernel = families.attention(families.of(model), config.model.attention).kernel
+    except ValueError:
+        return None
+    return {"efficient": attention.register, "eager": lambda: "eager", "math": lambda: "sdpa"}[kernel]()
 
 
 def bitsandbytes_config(config: RunConfig, dtype: Any) -> Any:
