@@ -17,8 +17,8 @@ HALF, FULL = 2, 4
 """Bytes of an fp16 (or bf16) and of an fp32 value."""
 MLP_TOKENS = 4096
 """Tokens that go through our own MLP at once (helpers/layers.py): enough to keep matrix products at full rate."""
-HOST_BYTES = 6 * 2**30
-"""Host memory for offloaded inputs, at most: half of a free Colab's. What is beyond it stays on the card."""
+CHUNK_BYTES = 64 * 2**20
+"""Pinned host memory is taken in pieces of so many bytes: PyTorch rounds each up to a power of two, and keeps it."""
 LOGITS_AT_ONCE = 2**24
 """Logits that our own chunked loss (helpers/losses.py) makes at once."""
 LOSS_TOKENS, LOSS_WORDS = 4096, 32768
@@ -150,7 +150,28 @@ def offloaded_layers(shape: ModelShape, config: RunConfig) -> int:
     layers = checked_layers(shape, config) if config.train.offload_activations else 0
     if way(shape, config) != "own":
         return layers
-    return min(layers, int(HOST_BYTES // (tokens_of(config) * shape.hidden * stream_bytes(config))))
+    return min(layers, host_room(config) // input_bytes(shape, config))
+
+
+def input_bytes(shape: ModelShape, config: RunConfig) -> int:
+    """Bytes of one layer's input."""
+    return tokens_of(config) * shape.hidden * stream_bytes(config)
+
+
+def host_room(config: RunConfig) -> int:
+    """Bytes of host memory that offloaded inputs may take: as many whole chunks as config.train.offload_gib holds.
+
+    >>> from helpers.models import profile
+    >>> host_room(profile("mistral-7b", offload_gib=0.2)) // CHUNK_BYTES
+    3
+    """
+    return int(config.train.offload_gib * 2**30) // CHUNK_BYTES * CHUNK_BYTES
+
+
+def offloaded_bytes(shape: ModelShape, config: RunConfig) -> int:
+    """Bytes of host memory that offloaded inputs take: by our own layers in whole chunks, one after another."""
+    size = offloaded_layers(shape, config) * input_bytes(shape, config)
+    return -(-size // CHUNK_BYTES) * CHUNK_BYTES if way(shape, config) == "own" else size
 
 
 def kept_while_offloading(shape: ModelShape, config: RunConfig) -> float:
@@ -246,7 +267,7 @@ def loss_work(shape: ModelShape, config: RunConfig) -> tuple[float, float]:
 
     full: logits in fp16, in fp32 and their log-softmax; backward: two gradients in fp32 and the log-softmax. chunked:
     a tile at a time. fused: Liger's fused linear cross-entropy (https://arxiv.org/abs/2410.10989). An fp32 head is
-    copied to 16 bits for its products; a cap on the logits keeps its slope of a piece in fp32.
+    copied to 16 bits for its products (chunked: so many words at a time); a cap keeps its slope of a piece in fp32.
     """
     tokens, dense, hidden, words = tokens_of(config), stream_bytes(config), shape.hidden, shape.vocab
     if config.train.loss == "full":
@@ -258,7 +279,7 @@ def loss_work(shape: ModelShape, config: RunConfig) -> tuple[float, float]:
         both = (14 if shape.family.logits.cap else 10) * piece + tokens * hidden * 4 * HALF
         return both, max(both, final_norm_work(shape, config))
     tile = min(tokens, LOSS_TOKENS) * min(words, LOSS_WORDS) * HALF
-    head = words * hidden * HALF if dense == FULL else 0
+    head = min(words, LOSS_WORDS) * hidden * HALF if dense == FULL else 0
     both = tile + head + tokens * hidden * (13 if dense == FULL else 6)
     return both, both
 

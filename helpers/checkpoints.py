@@ -56,6 +56,7 @@ MARKER = "whole.json"
 BESIDE = "writing"
 GIB = 2**30
 ANY_TIME = ("save_steps", "keep_checkpoints", "eval_steps", "patience", "checkpointing", "offload_activations")
+ANY_TIME += ("offload_gib",)
 """Settings that may change between a run and its continuation: they do not decide what is learned."""
 
 

@@ -3,7 +3,7 @@
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,16 @@ def disk_bytes(name: str | Path) -> int | None:
         return None
 
 
-def speed(loaded: Loaded) -> dict[str, float]:
+def speed(loaded: Loaded) -> dict[str, float | None]:
     """Greedy decoding of random prompts, which it may not end, and reading of prompts; medians of three.
 
     first_token_s: from the call to the first new token, prompt of prompt_tokens; decode: tokens after the first, of
-    all rows, a second; prompt_tokens_per_s: what the first token's time makes of the prompt.
+    all rows, a second; prompt_tokens_per_s: what the first token's time makes of the prompt. By the clock a fast card
+    waits for Python; gpu_ms_per_token is what its kernels take for a token of one answer (None without a GPU).
     """
     prompt = min(PROMPT_TOKENS, loaded.context // 2)
     new = min(NEW_TOKENS, loaded.context - prompt)
-    figures: dict[str, float] = {"prompt_tokens": prompt}
+    figures: dict[str, float | None] = {"prompt_tokens": prompt, "gpu_ms_per_token": gpu_ms_per_token(loaded, prompt)}
     for batch in BATCHES:
         decode_times(loaded, batch, prompt, 4)  # kernels are chosen and compiled at the first call
         runs = [decode_times(loaded, batch, prompt, new) for _ in range(REPEATS)]
@@ -47,6 +48,42 @@ def speed(loaded: Loaded) -> dict[str, float]:
         else:
             figures |= {f"tokens_per_s_batch_{batch}": rate}
     return figures
+
+
+def gpu_ms_per_token(loaded: Loaded, prompt: int, batch: int = 1) -> float | None:
+    """Milliseconds that the GPU's kernels take for one decoding step, without its waiting; None without a GPU.
+
+    Two answers that differ only in length are profiled: what a prompt costs, and starting, is in both.
+    """
+    import torch
+
+    if torch.device(loaded.model.device).type != "cuda":
+        return None
+    most = min(NEW_TOKENS, loaded.context - prompt)
+    few = max(1, most // 4)
+    decode_times(loaded, batch, prompt, few)  # kernels are chosen and compiled at the first call
+    busy_ms = {}
+    for new in (few, most):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            decode_times(loaded, batch, prompt, new)
+            wait(loaded.model.device)
+        busy_ms[new] = kernel_ms(profiler.events())
+    return (busy_ms[most] - busy_ms[few]) / (most - few) if most > few else None
+
+
+def kernel_ms(events: Iterable[Any]) -> float:
+    """Summed time of what ran on the GPU, without copies from and to the host, which run beside it.
+
+    Device time of profiler events is in microseconds.
+    """
+    import torch
+
+    return sum(
+        event.device_time / 1e3
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.name.startswith(("Memcpy HtoD", "Memcpy DtoH"))
+    )
 
 
 def decode_times(loaded: Loaded, batch: int, prompt: int, new: int) -> list[float]:

@@ -17,13 +17,13 @@ from tqdm.auto import tqdm
 
 from helpers import cost, metrics, plots, vram
 from helpers import report as report_pages
+from helpers.card import free_memory, gives_back
 from helpers.config import RunConfig
 from helpers.inference import (
     GIB,
     Generation,
     Loaded,
     batch_generate,
-    free_memory,
     kind,
     load,
     open_tokenizer,
@@ -39,6 +39,7 @@ UNASKED_PROMPTS = 32
 """Without questions, so many held-out conversations begin the generations."""
 
 
+@gives_back
 def evaluate(models: dict[str, str | Path], config: RunConfig, data: Path, output: Path) -> dict[str, dict[str, Any]]:
     """Evaluate models by name (a folder or a hub id each) on held-out data; returns and writes report.json.
 

@@ -42,7 +42,19 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from helpers import attention, batches, budget, checkpoints, families, hardware, losses, workspace
+from helpers import (
+    activations,
+    attention,
+    batches,
+    budget,
+    card,
+    checkpoints,
+    families,
+    hardware,
+    losses,
+    planning,
+    workspace,
+)
 from helpers import layers as decoder
 from helpers.config import RunConfig
 from helpers.models import shape
@@ -78,6 +90,7 @@ def precision(capability: tuple[int, int] | None = None) -> Precision:
     return Precision(torch.bfloat16, f"bf16: compute capability {major}.{minor} has it, and it needs no loss scaling")
 
 
+@card.gives_back
 def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "auto") -> dict[str, Any]:
     """Train an adapter on a prepared dataset: output/adapter and output/log.json; returns what was measured.
 
@@ -106,11 +119,15 @@ def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "aut
 def planned(config: RunConfig) -> RunConfig:
     """The configuration with checkpointing="auto" made a number, by this machine's budget; others stay as they are.
 
-    Raises budget.DoesNotFit (a ValueError) when no way of training fits.
+    But for host memory, of which no configuration gets more than half of what is free. Raises budget.DoesNotFit (a
+    ValueError) when no way of training fits.
     """
+    machine = hardware.probe()
+    if machine.unusable:
+        raise ValueError(machine.unusable)
     if config.train.checkpointing != "auto":
-        return config
-    plan = budget.plan(config, shape(config.model.model), hardware.probe())
+        return planning.within_host(config, machine)
+    plan = budget.plan(config, shape(config.model.model), machine)
     budget.check(plan.budget)
     return plan.config
 
@@ -278,7 +295,7 @@ def build_trainer(
 def training_arguments(config: RunConfig, saves: Path, steps: int, evaluates: bool) -> SFTConfig:
     """The trainer's arguments for so many optimizer steps."""
     asked, dtype, on_gpu = config.train, precision().dtype, torch.cuda.is_available()
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(saves),
         per_device_train_batch_size=1,  # an item of the dataset is a micro-batch already
         per_device_eval_batch_size=1,
@@ -314,6 +331,10 @@ def training_arguments(config: RunConfig, saves: Path, steps: int, evaluates: bo
         report_to="none",
         max_length=None,
     )
+    # A process trains on one card, however many it sees: with more the Trainer would split batches over all of them
+    # (nn.DataParallel), which trl refuses. Setting CUDA_VISIBLE_DEVICES here would be too late in a notebook.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def load_split(prepared: Path, name: str) -> Dataset:
@@ -400,7 +421,7 @@ def choose_layers(model: PeftModel, config: RunConfig) -> tuple[bool, str]:
         decoder.check(base)
         checked = "attention" if config.train.keep_attention else "input"
         keeps = [checked] * count + ["everything"] * (len(layers) - count)
-        decoder.install(base, keeps, config.train.offload_activations)
+        decoder.install(base, keeps, activations.host_room(config) if config.train.offload_activations else 0)
         return True, f"{count} of {len(layers)} layers recompute, through helpers.layers"
     if count:
         base.gradient_checkpointing_enable({"use_reentrant": False})

@@ -53,7 +53,7 @@ def ram(config: RunConfig, shape: ModelShape, machine: Machine, stage: str) -> d
         if stage == "train":
             parts["adapters, for checkpoints"] = 2 * 4 * lora / GIB
             if config.train.offload_activations:
-                parts["offloaded activations"] = offloaded_bytes(config, shape) / GIB
+                parts["offloaded activations"] = activations.offloaded_bytes(shape, config) / GIB
         return parts
     moments = vram.moments(shape, config) if stage == "train" else vram.inference(shape, config)
     fixed = {name for name in vram.weights(shape, config) if "16-bit" not in name}
@@ -67,13 +67,6 @@ def ram(config: RunConfig, shape: ModelShape, machine: Machine, stage: str) -> d
 def merges_into_nf4(config: RunConfig) -> bool:
     """Whether the base is rounded to NF4 first: asked for, or (auto) because training saw it so."""
     return config.merge.merge_base == "nf4" or (config.merge.merge_base == "auto" and config.model.weights == "nf4")
-
-
-def offloaded_bytes(config: RunConfig, shape: ModelShape) -> float:
-    """Bytes of checkpointed layers' inputs in host memory."""
-    tokens = config.train.batch_size * config.data.seq_len
-    size = activations.checked_layers(shape, config) * tokens * shape.hidden * activations.stream_bytes(config)
-    return min(size, activations.HOST_BYTES) if activations.way(shape, config) == "own" else size
 
 
 def calibration_bytes(config: RunConfig, shape: ModelShape) -> float:

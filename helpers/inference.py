@@ -8,30 +8,26 @@ model, config.json alone is a plain one.
 'model'
 """
 
-import contextlib
-import gc
 import json
-import logging
 import os
-import shutil
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from helpers import families
+from helpers.card import gives_back
 from helpers.config import RunConfig
+from helpers.gptq_kernels import compute_dtype, gptq_kernel
 from helpers.models import hub_config, shape_from_config
+from helpers.quiet import quiet
 from helpers.templates import Template, load_tokenizer
 from helpers.versions import forget_old_torchao
 
 GIB = 2**30
 ADAPTER, CONFIG = "adapter_config.json", "config.json"
-KERNELS = ("gptq_triton", "gptq_torch")
-"""GPTQModel's kernels for a GPU that need neither a download nor nvcc, the faster first; the last knows everything."""
 Messages = list[dict[str, str]]
 
 
@@ -117,10 +113,12 @@ def base_of(adapter: Path, config: RunConfig) -> str:
     return config.model.model if gone else named
 
 
+@gives_back
 def load(name: str | Path, config: RunConfig | None = None) -> Loaded:
     """Open a base or merged model, an adapter on its base, or a GPTQ model, on the GPU when there is one.
 
-    On a CPU everything computes in float32. On a GPU below compute capability 8 in fp16, else in bf16; a 16-bit model
+    On a CPU everything computes in float32. On a GPU below compute capability 8 in fp16, else in bf16; a GPTQ model
+    that is stored in fp16 computes in fp16 (gptq_kernels.compute_dtype), and `how` names its kernel. A 16-bit model
     whose weights do not fit the free VRAM beside a batch's keys and values is opened in NF4, and `how` says so.
     An adapter gets the base as its training saw it (config.model.weights, double_quant).
     Raises ValueError with one sentence for what is not a model.
@@ -141,10 +139,14 @@ def load(name: str | Path, config: RunConfig | None = None) -> Loaded:
     elif what == "model" and placed == "cuda" and (short := shortfall(source, config)):
         quantization = {"quantization_config": bitsandbytes_config(config.with_values(weights="nf4"), dtype)}
         how = f"nf4, because {short}"
-    started = time.perf_counter()
     if what == "gptq":
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its pools need two workers, also on two cores
-        quantization = gptq_kernel(source, dtype) if placed == "cuda" else {}
+        if placed == "cuda":
+            quantized = read_config(source)
+            dtype = compute_dtype(quantized, dtype)
+            quantization = gptq_kernel(quantized["quantization_config"], dtype)
+            how = f"gptq in {str(dtype).removeprefix('torch.')}, {quantization['quantization_config'].backend}"
+    started = time.perf_counter()  # a kernel's build, once a machine, is not the model's loading
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(
             source,
@@ -203,59 +205,6 @@ def bitsandbytes_config(config: RunConfig, dtype: Any) -> Any:
     )
 
 
-def gptq_kernel(
-    source: str | Path, dtype: Any, device: str = "cuda", kernels: tuple[str, ...] = KERNELS
-) -> dict[str, Any]:
-    """What from_pretrained needs to compute a GPTQ model on a GPU at once.
-
-    Left alone, GPTQModel takes Machete on Hopper, which first downloads CUTLASS, and fails where nothing can be
-    downloaded; Marlin is compiled by nvcc, for minutes on every new machine (data/measurements/README.md). So Triton's
-    kernel is taken (needs a C compiler), or PyTorch's own operators where it does not know these bits or
-    cannot be built, which a sentence says.
-    """
-    from transformers import GPTQConfig
-
-    settings = read_config(source)["quantization_config"]
-    for kernel in kernels:
-        with quiet():
-            known, trouble = try_kernel(kernel, settings, dtype, device)
-        if known and not trouble:
-            break
-        if known:
-            print(f"GPTQ's kernel {kernel} cannot be built here ({trouble}): a slower one is used.")
-    return {"quantization_config": GPTQConfig(bits=settings["bits"], backend=kernel)}
-
-
-def try_kernel(kernel: str, settings: dict, dtype: Any, device: str) -> tuple[bool, str]:
-    """Whether a kernel of GPTQModel knows this kind of model, and why it cannot be built: "" when it can."""
-    from gptqmodel.utils.importer import hf_select_quant_linear_v2
-
-    try:
-        hf_select_quant_linear_v2(
-            bits=settings["bits"],
-            group_size=settings.get("group_size", 128),  # these three as transformers reads them
-            desc_act=settings.get("desc_act", False),
-            sym=settings.get("sym", True),
-            format=settings.get("checkpoint_format", "gptq"),
-            quant_method="gptq",
-            dtype=dtype,
-            device_map={"": device},
-            backend=kernel,
-            pack=False,
-        )
-    except ValueError as error:  # holds the reason as an exception of its own
-        missing = isinstance(error.args[0], ImportError)
-        return missing, first_line(error) if missing else ""
-    if kernel == "gptq_triton" and not (shutil.which("gcc") or shutil.which("clang")):
-        return True, "there is no C compiler"
-    return True, ""
-
-
-def first_line(error: object) -> str:
-    """A compiler's complaint, as far as a sentence has room for it."""
-    return next((line.strip()[:120] for line in str(error).splitlines() if line.strip()), "no reason given")
-
-
 def shortfall(source: str, config: RunConfig) -> str:
     """Why a model's 16-bit weights do not fit this GPU, or "" when they do.
 
@@ -275,37 +224,6 @@ def open_tokenizer(name: str | Path, config: RunConfig) -> Any:
     """A model's tokenizer with pad token and chat template; of an adapter that brings none, its base's."""
     brings = any((Path(name) / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
     return load_tokenizer(base_of(Path(name), config) if kind(name) == "adapter" and not brings else name)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep banners, progress bars and warnings of the model libraries out of a notebook."""
-    import transformers
-
-    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere:  # noqa: PTH123 (os.devnull is no path)
-        warnings.simplefilter("ignore")
-        try:
-            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-                yield
-        finally:
-            logging.disable(disabled)
-            transformers.logging.set_verbosity(level)
-            if bars:
-                transformers.logging.enable_progress_bar()
-
-
-def free_memory() -> None:
-    """Give back what a model held; forget the model first."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def prompt_ids(tokenizer: Any, prompt: str | Messages) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from helpers import families
-from helpers.activations import LOGITS_AT_ONCE
+from helpers.activations import LOGITS_AT_ONCE, LOSS_WORDS
 from helpers.batches import IGNORE
 from helpers.families import PLAIN, Logits
 
@@ -38,7 +38,7 @@ class ChunkedLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], step):
                 rows = slice(start, start + step)
-                logits = finished((hidden[rows] @ head.T).float(), how)
+                logits = finished(products(hidden[rows], head), how)
                 label = labels[rows, None]
                 normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
                 total += (normalizer - logits.gather(1, label)).sum()
@@ -50,7 +50,9 @@ class ChunkedLoss(torch.autograd.Function):
                         logits.mul_(slopes)
                     if how.scale != 1:
                         logits.mul_(how.scale)
-                    torch.mm(logits.to(hidden.dtype), head, out=grads[rows])
+                    for words, part in parts(head, hidden.dtype):
+                        kept = 1.0 if words.start else 0.0  # what the parts before have added up
+                        grads[rows].addmm_(logits[:, words].to(hidden.dtype), part, beta=kept)
         ctx.save_for_backward(grads)
         return total
 
@@ -58,6 +60,24 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (grads,) = ctx.saved_tensors
         return grads.mul_(grad), None, None, None
+
+
+def parts(head: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The head in dtype, with the words of each part: one of all words, or an fp32 head (upcast) LOSS_WORDS at a time.
+
+    A whole copy of it would be 1 GiB at 128,256 words of 4,096.
+    """
+    step = head.shape[0] if head.dtype == dtype else LOSS_WORDS
+    for start in range(0, head.shape[0], step):
+        words = slice(start, min(start + step, head.shape[0]))
+        yield words, head[words].to(dtype)
+
+
+def products(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """rows · headᵀ in fp32, multiplied in the type of rows: (rows, hidden) -> (rows, words)."""
+    if head.dtype == rows.dtype:
+        return (rows @ head.T).float()
+    return torch.cat([(rows @ part.T).float() for _, part in parts(head, rows.dtype)], dim=1)
 
 
 def finished(logits: torch.Tensor, how: Logits) -> torch.Tensor:
@@ -85,18 +105,19 @@ def label_loss(
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, places)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-    rows, weight = rows.to(dtype), head.weight.to(dtype)  # DoRA's layers answer in fp32 under autocast
+    rows = rows.to(dtype)  # DoRA's layers answer in fp32 under autocast
     targets = targets.index_select(0, places)
     if kind == "full":
-        logits = finished(torch.nn.functional.linear(rows, weight).float(), how)
+        logits = finished(torch.nn.functional.linear(rows, head.weight.to(dtype)).float(), how)
         total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     elif kind == "fused":
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
         scaled = rows if how.scale == 1 else rows * how.scale
+        weight = head.weight.to(dtype)
         total = liger_fused_linear_cross_entropy(scaled, weight, targets, reduction="sum", softcap=how.cap)
     else:
-        total = ChunkedLoss.apply(rows, weight, targets, how)
+        total = ChunkedLoss.apply(rows, head.weight, targets, how)
     return total / (max(len(targets), 1) if count is None else count)
 
 

@@ -32,10 +32,14 @@ COLUMNS = {  # figure -> heading, how it is written
     "peak_host_gib": ("RAM GiB", "{:.2f}"),
     "first_token_s": ("first token s", "{:.3f}"),
     "tokens_per_s": ("tokens/s", "{:,.1f}"),
+    "gpu_ms_per_token": ("GPU ms a token", "{:.2f}"),
     "tokens_per_s_batch_8": ("at batch 8", "{:,.1f}"),
     "prompt_tokens_per_s": ("prompt tokens/s", "{:,.0f}"),
 }
-NARROW = ("perplexity", "bits_per_byte", "exact_match", "f1", "rouge_l", "ended_share", "size_bytes", "tokens_per_s")
+NARROW = (
+    "perplexity", "bits_per_byte", "exact_match", "f1", "rouge_l", "ended_share", "size_bytes", "tokens_per_s",
+    "gpu_ms_per_token",
+)  # fmt: skip
 TESTED = ("perplexity", "exact_match", "f1", "rouge_l", "bleu", "chrf", "ended_share")
 SIDE_BY_SIDE_ROWS = 24
 

@@ -107,15 +107,18 @@ def place() -> str:
 
 
 def home() -> Path:
-    """Where this machine keeps files: the repository, or the rented machine's working folder."""
-    return {"colab": Path("/content"), "kaggle": Path("/kaggle/working"), "own": ROOT}[place()]
+    """Where this machine keeps files: the repository, or the rented machine's disk.
+
+    On Kaggle not what it keeps, /kaggle/working: that holds 20 GB, and a 7B's run is more.
+    """
+    return {"colab": Path("/content"), "kaggle": Path("/kaggle/temp"), "own": ROOT}[place()]
 
 
 def lasting_store() -> Path | None:
-    """A folder that outlives this machine: RECIPES_LASTING, or Colab's mounted Drive; Kaggle keeps its own."""
-    named = os.environ.get("RECIPES_LASTING")
-    drive = Path(named) if named else Path("/content/drive/MyDrive")
-    return drive if drive.is_dir() and (named or place() == "colab") else None
+    """A folder that outlives this machine: RECIPES_LASTING, else Colab's mounted Drive, or what Kaggle keeps."""
+    usual = {"colab": "/content/drive/MyDrive", "kaggle": "/kaggle/working"}.get(place())
+    named = os.environ.get("RECIPES_LASTING") or usual
+    return Path(named) if named and Path(named).is_dir() else None
 
 
 def lasting_twin(folder: Path) -> Path | None:

@@ -308,6 +308,7 @@ def test_every_entry_has_what_a_report_promises(finished):
     for entry in found.values():
         assert entry["perplexity"] > 1 and 0 <= entry["exact_match"] <= 1 and entry["answers"] == 24
         assert entry["tokens_per_s"] > 0 and entry["tokens_per_s_batch_8"] > 0 and entry["first_token_s"] > 0
+        assert (entry["gpu_ms_per_token"] is None) == (not torch.cuda.is_available())
         assert entry["size_bytes"] == sum(file.stat().st_size for file in Path(entry["path"]).rglob("*"))
         for metric, (low, high) in entry["intervals"].items():
             assert low <= entry[metric] <= high

@@ -203,6 +203,22 @@ def test_the_chunked_losss_gradient_is_autograds(how, monkeypatch):
     torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-5)
 
 
+def test_an_fp32_head_is_multiplied_in_16_bits_some_words_at_a_time(monkeypatch):
+    torch.manual_seed(0)
+    head, labels = torch.nn.Linear(16, 50, bias=False).requires_grad_(False), torch.randint(0, 50, (2, 6))
+    hidden = torch.randn(2, 6, 16, requires_grad=True)
+    found = []
+    for words in (7, 50):
+        monkeypatch.setattr(losses, "LOSS_WORDS", words)
+        assert len(list(losses.parts(head.weight, torch.bfloat16))) == -(-50 // words)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = losses.label_loss(hidden, head, labels, None, "chunked")
+        found.append((loss.item(), torch.autograd.grad(loss, hidden)[0]))
+    assert next(part for _, part in losses.parts(head.weight, torch.float32)).data_ptr() == head.weight.data_ptr()
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
+    torch.testing.assert_close(found[0][1], found[1][1], atol=2e-3, rtol=2e-2)
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")

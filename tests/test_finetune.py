@@ -8,6 +8,7 @@ import importlib.util
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from helpers import activations, batches, config, finetune, kernels, layers, losses
+from helpers import activations, batches, budget, config, finetune, hardware, kernels, layers, losses
 from helpers.models import TINY, profile, shape
 from helpers.optimizers import FlatOptimizer
 
@@ -490,8 +491,8 @@ def test_a_layer_keeps_what_the_budget_says(values, small):
 
 
 def test_host_memory_that_is_full_leaves_inputs_on_the_device(small, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(layers, "HOST_BYTES", 20_000)
-    values = {"checkpointing": "all", "max_steps": 3}
+    monkeypatch.setattr(activations, "CHUNK_BYTES", 3_000)  # an input lies across several
+    values = {"checkpointing": "all", "max_steps": 3, "offload_gib": 20_000 / 2**30}
     kept, offloaded = (
         our_trainer(small_config(small, offload_activations=offload, **values), prepared, tmp_path)
         for offload in (False, True)
@@ -499,6 +500,40 @@ def test_host_memory_that_is_full_leaves_inputs_on_the_device(small, prepared, t
     kept.train()
     offloaded.train()
     assert logged_losses(offloaded) == pytest.approx(logged_losses(kept), abs=1e-6)
+
+
+@pytest.mark.parametrize("room", [1_000, 50_000, 10**9])
+def test_offloaded_inputs_come_back_and_take_what_is_counted(room, monkeypatch):
+    monkeypatch.setattr(activations, "CHUNK_BYTES", 4096)
+    sizes, offload = shape("mistral-7b-v0.3"), layers.Offload(torch.device("cpu"), room)
+    draw, most = random.Random(room), 0
+    for turn in range(12):
+        tokens, depth = draw.randrange(16, 700), draw.randrange(1, 6)
+        offload.begin()
+        inputs = [torch.randn(1, tokens, 8) for _ in range(depth)]
+        slots = [offload.put(x.clone()) for x in inputs]
+        assert all(slot["x"] is None for slot in slots[:-2] if slot["host"] is not None)
+        if turn % 5:  # now and then a forward pass has no backward pass
+            for x, slot in zip(reversed(inputs), reversed(slots), strict=True):
+                assert torch.equal(offload.get(slot), x)
+            assert offload.arena.top == 0 and not offload.stack
+        step = replace(sizes, hidden=16, layers=depth)  # 16 values of 2 bytes are 8 of 4
+        settings = profile("mistral-7b", seq_len=tokens, batch_size=1, checkpointing="all", offload_activations=True)
+        settings = settings.with_values(offload_gib=room / 2**30)
+        most = max(most, activations.offloaded_bytes(step, settings))
+        assert len(offload.arena.chunks) * 4096 == most <= room
+
+
+def test_offloading_is_held_to_one_number_of_the_machine():
+    t4 = hardware.machine("t4")
+    small_host = replace(t4, host=replace(t4.host, ram_gib=9.9))
+    asked = profile("mistral-7b", seq_len=24576, batch_size=1, accumulation=1)
+    for found, gib in ((t4, 6.0), (small_host, 4.9375)):
+        plan = budget.plan(asked, shape("mistral-7b-v0.3"), found)
+        assert plan.config.train.offload_activations and plan.config.train.offload_gib == gib
+        assert gib - 0.25 < plan.budget.ram.parts["offloaded activations"] <= gib
+        assert activations.host_room(plan.config) == gib * 2**30
+        assert plan.budget.fits
 
 
 def test_one_flat_optimizer_is_bitsandbytes_on_each_matrix():

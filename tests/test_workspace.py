@@ -208,7 +208,7 @@ def test_a_note_from_another_machine_is_not_followed(tmp_path):
 
 @pytest.mark.parametrize(
     ("variable", "place", "home"),
-    [("COLAB_RELEASE_TAG", "colab", "/content"), ("KAGGLE_KERNEL_RUN_TYPE", "kaggle", "/kaggle/working")],
+    [("COLAB_RELEASE_TAG", "colab", "/content"), ("KAGGLE_KERNEL_RUN_TYPE", "kaggle", "/kaggle/temp")],
 )
 def test_rented_machines_are_recognised(monkeypatch, variable, place, home):
     for name in ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE", "RECIPES_LASTING"):

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from helpers import cost, evaluate, inference
+from helpers import card, cost, evaluate, inference
 from helpers.config import RunConfig
 from helpers.models import TINY
 from helpers.perplexity import Item, perplexity
@@ -56,7 +56,7 @@ def make(folder: Path, layers: int) -> Path:
     model.save_pretrained(folder, max_shard_size="2GB")
     AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
     del model
-    inference.free_memory()
+    card.free_memory()
     return folder
 
 
