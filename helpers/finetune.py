@@ -49,6 +49,7 @@ from helpers import (
     budget,
     card,
     checkpoints,
+    families,
     files,
     hardware,
     losses,
@@ -165,7 +166,12 @@ def planned(config: RunConfig, checkpoint: Path | None = None) -> RunConfig:
 
 
 def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen base in the configured weights, and its tokenizer. Nothing is upcast to fp32 unless config asks."""
+    """The frozen base in the configured weights, and its tokenizer. Nothing is upcast to fp32 unless config asks.
+
+    Raises ValueError, before anything is downloaded, for a model or targets that cannot be trained.
+    """
+    sizes = shape(config.model.model)
+    families.refuse(sizes.family, sizes.name, config.adapter.target_modules)
     refuse_without_gpu(config)
     dtype = precision().dtype
     quantization = {
@@ -185,7 +191,7 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         quantization_config=quantization,
         device_map={"": 0} if torch.cuda.is_available() else "cpu",
         dtype=dtype,
-        attn_implementation=implementation[config.model.attention](),
+        attn_implementation=implementation[families.attention(sizes.family, config.model.attention).kernel](),
     )
     model.config.use_cache = False
     model.requires_grad_(False)
@@ -193,8 +199,9 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # answering once would repack the weights: no gradients after
     if config.model.upcast:
-        for parameter in model.parameters():
-            if parameter.dtype in (torch.float16, torch.bfloat16):
+        for name, parameter in model.named_parameters():
+            matrix = ".layers." in name and parameter.dim() > 1  # left in 16 bits where they are not quantized either
+            if parameter.dtype in (torch.float16, torch.bfloat16) and not matrix:
                 parameter.data = parameter.data.float()
     return model, AutoTokenizer.from_pretrained(config.model.model, revision=config.model.revision)
 
@@ -231,14 +238,14 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig) -> PeftModel:
 
 def check_targets(model: PreTrainedModel, config: RunConfig) -> None:
     """Raise ValueError for a target that the model lacks, or a rank larger than the smallest target."""
+    family = families.of(model.config.to_dict())
+    families.refuse(family, config.model.model, config.adapter.target_modules)
     linears: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and ".layers." in name:
             leaf = name.rsplit(".", 1)[-1]
             linears[leaf] = min(linears.get(leaf, math.inf), module.in_features, module.out_features)
     for target in config.adapter.target_modules:
-        if target not in linears:
-            raise ValueError(f"targets: this model has no linear layer {target!r}; it has {', '.join(sorted(linears))}")
         if config.adapter.rank > linears[target]:
             raise ValueError(
                 f"rank={config.adapter.rank} is larger than {target}, whose smaller side is {linears[target]}: "
@@ -277,7 +284,11 @@ def build_trainer(
     evaluates = asked.eval_steps is not None and len(heldout) > 0
     if asked.patience and not evaluates:
         raise ValueError("patience needs eval_steps and held-out conversations: set eval_steps, or leave patience out")
-    losses.install(model.get_base_model(), asked.loss)
+    base, dtype = model.get_base_model(), precision().dtype
+    sample = max(rows[:32]["input_ids"], key=len)
+    with losses.transformers_attention(base):
+        theirs = losses.own_forward_loss(base, sample, dtype)
+    losses.install(base, asked.loss)
     own_layers, layers_reason = choose_layers(model, config)
     arguments = training_arguments(config, saves, math.ceil(len(plan) / asked.accumulation), evaluates)
     arguments.activation_offloading = asked.offload_activations and not own_layers and torch.cuda.is_available()
@@ -294,13 +305,16 @@ def build_trainer(
             splits={"train": rows, "heldout": heldout},
             pad_id=tokenizer.pad_token_id or 0,
             packing=asked.packing,
-            by_bounds=config.model.attention == "efficient",
+            by_bounds=base.config._attn_implementation == attention.NAME,
         ),
     )
     trainable_to_fp32(trainer.model)
     if torch.cuda.is_available() and "8bit" in asked.optimizer:
         trainer.optimizer = eight_bit_optimizer(trainer.model, config)
     trainer.remove_callback(PrinterCallback)
+    trainer.loss_check = losses.check(theirs, losses.own_forward_loss(base, sample, dtype), dtype, len(sample))
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the two passes held is not training's
     trainer.recipe = config
     trainer.layers_reason = layers_reason
     trainer.token_counts = batches.token_counts(plan, lengths, asked.packing)
@@ -435,9 +449,9 @@ def choose_layers(model: PeftModel, config: RunConfig) -> tuple[bool, str]:
     count = {"all": len(layers), "auto": len(layers), "none": 0}.get(wanted, wanted)  # auto: nobody planned
     if count > len(layers):
         raise ValueError(f"checkpointing={count} layers, but this model has {len(layers)}: choose 0 to {len(layers)}")
-    named = {"own": None, "liger": "Liger's kernels are asked for", "plain": "plain kernels are asked for"}
-    reason = named[config.train.kernels] or decoder.why_not(base)
-    if reason is None:
+    decided = families.layers(families.of(base.config.to_dict()), config)
+    if decided.computes == "own":
+        decoder.check(base)
         checked = "attention" if config.train.keep_attention else "input"
         keeps = [checked] * count + ["everything"] * (len(layers) - count)
         decoder.install(base, keeps, activations.host_room(config) if config.train.offload_activations else 0)
@@ -446,7 +460,7 @@ def choose_layers(model: PeftModel, config: RunConfig) -> tuple[bool, str]:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         for place, layer in enumerate(layers):
             layer.gradient_checkpointing = place < count
-    return False, f"{count} of {len(layers)} layers recompute, through transformers' layers: {reason}"
+    return False, f"{count} of {len(layers)} layers recompute, through transformers' layers: {decided.reason}"
 
 
 class FineTuner(SFTTrainer):
@@ -599,6 +613,7 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
     return {
         "precision": precision().reason,
         "layers": trainer.layers_reason,
+        "loss_check": trainer.loss_check,
         "loss_first": losses[0],
         "loss_last": sum(losses[-10:]) / len(losses[-10:]),
         "steps": trainer.state.global_step,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers import hardware, parked, placement
+from helpers import families, hardware, parked, placement
 from helpers.card import gives_back
 from helpers.config import RunConfig
 from helpers.gptq_kernels import NAMES, compute_dtype, gptq_kernel
@@ -163,7 +163,7 @@ def load(name: str | Path, config: RunConfig | None = None, machine: Machine | N
             source,
             dtype=dtype,
             device_map=where,
-            attn_implementation=attention_kernel(config),
+            attn_implementation=attention_kernel(config, read_config(source)),
             **options,
         )
         if place.away_in == "host memory":
@@ -210,11 +210,18 @@ def precision() -> tuple[Any, str]:
     return (torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16), "cuda"
 
 
-def attention_kernel(config: RunConfig) -> str:
-    """The attention that training had: without grouped heads' materialised scores on a T4 unless the run chose so."""
+def attention_kernel(config: RunConfig, model: dict) -> str | None:
+    """The attention that training had, by transformers' name; None, its own choice, for a family unknown here.
+
+    model: config.json. Without grouped heads' materialised scores on a T4, unless the run or the family needs another.
+    """
     from helpers import attention
 
-    return {"efficient": attention.register, "eager": lambda: "eager", "math": lambda: "sdpa"}[config.model.attention]()
+    try:
+        kernel = families.attention(families.of(model), config.model.attention).kernel
+    except ValueError:
+        return None
+    return {"efficient": attention.register, "eager": lambda: "eager", "math": lambda: "sdpa"}[kernel]()
 
 
 def bitsandbytes_config(config: RunConfig, dtype: Any) -> Any:
