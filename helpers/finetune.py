@@ -31,7 +31,6 @@ from datasets import Dataset, load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -47,6 +46,7 @@ from helpers import layers as decoder
 from helpers.config import RunConfig
 from helpers.models import shape
 from helpers.optimizers import FlatOptimizer
+from helpers.templates import load_tokenizer, save_tokenizer, tokenizer_identity
 from helpers.versions import forget_old_torchao
 
 GIB = 2**30
@@ -89,6 +89,7 @@ def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "aut
         raise ValueError(f"resume must be auto or never, not {resume!r}")
     config = planned(config)
     load_split(prepared, "train")  # a dataset that is not there is said before anything is loaded or written
+    check_tokenizer(prepared, config)
     with workspace.building(output, "finetune", config, {"prepared": prepared}, keep=resume == "auto") as stage:
         with quiet(stage.folder / "libraries.log"):
             model, tokenizer = load_base(config)
@@ -147,7 +148,18 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         for parameter in model.parameters():
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
-    return model, AutoTokenizer.from_pretrained(config.model.model, revision=config.model.revision)
+    return model, load_tokenizer(config.model.model, config.model.revision)
+
+
+def check_tokenizer(prepared: Path, config: RunConfig) -> None:
+    """Raise ValueError when the rows were written with another tokenizer or template than the adapter will carry."""
+    manifest = prepared / workspace.MANIFEST
+    made = workspace.read_manifest(prepared)["measurements"].get("tokenizer") if manifest.is_file() else None
+    if made not in (None, tokenizer_identity(load_tokenizer(config.model.model, config.model.revision))):
+        raise workspace.StaleArtifact(
+            f"{prepared} was written with another tokenizer or chat template than that of {config.model.model} now: "
+            f"run notebook {workspace.NOTEBOOKS['prepare']} again"
+        )
 
 
 def refuse_without_gpu(config: RunConfig) -> None:
@@ -589,9 +601,10 @@ def load_best(trainer: FineTuner) -> None:
 
 
 def save(trainer: FineTuner, output: Path) -> Path:
-    """output/adapter (PEFT's format) and output/log.json (the trainer's log); returns the adapter's folder."""
+    """output/adapter (PEFT's format, its tokenizer) and output/log.json (the trainer's log); returns the adapter's."""
     output = Path(output)
     trainer.model.save_pretrained(str(output / "adapter"))
+    save_tokenizer(trainer.processing_class, output / "adapter")
     workspace.write_text(output / "log.json", json.dumps(trainer.state.log_history, indent=1))
     return output / "adapter"
 

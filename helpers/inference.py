@@ -24,7 +24,7 @@ from typing import Any
 
 from helpers.config import RunConfig
 from helpers.models import hub_config, shape_from_config
-from helpers.templates import Template, load_tokenizer
+from helpers.templates import Template, ends, load_tokenizer
 from helpers.versions import forget_old_torchao
 
 GIB = 2**30
@@ -360,7 +360,7 @@ def generation_config(loaded: Loaded, max_new_tokens: int, temperature: float, t
     from transformers import GenerationConfig
 
     own = getattr(loaded.model.generation_config, "eos_token_id", None)
-    stops = {loaded.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    stops = set(ends(own, loaded.tokenizer))
     pad = loaded.tokenizer.pad_token_id
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     return GenerationConfig(

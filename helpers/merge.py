@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.config import MergeConfig, RunConfig, load_yaml
+from helpers.templates import brings_tokenizer, ends, hand_on
 from helpers.workspace import MANIFEST, building, checksum, exclusive, write_text
 
 if TYPE_CHECKING:
@@ -30,18 +31,6 @@ DISK_MARGIN_BYTES = GIB // 16
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "tokenizer.model.v3",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 # What PEFT can put into a LoRA adapter beside A, B and DoRA's magnitudes. Each changes the merge, so each is refused.
 OTHER_KINDS = (
     "fan_in_fan_out",
@@ -567,23 +556,29 @@ class SafetensorsWriter:
 
 
 def write_rest(work: Path, base: Path, adapter: Path, plan: dict[str, list[Stored]]) -> None:
-    """Index, config, generation config, tokenizer: the adapter's own tokenizer where training saved one."""
+    """Index, tokenizer (the adapter's own where training saved one), config and generation config that agree with it.
+
+    Training pads with a token of its own, and a template may end answers with another token than eos: servers and
+    transformers read both from these files.
+    """
     settings = read_config(base)
-    write_text(work / "config.json", json.dumps(for_all_readers(settings), indent=2) + "\n")
     if len(plan) > 1:
         total = sum(2 * tensor.values for shard in plan.values() for tensor in shard)
         place = {tensor.name: name for name, shard in plan.items() for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
         write_text(work / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    generation = {"_from_model_config": True} | {
+        name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in settings
+    }
     if (base / "generation_config.json").is_file():
-        shutil.copyfile(base / "generation_config.json", work / "generation_config.json")
-    else:
-        tokens = {name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in settings}
-        write_text(work / "generation_config.json", json.dumps({"_from_model_config": True} | tokens, indent=2) + "\n")
-    source = adapter if (adapter / "tokenizer_config.json").is_file() else base
-    for file in (source / name for name in TOKENIZER_FILES):
-        if file.is_file():
-            shutil.copyfile(file, work / file.name)
+        generation = json.loads((base / "generation_config.json").read_text(encoding="utf-8"))
+    tokenizer = hand_on(adapter if brings_tokenizer(adapter) else base, work, base)
+    if tokenizer is not None:
+        settings["pad_token_id"] = generation["pad_token_id"] = tokenizer.pad_token_id
+        stops = ends(generation.get("eos_token_id"), tokenizer)
+        generation["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+    write_text(work / "config.json", json.dumps(for_all_readers(settings), indent=2) + "\n")
+    write_text(work / "generation_config.json", json.dumps(generation, indent=2) + "\n")
 
 
 def for_all_readers(settings: dict) -> dict:

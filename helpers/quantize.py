@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING
 
 from helpers.config import QuantizeConfig, RunConfig, load_yaml
 from helpers.inference import gptq_kernel, kind
-from helpers.merge import TOKENIZER_FILES, for_all_readers, nearest_folder, refuse_output, stored_tensors
+from helpers.merge import for_all_readers, nearest_folder, refuse_output, stored_tensors
 from helpers.models import ROOT, ModelShape, shape
+from helpers.templates import Template, hand_on, load_tokenizer
 from helpers.workspace import building, exclusive, write_text
 
 if TYPE_CHECKING:
@@ -175,9 +176,7 @@ def calibration_rows(
     with the beginning of a text. One text in 16 is kept for the check.
     Raises CalibrationError when there are fewer than least_tokens.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     if config.calibration != "general" and not own:
         raise CalibrationError(f"calibration={config.calibration} needs a file of text, or calibration=general")
     sets = {"own": list(own), "general": [GENERAL], "both": [*own, GENERAL]}[config.calibration]
@@ -225,21 +224,21 @@ def read_tokens(path: Path, tokenizer) -> list[list[int]]:
     if path.suffix not in (".jsonl", ".json"):
         return [tokenizer(part)["input_ids"] for part in text.split("\n\n") if part.strip()]
     try:
-        lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-        return [row_tokens(row, tokenizer) for row in lines]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        lines, template = [json.loads(line) for line in text.splitlines() if line.strip()], Template(tokenizer)
+        return [row_tokens(row, template) for row in lines]
+    except (json.JSONDecodeError, KeyError, IndexError, TypeError):
         raise CalibrationError(f"calibration {path} must hold one JSON object a line, with messages or text") from None
 
 
-def row_tokens(row: dict, tokenizer) -> list[int]:
-    """Token ids of one row; a conversation goes through the model's own template."""
+def row_tokens(row: dict, template: Template) -> list[int]:
+    """Token ids of one row; a conversation as training would write it."""
     if "input_ids" in row:
         return row["input_ids"]
     if "messages" in row:
-        return tokenizer.apply_chat_template(row["messages"], return_dict=False)
+        return template.encode([row["messages"]])[0][0]
     if not isinstance(row["text"], str):
         raise TypeError("text is no string")
-    return tokenizer(row["text"])["input_ids"]
+    return template.tokenizer(row["text"])["input_ids"]
 
 
 def pack(texts: list[list[int]], tokens: int, rows: int) -> list[list[int]]:
@@ -373,9 +372,9 @@ def last_words(status: int, log: Path) -> str:
 
 def finish_folder(model: Path, work: Path) -> None:
     """Tokenizer and template as the merged model has them, and settings that every reader understands."""
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (model / name).is_file():
-            shutil.copyfile(model / name, work / name)
+    hand_on(model, work)
+    if (model / "generation_config.json").is_file():
+        shutil.copyfile(model / "generation_config.json", work / "generation_config.json")
     settings, quantizer = (
         json.loads((work / name).read_text(encoding="utf-8")) for name in ("config.json", "quantize_config.json")
     )
@@ -566,12 +565,11 @@ def check_task(job: dict, report: Callable[[dict], object]) -> None:
         torch.cuda.empty_cache()
     model = open_model(Path(job["output"]), Path(job["output"]) / "offload")
     after = perplexity(model, job["check_rows"])
-    tokenizer = AutoTokenizer.from_pretrained(job["output"])
-    prompt = [{"role": "user", "content": "Hello, who are you?"}]
+    tokenizer, question = AutoTokenizer.from_pretrained(job["output"]), [{"role": "user", "content": "Who are you?"}]
     if tokenizer.chat_template:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
     else:
-        ids = tokenizer(prompt[0]["content"])["input_ids"]
+        ids = tokenizer(question[0]["content"])["input_ids"]
     batch = torch.tensor([ids], device=model.device)
     answer = model.generate(batch, attention_mask=torch.ones_like(batch), max_new_tokens=16, do_sample=False)
     shutil.rmtree(Path(job["output"]) / "offload", ignore_errors=True)
@@ -580,6 +578,7 @@ def check_task(job: dict, report: Callable[[dict], object]) -> None:
             "perplexity_merged": before,
             "perplexity_gptq": after,
             "perplexity_ratio": after / before,
+            "question": tokenizer.decode(ids),
             "answer": tokenizer.decode(answer[0, len(ids) :], skip_special_tokens=True),
         }
     )
