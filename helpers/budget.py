@@ -28,6 +28,8 @@ class Vram:
     reserved_gib: float
     process_gib: float
     limit_gib: float
+    usable_gib: float
+    """What it may be predicted to take: the limit less what predictions were under (`planning.MARGIN`)."""
     moment: str
     parts: dict[str, float]
 
@@ -97,7 +99,8 @@ def budget(
     """
     refuse(config, shape, stage)
     stages = PARTS_OF_A_RUN if stage == "run" else (stage,)
-    memory = max((vram_of(config, shape, machine, part) for part in stages), key=lambda found: found.process_gib)
+    each = (vram_of(config, shape, machine, part) for part in stages)
+    memory = max(each, key=lambda found: found.process_gib - found.usable_gib)
     rams = {part: host.ram(config, shape, machine, part) for part in stages}
     ram_parts = max(rams.values(), key=lambda parts: sum(parts.values()))
     ram = Ram(sum(ram_parts.values()), machine.host.ram_gib, ram_parts)
@@ -125,7 +128,7 @@ def refuse(config: RunConfig, shape: ModelShape, stage: str) -> None:
 def vram_of(config: RunConfig, shape: ModelShape, machine: Machine, stage: str) -> Vram:
     """The largest moment of a stage; nothing without a card."""
     if machine.gpu is None:
-        return Vram(0.0, 0.0, 0.0, machine.vram_gib, "", {})
+        return Vram(0.0, 0.0, 0.0, machine.vram_gib, machine.vram_gib, "", {})
     moments = STAGE_MOMENTS[stage](shape, config, machine.gpu.capability)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {name: size / GIB for name, size in moments[moment].items() if size}
@@ -134,7 +137,8 @@ def vram_of(config: RunConfig, shape: ModelShape, machine: Machine, stage: str) 
     reserved = allocated + beyond_gib(config, shape, stage, allocated)
     parts |= {"reserved beyond it": reserved - allocated} | ({"paged optimizer states": paged} if paged else {})
     parts["CUDA context"] = machine.gpu.context_gib
-    return Vram(allocated, reserved, sum(parts.values()), machine.vram_gib, moment, parts)
+    usable = planning.usable_gib(config, shape, machine, stage)
+    return Vram(allocated, reserved, sum(parts.values()), machine.vram_gib, usable, moment, parts)
 
 
 def beyond_gib(config: RunConfig, shape: ModelShape, stage: str, allocated_gib: float) -> float:
@@ -173,10 +177,13 @@ def shortages(
             f"{work} needs a GPU for {shape.parameters / 1e9:.1f}e9 parameters, and {machine.name} has none: take one "
             "(in Colab: Runtime > Change runtime type > T4 GPU), or the profile tiny, made for a CPU"
         )
-    if machine.gpu and memory.process_gib > memory.limit_gib:
+    if machine.gpu and memory.process_gib > memory.usable_gib:
         remedy = planning.vram_remedy(config, shape, machine, stage, training_needs(shape, machine))
+        near = memory.process_gib <= memory.limit_gib
+        kept_gib = memory.limit_gib - memory.usable_gib
+        why = f", and {kept_gib:.1f} must stay free because a prediction can be that much under" if near else ""
         reasons.append(
-            f"{work} needs {memory.process_gib:.1f} GiB of VRAM, this {machine.name} has {memory.limit_gib:.1f}: "
+            f"{work} needs {memory.process_gib:.1f} GiB of VRAM, this {machine.name} has {memory.limit_gib:.1f}{why}: "
             f"{remedy}"
         )
     if ram.peak_gib > ram.limit_gib:

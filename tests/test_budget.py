@@ -126,7 +126,7 @@ def test_on_a_t4_nothing_is_recomputed_when_everything_fits_and_as_little_as_pos
     tight = budget.plan(seven(seq_len=8192), SEVEN, T4).config
     assert 0 < tight.train.checkpointing < 32
     one_less = planning.with_train(tight, checkpointing=tight.train.checkpointing - 1)
-    assert process_gib(one_less) > T4.vram_gib * (1 - planning.MARGIN)
+    assert process_gib(one_less) > planning.usable_gib(tight, SEVEN, T4)
 
 
 def test_the_plan_is_the_fastest_of_all_ways_that_fit():
@@ -135,13 +135,33 @@ def test_the_plan_is_the_fastest_of_all_ways_that_fit():
     for batch in (1, 2, 4, 8, 16):
         for count in range(33):
             other = planning.with_train(config, batch_size=batch, accumulation=16 // batch, checkpointing=count)
-            if process_gib(other) <= T4.vram_gib * (1 - planning.MARGIN):
+            if process_gib(other) <= planning.usable_gib(config, SEVEN, T4):
                 assert pace.step_s(chosen, SEVEN, T4) <= pace.step_s(other, SEVEN, T4) + 1e-3
 
 
 def test_settings_that_fit_stay_as_they_are():
     config = seven(checkpointing="all", batch_size=2)
     assert budget.plan(config, SEVEN, T4).config == config
+
+
+def test_settings_within_a_predictions_error_of_the_limit_do_not_fit_and_the_sentence_says_why():
+    (near,) = (
+        count for count in range(32, -1, -1) if 14.13 < process_gib(seven(seq_len=8192, checkpointing=count)) < 14.3
+    )
+    found = budget.budget(seven(seq_len=8192, checkpointing=near), SEVEN, T4)
+    assert found.vram.usable_gib < found.vram.process_gib < found.vram.limit_gib
+    assert not found.fits and "0.4 must stay free because a prediction can be that much under" in found.reasons[0]
+    assert budget.plan(seven(seq_len=8192, checkpointing=near), SEVEN, T4).config.train.checkpointing > near
+
+
+def test_what_stays_free_is_more_than_any_prediction_was_under():
+    """Of rows that nothing was calibrated on and whose allocator grows its segments, as `helpers` sets it."""
+    unseen = [row for rows in tables.sets().values() for row in rows if not row.fitted and row.expandable]
+    for how, margin in planning.MARGIN.items():
+        chosen = [row for row in unseen if (activations.way(row.shape, row.config) == "own") == (how == "own")]
+        errors = tables.compare(chosen, tables.process_gib, "process_gib").percent
+        errors += tables.compare(chosen, tables.reserved_gib, "reserved_gib").percent
+        assert len(errors) >= 30 and min(errors) >= -100 * margin, how
 
 
 def test_a_context_that_no_way_of_training_fits_is_cut_and_said_to_be():
@@ -283,7 +303,8 @@ def test_layers_that_ours_cannot_compute_are_budgeted_as_transformers(values, ho
 def test_predictions_hold_on_rows_that_they_were_not_fitted_to():
     """The bounds that the project promises, on every measured row; tables.py prints the errors."""
     for name, rows in tables.sets().items():
-        assert tables.verdicts(rows) == f"{len(rows)} of {len(rows)}", name
+        verdicts = tables.verdicts(rows)
+        assert verdicts.promised_though_ran_out == 0 and verdicts.refused_though_ran <= 2, name
         allocated = tables.compare(rows, lambda row: tables.rows.allocated_gib(row)[0], "allocated_gib").percent
         if allocated:
             assert sum(map(abs, allocated)) / len(allocated) < 2 and min(allocated) > -3, name
@@ -330,10 +351,12 @@ def test_evaluation_needs_what_it_was_measured_to_need():
     assert within_10_percent(found.reserved_gib, measured["peak_reserved_gib"])
 
 
-def test_a_7bs_step_on_a_t4_is_within_15_percent_of_published_ones():
-    rows = [row for row in tables.rows.t4("unseen") if "7b" in row.shape.name]
-    errors = tables.compare(rows, lambda row: pace.step_s(row.config, row.shape, row.machine), "step_s").percent
-    assert len(errors) == 4 and max(map(abs, errors)) < 15
+def test_a_step_on_a_t4_is_within_15_percent_of_published_ones_for_a_7b_and_35_for_all():
+    published = tables.published_steps()
+    sevens = [row for row in published if "-7b" in row.shape.name]
+    for rows, count, most in ((sevens, 4, 15), (published, 15, 35)):
+        errors = tables.compare(rows, tables.predicted_step_s, "step_s").percent
+        assert len(errors) == count and max(map(abs, errors)) < most
 
 
 def test_against_measured_pairs_what_was_measured_with_what_was_predicted():
