@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
-from helpers import budget, hardware, models
+from helpers import budget, hardware, hub, models
 from helpers.config import RunConfig, field_parts, load_yaml
 from helpers.workspace import StorageError, Workspace, run_models
 
@@ -184,7 +184,7 @@ Outcome = tuple[int, dict, str]
 
 def run_budget(options: argparse.Namespace, config: RunConfig) -> Outcome:
     """What it needs; exit 3 when it does not fit."""
-    shape, machine = models.shape(config.model.model), machine_of(options)
+    shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
     plan = budget.plan(config, shape, machine)
     estimate = budget.budget(budget.requested(config, plan), shape, machine, stage=options.budget_stage)
     result = budget.to_json(estimate, plan)
@@ -208,7 +208,7 @@ def run_finetune(options: argparse.Namespace, config: RunConfig) -> Outcome:
     from helpers import finetune
 
     run = workspace_of(options, config)
-    shape, machine = models.shape(config.model.model), machine_of(options)
+    shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
     output = options.output or run.folder("finetune")
     plan = finetune.plan(config, output, machine, options.resume)
     chosen = budget.requested(config, plan)
@@ -225,7 +225,9 @@ def run_merge(options: argparse.Namespace, config: RunConfig) -> Outcome:
     run = workspace_of(options, config)
     output = options.output or run.folder("merge")
     adapter = options.adapter or run.folder("finetune") / "adapter"
-    return done("merge", output, merge.merge(options.base or config.model.model, adapter, output, config.merge))
+    base = options.base or config.model.model
+    revision = options.revision or (config.model.revision if base == config.model.model else None)
+    return done("merge", output, merge.merge(base, adapter, output, config.merge, revision))
 
 
 def run_quantize(options: argparse.Namespace, config: RunConfig) -> Outcome:
@@ -237,6 +239,8 @@ def run_quantize(options: argparse.Namespace, config: RunConfig) -> Outcome:
     own = options.calibration if options.calibration not in (None, "own", "general", "both") else run.folder("prepare")
     output = options.output or run.folder("quantize")
     merged = options.merged or run.folder("merge")
+    if not merged.exists() and len(merged.parts) == 2 and not merged.is_absolute():
+        merged = hub.snapshot(str(merged), config.model.revision)
     return done("quantize", output, quantize.quantize(merged, output, config.quantize, Path(own)))
 
 

@@ -125,10 +125,11 @@ def plan(config: RunConfig, output: Path, machine: hardware.Machine | None = Non
 
 def plan_from(config: RunConfig, checkpoint: Path | None, machine: hardware.Machine) -> budget.Plan:
     """The plan in a checkpoint's own micro-batches: laid out otherwise, its next steps would be other steps."""
+    sizes = shape(config.model.model, config.model.revision)
     made = checkpoints.split_of(checkpoint) if checkpoint else {}
     if not made:
-        return budget.plan(config, shape(config.model.model), machine)
-    return budget.plan_in(config, made["batch_size"], shape(config.model.model), machine, checkpoint.name)
+        return budget.plan(config, sizes, machine)
+    return budget.plan_in(config, made["batch_size"], sizes, machine, checkpoint.name)
 
 
 def planned(config: RunConfig, checkpoint: Path | None = None) -> RunConfig:
@@ -196,7 +197,7 @@ def check_tokenizer(prepared: Path, config: RunConfig) -> None:
 
 def refuse_without_gpu(config: RunConfig) -> None:
     """Raise ValueError where a CPU would train for weeks."""
-    billions = shape(config.model.model).parameters / 1e9
+    billions = shape(config.model.model, config.model.revision).parameters / 1e9
     if billions > 1 and not torch.cuda.is_available():
         raise ValueError(
             f"{config.model.model} has {billions:.1f}e9 parameters and this machine has no GPU that PyTorch sees: "
@@ -217,6 +218,7 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig) -> PeftModel:
         use_dora=config.adapter.dora,
         bias="none",
         task_type="CAUSAL_LM",
+        revision=config.model.revision,
     )
     forget_old_torchao()
     model = get_peft_model(model, lora)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.config import RunConfig
+from helpers.hub import snapshot
 from helpers.models import hub_config, shape_from_config
 from helpers.templates import Template, ends, load_tokenizer
 from helpers.versions import forget_old_torchao
@@ -106,14 +107,27 @@ def read_config(name: str | Path) -> dict:
 def base_of(adapter: Path, config: RunConfig) -> str:
     """The base that an adapter belongs to: what its configuration names, or the run's model when that moved.
 
+    Of a hub model with a revision, which is the adapter's own or else the run's, the folder it was downloaded to.
     Raises ValueError when the adapter's configuration cannot be read.
     """
     try:
-        named = json.loads((Path(adapter) / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        settings = json.loads((Path(adapter) / ADAPTER).read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(f"{Path(adapter) / ADAPTER} is not JSON: make the adapter again") from None
+    named, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if revision and named and not Path(named).exists() and not Path(named).is_absolute():
+        return str(snapshot(named, revision))
     gone = not named or (Path(named).is_absolute() and not Path(named).is_dir())
-    return config.model.model if gone else named
+    return pinned(config.model.model if gone else named, config)
+
+
+def pinned(name: str | Path, config: RunConfig) -> str:
+    """The run's own model, when it is on the hub and a revision is asked for, as the folder it was downloaded to.
+
+    Any other name stays as it is. So everything that opens, measures or reads a model takes the same files.
+    """
+    asked = config.model.revision and str(name) == config.model.model and not Path(name).exists()
+    return str(snapshot(str(name), config.model.revision) if asked else name)
 
 
 def load(name: str | Path, config: RunConfig | None = None) -> Loaded:
@@ -128,6 +142,7 @@ def load(name: str | Path, config: RunConfig | None = None) -> Loaded:
     from transformers import AutoModelForCausalLM
 
     config = config or RunConfig()
+    name = pinned(name, config)
     what = kind(name)
     source = base_of(Path(name), config) if what == "adapter" else str(name)
     read_config(source)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.config import MergeConfig, RunConfig, load_yaml
+from helpers.hub import snapshot
 from helpers.templates import brings_tokenizer, ends, hand_on
 from helpers.workspace import MANIFEST, SCRATCH, building, checksum, empty_folder, exclusive, write_text
 
@@ -84,12 +85,13 @@ class Adapter:
     """Key in the adapter's file -> shape."""
 
 
-def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig) -> dict:
+def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, revision: str | None = None) -> dict:
     """Write base + adapter as fp16 shards that transformers opens; returns the measurements.
 
-    base: a folder with config.json and safetensors, or a hub id. Goes on where a merge of the same inputs was
-    interrupted. Raises ValueError in one sentence, before anything is written, for an adapter of another kind or for
-    another base, a missing shard, a truncated file, too little disk, or an output folder that is in use.
+    base: a folder with config.json and safetensors, or a hub id. revision: of a hub id; without one, that which the
+    adapter was trained on. Goes on where a merge of the same inputs was interrupted. Raises ValueError in one sentence,
+    before anything is written, for an adapter of another kind or for another base, a missing shard, a truncated file,
+    too little disk, or an output folder that is in use.
     """
     start = time.monotonic()
     adapter, output = Path(adapter), Path(output)
@@ -97,7 +99,8 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig) ->
     loaded = read_adapter(adapter)
     trained = trained_config(adapter) or RunConfig()
     config = replace(config, merge_base=base_to_merge(adapter, config.merge_base))
-    base_folder = find_base(base, json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")))
+    revision = base_revision(base, adapter, revision)
+    base_folder = find_base(base, revision)
     refuse_output(output, [base_folder, adapter], "merge")
     with exclusive(work):
         earlier = read_state(progress)
@@ -109,7 +112,7 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig) ->
         identity = fingerprint(tensors, adapter, config, earlier.get("identity", {}).get("base", {}))
         finished = finished_shards(work, earlier, identity)
         check_disk(output, plan, set(finished), config.free_base)
-        run = trained.with_values(model=str(base), **asdict(config))
+        run = trained.with_values(model=str(base), revision=revision, **asdict(config))
         try:
             with building(output, "merge", run, {"adapter": adapter.parent}, keep=True, held=True) as stage:
                 for file in stage.folder.iterdir():
@@ -213,21 +216,25 @@ def of_module(patterns: dict | None, module: str, default: float) -> float:
     return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
-def find_base(base: str | Path, adapter_settings: dict) -> Path:
-    """The folder of the base; a hub id is downloaded, safetensors only, at the revision that the adapter names."""
+def base_revision(base: str | Path, adapter: Path, asked: str | None) -> str | None:
+    """The revision of a hub base to merge into: the one asked for, else the one that training saw.
+
+    Says so when they differ: an adapter corrects the weights that it was trained on.
+    """
+    settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    trained = settings.get("revision") if settings.get("base_model_name_or_path") == str(base) else None
+    if None not in (asked, trained) and asked != trained:
+        print(f"{adapter} was trained on revision {trained} of {base} and is merged into revision {asked}")
+    return asked or trained
+
+
+def find_base(base: str | Path, revision: str | None) -> Path:
+    """The folder of the base; a hub id is downloaded, safetensors only."""
     if Path(base).is_dir():
         return Path(base)
     if str(base).count("/") != 1 or str(base).startswith((".", "/")):
         raise UnusableModel(f"base {base} is neither a folder nor a hub id")
-    from huggingface_hub import snapshot_download
-
-    return Path(
-        snapshot_download(
-            str(base),
-            revision=adapter_settings.get("revision"),
-            allow_patterns=["*.json", "*.jinja", "tokenizer.model*", "*.txt", "model*.safetensors"],
-        )
-    )
+    return snapshot(str(base), revision)
 
 
 def read_config(folder: Path) -> dict:

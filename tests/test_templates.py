@@ -202,11 +202,10 @@ def test_servers_that_open_the_saved_tokenizer_ask_as_training_did(version, lega
     [
         (MISTRAL_V1, ""),
         (OFFICIAL_V3, ""),
-        ("{{ bos_token }}" + CHATML, ""),
         ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", "writes a question and"),
         (OFFICIAL_V1, "writes a system prompt otherwise"),
     ],
-    ids=["v1", "official v3", "chatml", "no generation prompt", "official v1"],
+    ids=["v1", "official v3", "no generation prompt", "official v1"],
 )
 def test_a_template_that_servers_render_otherwise_is_said_before_training(tokenizer, jinja, sentence):
     said = Template(with_template(tokenizer, jinja)).served_otherwise()
