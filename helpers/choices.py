@@ -47,13 +47,18 @@ def start(run: Workspace, config: RunConfig, **given: Any) -> RunConfig:
     """
     given = {name: value for name, value in given.items() if value is not None}
     path, content = newest(run)
-    if path is not None and content.get("profile", config.profile) == config.profile:
+    if content and content.get("profile", config.profile) == config.profile:
         chosen = changes(mendable(lambda: with_settings(content, path, config)), config)
         taken = {name: value for name, value in chosen.items() if name not in given}
         if taken:
             print(f"{words(taken)}, as chosen {origin(content).get('where', 'last')} ({path})")
         config = config.with_values(**taken)
     return config.with_values(**given)
+
+
+def last(run: Workspace) -> dict[str, Any]:
+    """What was chosen last, by name, with its profile; {} when nothing was."""
+    return newest(run)[1]
 
 
 def keep(run: Workspace, config: RunConfig, where: str, planned: RunConfig | None = None) -> RunConfig:
@@ -66,9 +71,9 @@ def keep(run: Workspace, config: RunConfig, where: str, planned: RunConfig | Non
     if {"seq_len", "rank"} & set(cut):
         print(f"{words(cut)} instead of what was asked: no way of training more fits here")
         config = config.with_values(**cut)
-    now, (_, last) = settings(config), newest(run)
-    known = CHOSEN in last and {name: value for name, value in last.items() if name != CHOSEN} == now
-    content = last if known else {CHOSEN: by(where)} | now
+    now, before = settings(config), last(run)
+    known = CHOSEN in before and {name: value for name, value in before.items() if name != CHOSEN} == now
+    content = before if known else {CHOSEN: by(where)} | now
     for path in places(run):
         write(path, content)
     return config
