@@ -31,7 +31,6 @@ from datasets import Dataset, load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -60,6 +59,7 @@ from helpers import layers as decoder
 from helpers.config import RunConfig
 from helpers.models import shape
 from helpers.optimizers import FlatOptimizer
+from helpers.templates import load_tokenizer, save_tokenizer, tokenizer_identity
 from helpers.versions import forget_old_torchao
 
 GIB = 2**30
@@ -103,6 +103,7 @@ def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "aut
         raise ValueError(f"resume must be auto or never, not {resume!r}")
     workspace.fetch(prepared)
     load_split(prepared, "train")  # a dataset that is not there is said before anything is loaded or written
+    check_tokenizer(prepared, config)
     with workspace.building(output, "finetune", config, {"prepared": prepared}, keep=True) as stage:
         for file in stage.folder.iterdir():  # of an end that failed
             if file.name != workspace.SCRATCH:
@@ -138,10 +139,11 @@ def plan(config: RunConfig, output: Path, machine: hardware.Machine | None = Non
 
 def plan_from(config: RunConfig, checkpoint: Path | None, machine: hardware.Machine) -> budget.Plan:
     """The plan in a checkpoint's own micro-batches: laid out otherwise, its next steps would be other steps."""
+    sizes = shape(config.model.model, config.model.revision)
     made = checkpoints.split_of(checkpoint) if checkpoint else {}
     if not made:
-        return budget.plan(config, shape(config.model.model), machine)
-    return budget.plan_in(config, made["batch_size"], shape(config.model.model), machine, checkpoint.name)
+        return budget.plan(config, sizes, machine)
+    return budget.plan_in(config, made["batch_size"], sizes, machine, checkpoint.name)
 
 
 def planned(config: RunConfig, checkpoint: Path | None = None) -> RunConfig:
@@ -203,12 +205,23 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
             matrix = ".layers." in name and parameter.dim() > 1  # left in 16 bits where they are not quantized either
             if parameter.dtype in (torch.float16, torch.bfloat16) and not matrix:
                 parameter.data = parameter.data.float()
-    return model, AutoTokenizer.from_pretrained(config.model.model, revision=config.model.revision)
+    return model, load_tokenizer(config.model.model, config.model.revision)
+
+
+def check_tokenizer(prepared: Path, config: RunConfig) -> None:
+    """Raise ValueError when the rows were written with another tokenizer or template than the adapter will carry."""
+    manifest = prepared / workspace.MANIFEST
+    made = workspace.read_manifest(prepared)["measurements"].get("tokenizer") if manifest.is_file() else None
+    if made not in (None, tokenizer_identity(load_tokenizer(config.model.model, config.model.revision))):
+        raise workspace.StaleArtifact(
+            f"{prepared} was written with another tokenizer or chat template than that of {config.model.model} now: "
+            f"run notebook {workspace.NOTEBOOKS['prepare']} again"
+        )
 
 
 def refuse_without_gpu(config: RunConfig) -> None:
     """Raise ValueError where a CPU would train for weeks."""
-    billions = shape(config.model.model).parameters / 1e9
+    billions = shape(config.model.model, config.model.revision).parameters / 1e9
     if billions > 1 and not torch.cuda.is_available():
         raise ValueError(
             f"{config.model.model} has {billions:.1f}e9 parameters and this machine has no GPU that PyTorch sees: "
@@ -229,6 +242,7 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig) -> PeftModel:
         use_dora=config.adapter.dora,
         bias="none",
         task_type="CAUSAL_LM",
+        revision=config.model.revision,
     )
     forget_old_torchao()
     model = get_peft_model(model, lora)
@@ -668,9 +682,10 @@ def load_best(trainer: FineTuner) -> None:
 
 
 def save(trainer: FineTuner, output: Path) -> Path:
-    """output/adapter (PEFT's format) and output/log.json (the trainer's log); returns the adapter's folder."""
+    """output/adapter (PEFT's format, its tokenizer) and output/log.json (the trainer's log); returns the adapter's."""
     output = Path(output)
     trainer.model.save_pretrained(str(output / "adapter"))
+    save_tokenizer(trainer.processing_class, output / "adapter")
     workspace.write_text(output / "log.json", json.dumps(trainer.state.log_history, indent=1))
     return output / "adapter"
 

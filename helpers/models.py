@@ -227,9 +227,10 @@ KNOWN = {
 }
 
 
-def shape(name: str) -> ModelShape:
+def shape(name: str, revision: str | None = None) -> ModelShape:
     """The shape of a model: a hub id, a short name such as mistral-7b-v0.3, a config.json, or a folder that has one.
 
+    revision: of a hub id whose shape is not known here; no revision of the known ones ever changed it.
     Raises ValueError when it is none of these, or not a Llama-like decoder.
     """
     for hub_id, known in KNOWN.items():
@@ -243,20 +244,24 @@ def shape(name: str) -> ModelShape:
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise ValueError(f"model: {path} is not JSON") from None
     if name.count("/") == 1 and not name.startswith((".", "/")) and path.suffix != ".json":
-        return shape_from_config(hub_config(name), name)
+        return shape_from_config(hub_config(name, revision), name)
     raise ValueError(
         f"model must be a folder with config.json, a config.json, a hub id, or one of "
         f"{', '.join(sorted({known.name for known in KNOWN.values()}))}; {name!r} is none of these"
     )
 
 
-def hub_config(name: str) -> dict:
+def hub_config(name: str, revision: str | None = None) -> dict:
     """config.json of a hub model: a few kB, all that a budget downloads. Raises ValueError with the remedy."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
+        return json.loads(Path(hf_hub_download(name, "config.json", revision=revision)).read_text(encoding="utf-8"))
+    except RevisionNotFoundError:
+        raise ValueError(
+            f"model {name} has no revision {revision}: choose a branch, a tag or a commit of huggingface.co/{name}"
+        ) from None
     except GatedRepoError:
         raise ValueError(
             f"model {name} is gated: accept its terms at huggingface.co/{name} and set HF_TOKEN (in Colab: Secrets)"
