@@ -9,7 +9,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from helpers import activations, host, pace, placement, planning, vram
 from helpers.config import RunConfig
@@ -284,6 +284,27 @@ def plan(config: RunConfig, shape: ModelShape, machine: Machine) -> Plan:
     refuse(config, shape, "train")
     chosen, reasons = planning.search(config, shape, machine, training_needs(shape, machine))
     return Plan(chosen, budget(chosen, shape, machine), reasons)
+
+
+def plan_in(config: RunConfig, batch_size: int, shape: ModelShape, machine: Machine, continued: str) -> Plan:
+    """The plan in micro-batches of a given size, those of a checkpoint that is continued, as little recomputed as fits.
+
+    Where no way of computing them fits, the leanest, and its budget says by how much not.
+    """
+    refuse(config, shape, "train")
+    chosen = planning.in_batches(config, batch_size, shape, machine, training_needs(shape, machine))
+    split, found = (
+        f"micro-batches of {chosen.train.batch_size} × {chosen.train.accumulation}",
+        budget(chosen, shape, machine),
+    )
+    need, limit = found.vram.process_gib, found.vram.limit_gib
+    if machine.gpu and need > found.vram.usable_gib:
+        said = f"{continued} was made in {split}, which need at least {need:.1f} GiB of VRAM, this {machine.name} has"
+        remedy = "continue on a card with more, or start anew with resume='never'"
+        return Plan(chosen, replace(found, reasons=(f"{said} {limit:.1f}: {remedy}",)), ())
+    layers = f"{activations.checked_layers(shape, chosen)} of {shape.layers} layers are checkpointed"
+    memory = f", and {need:.1f} of {limit:.1f} GiB are needed" if machine.gpu else ""
+    return Plan(chosen, found, (f"{continued} was made in {split}, and training goes on in them: {layers}{memory}",))
 
 
 def requested(config: RunConfig, plan: Plan) -> RunConfig:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from helpers import budget, hardware, models
 from helpers.config import RunConfig, field_parts, load_yaml
-from helpers.workspace import Workspace, run_models
+from helpers.workspace import StorageError, Workspace, run_models
 
 DONE, FAILED, WRONG_REQUEST, DOES_NOT_FIT = 0, 1, 2, 3
 STAGE_HELP = {
@@ -39,11 +39,14 @@ def main(arguments: list[str] | None = None) -> int:
     with standard_output_for_result() as result_stream:
         try:
             status, result, text = STAGES[options.stage](options, configuration(options))
+        except StorageError as error:
+            print(f"{options.stage}: {error}", file=sys.stderr)
+            return FAILED
         except ValueError as error:
             print(f"{options.stage}: {error}", file=sys.stderr)
             if os.environ.get("RECIPES_DEBUG"):
                 traceback.print_exc()
-            return WRONG_REQUEST
+            return DOES_NOT_FIT if isinstance(error, budget.DoesNotFit) else WRONG_REQUEST
         except KeyboardInterrupt:
             print(f"{options.stage}: stopped; the same command continues where it can", file=sys.stderr)
             return FAILED
@@ -206,12 +209,12 @@ def run_finetune(options: argparse.Namespace, config: RunConfig) -> Outcome:
 
     run = workspace_of(options, config)
     shape, machine = models.shape(config.model.model), machine_of(options)
-    plan = budget.plan(config, shape, machine)
+    output = options.output or run.folder("finetune")
+    plan = finetune.plan(config, output, machine, options.resume)
     chosen = budget.requested(config, plan)
-    estimate = budget.budget(chosen, shape, machine)
+    estimate = plan.budget if chosen == plan.config else budget.budget(chosen, shape, machine)
     if not estimate.fits:
         return DOES_NOT_FIT, budget.to_json(estimate, plan), "\n".join(estimate.reasons)
-    output = options.output or run.folder("finetune")
     prepared = options.prepared or run.folder("prepare")
     return done("finetune", output, finetune.finetune(chosen, prepared, output, resume=options.resume))
 

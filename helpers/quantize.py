@@ -104,7 +104,7 @@ def quantize(
         run = merged_config(model).with_values(**asdict(config))
         remove_all(work)
         try:
-            with building(output, "quantize", run, {"merged": model}, keep=True) as stage:
+            with building(output, "quantize", run, {"merged": model}, keep=True, held=True) as stage:
                 log.unlink(missing_ok=True)
                 job = {"model": str(model.resolve()), "output": str(work.resolve()), "config": asdict(config)}
                 figures = run_gptq(job | {"rows": rows, "check_rows": check_rows}, sizes, log)

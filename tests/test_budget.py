@@ -401,6 +401,25 @@ def test_a_budget_takes_milliseconds():
     assert (time.process_time() - began) / 20 < 0.05  # 1 ms here; the bound is for slow machines
 
 
+def test_a_run_goes_on_on_another_card_in_its_own_micro_batches_where_they_fit():
+    config = seven(seq_len=1024, batch_size=1, accumulation=8)
+    on_t4, on_l4 = (budget.plan(config, SEVEN, hardware.machine(card)).config.train for card in ("t4", "l4"))
+    assert on_t4.batch_size != on_l4.batch_size, "or this shows nothing"
+    there = budget.plan_in(config, on_t4.batch_size, SEVEN, hardware.machine("l4"), "checkpoint-40")
+    assert there.budget.fits and there.config.train == on_t4
+    back = budget.plan_in(config, on_l4.batch_size, SEVEN, T4, "checkpoint-40")
+    assert back.budget.fits and back.config.train.batch_size == on_l4.batch_size
+    assert back.config.train.checkpointing > on_l4.checkpointing, "chosen anew for the smaller card"
+    assert back.reasons[0].startswith("checkpoint-40 was made in micro-batches of 4 × 2, and training goes on in them")
+    too_much = budget.plan_in(config.with_values(seq_len=8192), 8, SEVEN, T4, "checkpoint-40").budget
+    said = r"in micro-batches of 8 × 1, which need at least \d\d\.\d GiB of VRAM, this Tesla T4 has 14\.6: continue on"
+    with pytest.raises(budget.DoesNotFit, match=said):
+        budget.check(too_much)
+    assert len(too_much.reasons) == 1 and "batch_size=" not in too_much.reasons[0], (
+        "no remedy that would be another run"
+    )
+
+
 @pytest.mark.parametrize("card", ["p100", "v100"])
 def test_a_card_that_pytorch_has_no_kernels_for_does_not_fit_and_says_why(card):
     machine = hardware.machine(card)
