@@ -595,7 +595,7 @@ def test_a_row_more_makes_nf4_unpack_and_fused_kernels_not():
     assert eight["nf4"] * 0.8e9 == pytest.approx(4.5 * SEVEN.linear_parameters, rel=0.02)
     away = [Placement("model", "fp16", 8, layers, "host memory") for layers in (0, 4)]
     none, four = (pace.evaluation_s(SEVEN_B, SEVEN, T4, place) for place in away)
-    bus_s = 4 * 2 * SEVEN.layer_linear_parameters / 12e9
+    bus_s = 4 * 2 * SEVEN.layer_linear_parameters / 10e9
     assert four["answers"] - none["answers"] == pytest.approx(4 * 128 * bus_s)
 
 
