@@ -2,6 +2,7 @@
 
 import os
 import statistics
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -122,9 +123,11 @@ def wait(device: Any) -> None:
 
 @contextmanager
 def peak_memory() -> Iterator[dict[str, float]]:
-    """Peaks inside the block: of VRAM (peak_allocated_gib, peak_reserved_gib) and of this process (peak_host_gib).
+    """Peaks inside the block: of VRAM (peak_allocated_gib, peak_reserved_gib) and of this process.
 
-    The dict is filled when the block ends.
+    peak_anonymous_gib is what the system cannot take back, looked at twenty times a second; peak_host_gib counts pages
+    of files too, all of a model's among them, which it drops when memory is short. The dict is filled when the block
+    ends.
     """
     import torch
 
@@ -132,13 +135,36 @@ def peak_memory() -> Iterator[dict[str, float]]:
     reset_host_peak()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    ended, highest = threading.Event(), [anonymous_bytes()]
+    watch = threading.Thread(target=watch_anonymous, args=(ended, highest), daemon=True)
+    watch.start()
     try:
         yield found
     finally:
+        ended.set()
+        watch.join()
+        found["peak_anonymous_gib"] = max(highest[0], anonymous_bytes()) / GIB
         if torch.cuda.is_available():
             found["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
             found["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
         found["peak_host_gib"] = host_peak_bytes() / GIB
+
+
+def watch_anonymous(ended: threading.Event, highest: list[int]) -> None:
+    """Keep the highest anonymous memory in highest[0] until ended."""
+    while not ended.wait(0.05):
+        highest[0] = max(highest[0], anonymous_bytes())
+
+
+def anonymous_bytes() -> int:
+    """This process's memory that no file backs; elsewhere than on Linux all that is resident."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(status.split("RssAnon:")[1].split()[0])
+    except (OSError, IndexError):
+        import psutil
+
+        return psutil.Process(os.getpid()).memory_info().rss
 
 
 def reset_host_peak() -> None:

@@ -6,6 +6,7 @@ packing   losses with flash attention, packing and a sliding window within 4e-4 
 cards     with two visible GPUs a run trains, and nothing of it is on the second
 again     a 7B's run under a T4's 14.42 GiB is stopped, started again as a notebook would, and continues
 offload   pinned host memory is what the budget counts, whatever the contexts were, and inputs come back as they were
+waiting   a 16-bit model half of whose layers wait in host memory or on disk computes the same bits, and leaves nothing
 
 The 7B's shape has random weights; it is made in FOLDER (13.5 GiB) where it is not there yet.
 """
@@ -236,7 +237,57 @@ def drive_offload(device, hidden: int, layers: int, contexts: list[int]) -> dict
     return {"passed": exact and right, "came_back": right, "contexts": rows, "after": memory()}
 
 
-CHECKS = {"packing": packing, "cards": cards, "again": again, "offload": offload}
+def waiting(models: Path) -> dict:
+    """The tiny model's logits and answers with two of four layers away, beside all of it on the card."""
+    need_gpus(1)
+    import torch
+
+    from helpers import card, hardware, inference, parked
+    from helpers.models import TINY, profile
+
+    memory_once = torch.empty(2**20, dtype=torch.uint8)
+    locked = [parked.lock(memory_once), parked.lock(memory_once)]  # the second time CUDA refuses
+    parked.unlock(memory_once)
+    config = profile("tiny", eval_batch_size=2, eval_context=64, eval_stride=64, max_new_tokens=8)
+    ids = torch.randint(3, 2000, (2, 48), generator=torch.Generator().manual_seed(0)).cuda()
+    prompts = ["Mira lives in", "The owl"]
+    found, passed, before = {}, locked == [True, False], memory()["allocated_gib"]
+    for name, machine in {
+        "whole": None,
+        "host memory": small_card(config, 100.0),
+        "disk": small_card(config, 0.0),
+    }.items():
+        loaded = inference.load(TINY, config, machine)
+        with torch.inference_mode():
+            logits = loaded.model(ids).logits.cpu()
+        answers = [answer.text for answer in inference.batch_generate(loaded, prompts, 8, 2)]
+        expected = found.setdefault("whole", {"logits": logits, "answers": answers})
+        same = torch.equal(expected["logits"], logits) and expected["answers"] == answers
+        passed &= same and (machine is None or loaded.how.endswith(f"2 of 4 layers from {name}"))
+        found[name] = {"how": loaded.how, "same": same} | (expected if machine is None else {})
+        del loaded
+        card.free_memory()
+    found["whole"] = {"how": found["whole"]["how"]}
+    left_gib = memory()["allocated_gib"] - before
+    return {"passed": passed and left_gib < 0.05, "left_gib": left_gib, "gpu": hardware.probe().name, **found}
+
+
+def small_card(config, ram_gib: float):
+    """A machine whose card keeps two of the tiny model's layers away."""
+    from dataclasses import replace
+
+    from helpers import hardware, placement, planning
+    from helpers.models import TINY, shape
+
+    two_away = placement.Placement("model", "fp16", config.evaluate.eval_batch_size, away=2)
+    machine = hardware.machine("t4")
+    needed_gib = placement.needed_gib(two_away, config, shape(str(TINY)), machine)
+    usable_gib = 1.00001 * needed_gib / (1 - planning.MARGIN["other"])
+    gpu = replace(machine.gpu, vram_gib=usable_gib, context_gib=0.0)
+    return hardware.Machine(gpu, replace(machine.host, ram_gib=ram_gib))
+
+
+CHECKS = {"packing": packing, "cards": cards, "again": again, "offload": offload, "waiting": waiting}
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

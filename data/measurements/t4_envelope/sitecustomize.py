@@ -23,5 +23,6 @@ if torch.cuda.is_available():
     torch.cuda.mem_get_info = free_and_total
     torch.cuda.get_device_capability = lambda device=None: (7, 5)
     torch.cuda.get_device_name = lambda device=None: "Tesla T4"
+    torch.cuda.get_per_process_memory_fraction = lambda device=None: 1.0  # the real one's is of the real GPU
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
