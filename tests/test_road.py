@@ -146,6 +146,17 @@ def test_every_stage_in_drive_is_whole(walk):
         assert inside == {*manifest["outputs"], workspace.MANIFEST}
 
 
+def test_nothing_half_done_is_left_in_drive(walk):
+    """No checkpoints of a training that ended, no folder being copied, renamed or deleted: they all use the quota."""
+    assert {path.name for path in walk.run.iterdir() if path.is_dir()} == {
+        "prepare",
+        "finetune",
+        "quantize",
+        "evaluate",
+    }
+    assert not list(walk.run.rglob("*.tmp"))
+
+
 def test_the_report_is_in_drive(walk):
     report = json.loads((walk.run / "evaluate" / "report.json").read_text(encoding="utf-8"))
     assert {"base", "finetuned", "gptq"} <= report.keys()
