@@ -47,7 +47,7 @@ MARKER = "whole.json"
 BESIDE = "writing"
 ANY_TIME = (
     *("save_steps", "keep_checkpoints", "eval_steps", "patience"),
-    *("checkpointing", "keep_attention", "offload_activations"),
+    *("checkpointing", "keep_attention", "offload_activations", "offload_gib"),
 )
 """Settings that may change between a run and its continuation: they do not decide what is learned."""
 SPLIT = ("batch_size", "accumulation")
@@ -405,7 +405,11 @@ def copied(checkpoint: Path, to: Path, say: Callable[[str], None]) -> Path | Non
     Returns None, and says why, where another run's checkpoint has the name. Raises OSError, or files.Torn when the
     checkpoint itself is not whole.
     """
-    marker, target, beside = about(checkpoint), to / checkpoint.name, to / BESIDE / checkpoint.name
+    marker, target = about(checkpoint), to / checkpoint.name
+    beside = to / BESIDE / f"{checkpoint.name}-{uuid.uuid4().hex[:8]}"  # another machine may copy the same one
+    for name in files.names(to / BESIDE):
+        files.remove(to / BESIDE / name)  # of a copy that broke off
+    files.erase_empty(to / BESIDE)
     taken = {path.name: about(path) for path in readable(to, say, aside=True)}.get(checkpoint.name)
     if taken == marker:
         harm = problem(target)
@@ -423,14 +427,13 @@ def copied(checkpoint: Path, to: Path, say: Callable[[str], None]) -> Path | Non
     if free < marker["size_bytes"]:
         sizes = f"it has {marker['size_bytes'] / GIB:.2f} GiB, and {to} has {free / GIB:.2f} GiB free"
         raise OSError(errno.ENOSPC, sizes)
-    for name in files.names(to / BESIDE):
-        if name != beside.name:
-            files.remove(to / BESIDE / name)
     for name, entry in marker["files"].items():
         files.copy_verified(checkpoint / name, beside / name, entry["sha256"])
     files.copy_verified(checkpoint / MARKER, beside / MARKER, checksum(checkpoint / MARKER))
+    if {str(file.relative_to(beside)) for file in files.files_under(beside)} != {*marker["files"], MARKER}:
+        raise OSError(errno.ESTALE, f"another process changes {beside.parent}")
     files.publish(beside, target)
-    files.remove(to / BESIDE)
+    files.erase_empty(beside.parent)
     return target
 
 
@@ -492,3 +495,5 @@ def clear(folder: Path | None, run: str | None) -> None:
     for checkpoint, marker in lying.items():
         if checkpoint in own or text_checksum(marker) in superseded:
             files.remove(checkpoint)
+    if own:
+        files.erase_empty(folder / BESIDE, folder, folder.parent)

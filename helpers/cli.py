@@ -258,14 +258,15 @@ def run_quantize(options: argparse.Namespace, config: RunConfig) -> Outcome:
     from helpers import quantize
 
     run = workspace_of(options, config)
-    if options.calibration in ("own", "general", "both"):
-        config = config.with_values(calibration=options.calibration)
-    own = options.calibration if options.calibration not in (None, "own", "general", "both") else run.folder("prepare")
     output = options.output or run.folder("quantize")
     merged = options.merged or run.folder("merge")
     if not merged.exists() and len(merged.parts) == 2 and not merged.is_absolute():
         merged = hub.snapshot(str(merged), config.model.revision)
-    return done("quantize", output, quantize.quantize(merged, output, config.quantize, Path(own)))
+    try:
+        figures = quantize.quantize(merged, output, config.quantize, run.folder("prepare"))
+    except quantize.BrokenResult as error:
+        return FAILED, {"failed": str(error)}, f"quantize: {error}"
+    return done("quantize", output, figures)
 
 
 def run_evaluate(options: argparse.Namespace, config: RunConfig) -> Outcome:
@@ -290,10 +291,12 @@ def name_and_folder(pair: str) -> tuple[str, str]:
 
 def run_all(options: argparse.Namespace, config: RunConfig) -> Outcome:
     """Every stage in order, each from the folder that the last one wrote."""
-    absent = dict.fromkeys(
-        ("input", "output", "prepared", "base", "adapter", "merged", "calibration", "models", "data")
-    )
+    absent = dict.fromkeys(("input", "output", "prepared", "base", "adapter", "merged", "models", "data"))
     options = argparse.Namespace(**(absent | vars(options)))
+    if config.quantize.calibration not in ("own", "general", "both"):
+        from helpers import quantize
+
+        quantize.calibration_sets(config.quantize, [])  # a file that is not there is missed now, not after the training
     outcome: Outcome = (DONE, {}, "")
     for stage in ("prepare", "finetune", "merge", "quantize", "evaluate"):
         print(f"== {stage}", file=sys.stderr, flush=True)

@@ -348,11 +348,22 @@ def remove(folder: Path) -> None:
 
 
 def erase(folder: Path) -> None:
-    """Empty and delete all files of a folder, and the folder; what resists stays for the next time."""
-    with suppress(OSError):
-        for file in files_under(folder):
-            empty(file)
-    shutil.rmtree(folder, ignore_errors=True)
+    """Empty and delete all files of a folder, and the folder. Raises the OSError that stays."""
+    for name in names(folder):
+        path = folder / name
+        if is_folder(path) and not path.is_symlink():
+            erase(path)
+        else:
+            empty(path)
+            patiently(lambda path=path: path.unlink(missing_ok=True))
+    erase_empty(folder)
+
+
+def erase_empty(*folders: Path) -> None:
+    """Delete those folders that hold nothing."""
+    for folder in folders:
+        with suppress(OSError):
+            patiently(folder.rmdir)
 
 
 def empty(file: Path) -> None:

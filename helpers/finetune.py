@@ -41,7 +41,20 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from helpers import attention, batches, budget, checkpoints, files, hardware, losses, workspace
+from helpers import (
+    activations,
+    attention,
+    batches,
+    budget,
+    card,
+    checkpoints,
+    families,
+    files,
+    hardware,
+    losses,
+    planning,
+    workspace,
+)
 from helpers import layers as decoder
 from helpers.config import RunConfig
 from helpers.models import shape
@@ -78,6 +91,7 @@ def precision(capability: tuple[int, int] | None = None) -> Precision:
     return Precision(torch.bfloat16, f"bf16: compute capability {major}.{minor} has it, and it needs no loss scaling")
 
 
+@card.gives_back
 def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "auto") -> dict[str, Any]:
     """Train an adapter on a prepared dataset: output/adapter and output/log.json; returns what was measured.
 
@@ -87,6 +101,7 @@ def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "aut
     prepared, output = Path(prepared), Path(output)
     if resume not in ("auto", "never"):
         raise ValueError(f"resume must be auto or never, not {resume!r}")
+    workspace.fetch(prepared)
     load_split(prepared, "train")  # a dataset that is not there is said before anything is loaded or written
     check_tokenizer(prepared, config)
     with workspace.building(output, "finetune", config, {"prepared": prepared}, keep=True) as stage:
@@ -117,10 +132,9 @@ def plan(config: RunConfig, output: Path, machine: hardware.Machine | None = Non
     As the checkpoint that it goes on from did, where there is one; else the fastest way that fits. So a run that began
     on a T4 goes on on an L4, and is predicted as it runs.
     """
-    machine = machine or hardware.probe()
     saves = workspace.beside(Path(output), "partial") / workspace.SCRATCH
     checkpoint = checkpoints.to_be_continued(saves, config) if resume == "auto" else None
-    return plan_from(config, checkpoint, machine)
+    return plan_from(config, checkpoint, machine or hardware.probe())
 
 
 def plan_from(config: RunConfig, checkpoint: Path | None, machine: hardware.Machine) -> budget.Plan:
@@ -135,14 +149,18 @@ def plan_from(config: RunConfig, checkpoint: Path | None, machine: hardware.Mach
 def planned(config: RunConfig, checkpoint: Path | None = None) -> RunConfig:
     """The configuration that trains: with a number for checkpointing="auto", in the micro-batches of a checkpoint.
 
-    Says so when those are others than the configuration's. Raises budget.DoesNotFit (a ValueError) when they do not
-    fit this machine however much is recomputed, or when no way of training fits.
+    Others stay as they are, but for host memory, of which no configuration gets more than half of what is free. Says
+    so when the micro-batches are others than the configuration's. Raises budget.DoesNotFit (a ValueError) when they do
+    not fit this machine however much is recomputed, or when no way of training fits.
     """
+    machine = hardware.probe()
+    if machine.unusable:
+        raise ValueError(machine.unusable)
     made = checkpoints.split_of(checkpoint) if checkpoint else {}
     same = all(getattr(config.train, name) == value for name, value in made.items())
     if same and config.train.checkpointing != "auto":
-        return config
-    chosen = plan_from(config, checkpoint, hardware.probe())
+        return planning.within_host(config, machine)
+    chosen = plan_from(config, checkpoint, machine)
     budget.check(chosen.budget)
     if not same:
         print("; ".join(chosen.reasons))
@@ -150,7 +168,12 @@ def planned(config: RunConfig, checkpoint: Path | None = None) -> RunConfig:
 
 
 def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen base in the configured weights, and its tokenizer. Nothing is upcast to fp32 unless config asks."""
+    """The frozen base in the configured weights, and its tokenizer. Nothing is upcast to fp32 unless config asks.
+
+    Raises ValueError, before anything is downloaded, for a model or targets that cannot be trained.
+    """
+    sizes = shape(config.model.model, config.model.revision)
+    families.refuse(sizes.family, sizes.name, config.adapter.target_modules)
     refuse_without_gpu(config)
     dtype = precision().dtype
     quantization = {
@@ -170,7 +193,7 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         quantization_config=quantization,
         device_map={"": 0} if torch.cuda.is_available() else "cpu",
         dtype=dtype,
-        attn_implementation=implementation[config.model.attention](),
+        attn_implementation=implementation[families.attention(sizes.family, config.model.attention).kernel](),
     )
     model.config.use_cache = False
     model.requires_grad_(False)
@@ -178,8 +201,9 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # answering once would repack the weights: no gradients after
     if config.model.upcast:
-        for parameter in model.parameters():
-            if parameter.dtype in (torch.float16, torch.bfloat16):
+        for name, parameter in model.named_parameters():
+            matrix = ".layers." in name and parameter.dim() > 1  # left in 16 bits where they are not quantized either
+            if parameter.dtype in (torch.float16, torch.bfloat16) and not matrix:
                 parameter.data = parameter.data.float()
     return model, load_tokenizer(config.model.model, config.model.revision)
 
@@ -228,14 +252,14 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig) -> PeftModel:
 
 def check_targets(model: PreTrainedModel, config: RunConfig) -> None:
     """Raise ValueError for a target that the model lacks, or a rank larger than the smallest target."""
+    family = families.of(model.config.to_dict())
+    families.refuse(family, config.model.model, config.adapter.target_modules)
     linears: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and ".layers." in name:
             leaf = name.rsplit(".", 1)[-1]
             linears[leaf] = min(linears.get(leaf, math.inf), module.in_features, module.out_features)
     for target in config.adapter.target_modules:
-        if target not in linears:
-            raise ValueError(f"targets: this model has no linear layer {target!r}; it has {', '.join(sorted(linears))}")
         if config.adapter.rank > linears[target]:
             raise ValueError(
                 f"rank={config.adapter.rank} is larger than {target}, whose smaller side is {linears[target]}: "
@@ -274,7 +298,11 @@ def build_trainer(
     evaluates = asked.eval_steps is not None and len(heldout) > 0
     if asked.patience and not evaluates:
         raise ValueError("patience needs eval_steps and held-out conversations: set eval_steps, or leave patience out")
-    losses.install(model.get_base_model(), asked.loss)
+    base, dtype = model.get_base_model(), precision().dtype
+    sample = max(rows[:32]["input_ids"], key=len)
+    with losses.transformers_attention(base):
+        theirs = losses.own_forward_loss(base, sample, dtype)
+    losses.install(base, asked.loss)
     own_layers, layers_reason = choose_layers(model, config)
     arguments = training_arguments(config, saves, math.ceil(len(plan) / asked.accumulation), evaluates)
     arguments.activation_offloading = asked.offload_activations and not own_layers and torch.cuda.is_available()
@@ -291,13 +319,16 @@ def build_trainer(
             splits={"train": rows, "heldout": heldout},
             pad_id=tokenizer.pad_token_id or 0,
             packing=asked.packing,
-            by_bounds=config.model.attention == "efficient",
+            by_bounds=base.config._attn_implementation == attention.NAME,
         ),
     )
     trainable_to_fp32(trainer.model)
     if torch.cuda.is_available() and "8bit" in asked.optimizer:
         trainer.optimizer = eight_bit_optimizer(trainer.model, config)
     trainer.remove_callback(PrinterCallback)
+    trainer.loss_check = losses.check(theirs, losses.own_forward_loss(base, sample, dtype), dtype, len(sample))
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the two passes held is not training's
     trainer.recipe = config
     trainer.layers_reason = layers_reason
     trainer.token_counts = batches.token_counts(plan, lengths, asked.packing)
@@ -311,7 +342,7 @@ def build_trainer(
 def training_arguments(config: RunConfig, saves: Path, steps: int, evaluates: bool) -> SFTConfig:
     """The trainer's arguments for so many optimizer steps."""
     asked, dtype, on_gpu = config.train, precision().dtype, torch.cuda.is_available()
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(saves),
         per_device_train_batch_size=1,  # an item of the dataset is a micro-batch already
         per_device_eval_batch_size=1,
@@ -347,6 +378,10 @@ def training_arguments(config: RunConfig, saves: Path, steps: int, evaluates: bo
         report_to="none",
         max_length=None,
     )
+    # A process trains on one card, however many it sees: with more the Trainer would split batches over all of them
+    # (nn.DataParallel), which trl refuses. Setting CUDA_VISIBLE_DEVICES here would be too late in a notebook.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def load_split(prepared: Path, name: str) -> Dataset:
@@ -428,18 +463,18 @@ def choose_layers(model: PeftModel, config: RunConfig) -> tuple[bool, str]:
     count = {"all": len(layers), "auto": len(layers), "none": 0}.get(wanted, wanted)  # auto: nobody planned
     if count > len(layers):
         raise ValueError(f"checkpointing={count} layers, but this model has {len(layers)}: choose 0 to {len(layers)}")
-    named = {"own": None, "liger": "Liger's kernels are asked for", "plain": "plain kernels are asked for"}
-    reason = named[config.train.kernels] or decoder.why_not(base)
-    if reason is None:
+    decided = families.layers(families.of(base.config.to_dict()), config)
+    if decided.computes == "own":
+        decoder.check(base)
         checked = "attention" if config.train.keep_attention else "input"
         keeps = [checked] * count + ["everything"] * (len(layers) - count)
-        decoder.install(base, keeps, config.train.offload_activations)
+        decoder.install(base, keeps, activations.host_room(config) if config.train.offload_activations else 0)
         return True, f"{count} of {len(layers)} layers recompute, through helpers.layers"
     if count:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         for place, layer in enumerate(layers):
             layer.gradient_checkpointing = place < count
-    return False, f"{count} of {len(layers)} layers recompute, through transformers' layers: {reason}"
+    return False, f"{count} of {len(layers)} layers recompute, through transformers' layers: {decided.reason}"
 
 
 class FineTuner(SFTTrainer):
@@ -592,6 +627,7 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
     return {
         "precision": precision().reason,
         "layers": trainer.layers_reason,
+        "loss_check": trainer.loss_check,
         "loss_first": losses[0],
         "loss_last": sum(losses[-10:]) / len(losses[-10:]),
         "steps": trainer.state.global_step,

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpers.card import gives_back
 from helpers.config import MergeConfig, RunConfig, load_yaml
 from helpers.hub import snapshot
 from helpers.templates import brings_tokenizer, ends, hand_on
@@ -85,6 +86,7 @@ class Adapter:
     """Key in the adapter's file -> shape."""
 
 
+@gives_back
 def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, revision: str | None = None) -> dict:
     """Write base + adapter as fp16 shards that transformers opens; returns the measurements.
 

@@ -124,18 +124,27 @@ def place() -> str:
 
 
 def home() -> Path:
-    """Where this machine keeps files: the repository, or the rented machine's working folder."""
-    return {"colab": Path("/content"), "kaggle": Path("/kaggle/working"), "own": ROOT}[place()]
+    """Where this machine keeps files: the repository, or the rented machine's disk.
+
+    On Kaggle not what it keeps, /kaggle/working: that holds 20 GB, and a 7B's run is more.
+    """
+    return {"colab": Path("/content"), "kaggle": Path("/kaggle/temp"), "own": ROOT}[place()]
 
 
 def lasting_store() -> Path | None:
-    """A folder that outlives this machine: RECIPES_LASTING, or Colab's mounted Drive; Kaggle keeps its own."""
-    named = os.environ.get("RECIPES_LASTING")
-    if not named and place() != "colab":
+    """A folder that outlives this machine: RECIPES_LASTING, else Colab's mounted Drive, or what Kaggle keeps."""
+    store = lasting_place()
+    if store is None:
         return None
-    store = Path(named) if named else Path("/content/drive/MyDrive")
     with reached(store, "nothing was started"):
         return store if is_folder(store) else None
+
+
+def lasting_place() -> Path | None:
+    """Where such a folder is on this machine, mounted or not."""
+    usual = {"colab": "/content/drive/MyDrive", "kaggle": "/kaggle/working"}.get(place())
+    named = os.environ.get("RECIPES_LASTING") or usual
+    return Path(named) if named else None
 
 
 def lasting_twin(folder: Path) -> Path | None:
@@ -148,11 +157,11 @@ def lasting_twin(folder: Path) -> Path | None:
     if not note.is_file():
         return None
     run = Path(note.read_text(encoding="utf-8"))
-    store, named = run.parent.parent, os.environ.get("RECIPES_LASTING")
+    store = run.parent.parent
     with reached(store, "nothing was changed"):
         if is_folder(store):
             return run / Path(folder).name
-        if store == Path(named or "/content/drive/MyDrive") and (named or place() == "colab"):
+        if store == lasting_place():
             raise FileNotFoundError(errno.ENOENT, "it is no longer mounted", str(store))
     return None  # noted on another machine
 
@@ -326,10 +335,11 @@ def empty_folder(folder: Path) -> None:
     """Delete what lies in a folder that this process holds."""
     for name in files.names(folder):
         path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            files.erase(path)
-        else:
-            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                files.erase(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 # ---- manifests -------------------------------------------------------------------------------------------------------
