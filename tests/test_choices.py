@@ -141,7 +141,7 @@ def test_a_drive_that_hiccups_loses_no_choice_and_one_that_is_gone_starts_nothin
         assert choices.start(second, profile("tiny")).adapter.rank == 32
     failed = {event.operation for event in faults.injected(tmp_path / "log") if event.path.endswith("/plan.yaml")}
     assert failed & {"stat", "open", "read"} and "rename" in failed
-    with faults.injecting(tmp_path / "drive", broken="read"), pytest.raises(StorageError, match="nothing was started"):
+    with faults.injecting(tmp_path / "drive", broken="read"), pytest.raises(StorageError, match="cannot be reached"):
         choices.start(second, profile("tiny"))
 
 
