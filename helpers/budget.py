@@ -9,9 +9,9 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from helpers import activations, host, pace, placement, planning, vram
+from helpers import activations, families, host, pace, placement, planning, vram
 from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape
@@ -133,9 +133,7 @@ def refuse(config: RunConfig, shape: ModelShape, stage: str) -> None:
         raise ValueError(
             f"seq_len must be at most {shape.max_context}, what {shape.name} was made for, not {config.data.seq_len}"
         )
-    unknown = [name for name in config.adapter.target_modules if name not in shape.linears]
-    if unknown:
-        raise ValueError(f"targets must be among {', '.join(shape.linears)}, all-linear or attention, not {unknown[0]}")
+    families.refuse(shape.family, shape.name, config.adapter.target_modules)
     activations.checked_layers(shape, config)
 
 
@@ -283,7 +281,29 @@ def plan(config: RunConfig, shape: ModelShape, machine: Machine) -> Plan:
     """The configuration that does the same and finishes first of those that fit (or, when none fits, comes nearest)."""
     refuse(config, shape, "train")
     chosen, reasons = planning.search(config, shape, machine, training_needs(shape, machine))
-    return Plan(chosen, budget(chosen, shape, machine), reasons)
+    said = families.fallbacks(shape.family, chosen)
+    return Plan(chosen, budget(chosen, shape, machine), (*reasons, *said))
+
+
+def plan_in(config: RunConfig, batch_size: int, shape: ModelShape, machine: Machine, continued: str) -> Plan:
+    """The plan in micro-batches of a given size, those of a checkpoint that is continued, as little recomputed as fits.
+
+    Where no way of computing them fits, the leanest, and its budget says by how much not.
+    """
+    refuse(config, shape, "train")
+    chosen = planning.in_batches(config, batch_size, shape, machine, training_needs(shape, machine))
+    split, found = (
+        f"micro-batches of {chosen.train.batch_size} × {chosen.train.accumulation}",
+        budget(chosen, shape, machine),
+    )
+    need, limit = found.vram.process_gib, found.vram.limit_gib
+    if machine.gpu and need > found.vram.usable_gib:
+        said = f"{continued} was made in {split}, which need at least {need:.1f} GiB of VRAM, this {machine.name} has"
+        remedy = "continue on a card with more, or start anew with resume='never'"
+        return Plan(chosen, replace(found, reasons=(f"{said} {limit:.1f}: {remedy}",)), ())
+    layers = f"{activations.checked_layers(shape, chosen)} of {shape.layers} layers are checkpointed"
+    memory = f", and {need:.1f} of {limit:.1f} GiB are needed" if machine.gpu else ""
+    return Plan(chosen, found, (f"{continued} was made in {split}, and training goes on in them: {layers}{memory}",))
 
 
 def requested(config: RunConfig, plan: Plan) -> RunConfig:

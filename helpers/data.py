@@ -28,7 +28,7 @@ from helpers.formats import BadRow, recognise, to_messages
 from helpers.models import PROFILES
 from helpers.outliers import far_lengths, language_name, languages, rare, scripts
 from helpers.readers import ROW_LIMIT, read
-from helpers.templates import Encoded, Template, load_tokenizer, special_tokens
+from helpers.templates import Encoded, Template, load_tokenizer, special_tokens, tokenizer_identity
 from helpers.uploads import save_upload
 from helpers.workspace import building, require
 
@@ -78,6 +78,7 @@ def prepare(config: RunConfig, output: Path, source: str | None = None) -> dict:
         rows.path.unlink()
         work.measurements |= {"source": source, "heldout_source": heldout_source, "formats": dict(formats)}
         work.measurements |= {"template": template_name(template), "context": config.data.seq_len}
+        work.measurements["tokenizer"] = tokenizer_identity(template.tokenizer)
         work.measurements |= rows.measure(kept, held_out, sum(formats.values()))
     return work.measurements
 
@@ -266,7 +267,7 @@ class Rows:
 
         rows = chosen[np.array(self.owner, dtype=np.int64)]
         part = Dataset.from_file(str(self.path)).select(np.flatnonzero(rows))
-        # The default fingerprint holds the time; caches of later `map` calls must follow the content alone.
+        # The default tokenizer_identity holds the time; caches of later `map` calls must follow the content alone.
         part._fingerprint = hashlib.sha256(self.digest.digest() + np.packbits(rows).tobytes()).hexdigest()[:16]
         quiet = are_progress_bars_disabled()
         disable_progress_bars()
@@ -304,7 +305,7 @@ class Rows:
 
     def warnings(self, made: dict[str, Any], full: np.ndarray) -> list[str]:
         """What to know before training, a sentence each."""
-        said = []
+        said = [sentence for sentence in (self.template.served_otherwise(),) if sentence]
         if made["cut_share"] > MANY:
             enough = int(np.quantile(full, 0.9))
             said.append(

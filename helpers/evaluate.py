@@ -31,6 +31,7 @@ from helpers.inference import (
     kind,
     load,
     open_tokenizer,
+    pinned,
     read_config,
     stream,
 )
@@ -57,6 +58,7 @@ def evaluate(
     Raises ValueError with one sentence for what the reader can mend.
     """
     data, asked = Path(data), config.evaluate
+    models = {name: pinned(path, config) for name, path in models.items()}
     check_models(models, config)
     questions = read_questions(asked.questions, asked.max_questions) if asked.questions else None
     tokenizer = open_tokenizer(next(iter(models.values())), config)

@@ -102,6 +102,16 @@ def splits(config: RunConfig) -> Iterator[RunConfig]:
         yield with_batch(config, batch)
 
 
+def in_batches(config: RunConfig, batch_size: int, shape: ModelShape, machine: Machine, needs: Needs) -> RunConfig:
+    """The same steps in micro-batches of this size, with as little recomputed as fits; the leanest when none does."""
+    way = with_batch(config, batch_size)
+    if machine.gpu is None:
+        return with_train(way, checkpointing="none") if way.train.checkpointing == "auto" else way
+    way = with_train(way, keep_attention=True, offload_activations=False)  # chosen anew for this machine
+    leanest = within_host(with_train(way, checkpointing="all", **LEANEST), machine)
+    return least_recomputed(way, shape, machine, needs, usable_gib(way, shape, machine)) or leanest
+
+
 def batch_sizes(config: RunConfig) -> list[int]:
     """Micro-batches of at most 64 that make the same step; TrainConfig accumulates at most 4,096 of them."""
     rows = config.train.batch_size * config.train.accumulation

@@ -3,16 +3,15 @@
 import doctest
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
 
+import faults
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -49,7 +48,6 @@ from helpers.quantize import (
 from helpers.workspace import exclusive, require
 
 ROOT = Path(__file__).resolve().parent.parent
-KILLS = int(os.environ.get("RECIPES_KILLS", "3"))
 SPOILER = """
 from pathlib import Path
 from safetensors.torch import load_file, save_file
@@ -434,24 +432,24 @@ def test_a_result_that_is_worse_than_usual_says_what_to_try():
     assert all(PERPLEXITY_BOUND[bits] < PERPLEXITY_LIMIT[bits] <= 1.5 for bits in (8, 4, 3))
 
 
-def test_killed_at_random_moments_the_next_run_finishes(one_layer, gptq_model, tmp_path):
-    output = tmp_path / "out"
+def test_killed_at_counted_moments_the_next_run_finishes(one_layer, tmp_path):
+    output, folder = tmp_path / "run" / "out", tmp_path / "run"
+    folder.mkdir()
     command = [sys.executable, "-m", "helpers", "quantize", "--model", str(one_layer), "--output", str(output)]
     command += ["--calibration", "general", "--calibration-tokens", "192", "--profile", "tiny", "--json"]
 
-    def start() -> subprocess.Popen:
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    def run(**options) -> subprocess.CompletedProcess:
+        environment = os.environ | (faults.environment(folder, **options) if options else {})
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
-    took_s = require(gptq_model, "quantize")["measurements"]["total_s"]  # about as long: most of it is start-up
-    for kill in range(KILLS):
-        process = start()
-        time.sleep(random.uniform(kill, kill + 1) / KILLS * took_s)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not output.exists() or require(output, "quantize")
-        shutil.rmtree(output, ignore_errors=True)
-    process = start()
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    worker = run(kill_at=1, counted="create", match="out.partial/*.safetensors", log=tmp_path / "log")
+    assert worker.returncode == 1 and "GPTQ was killed, most often because host memory ran out" in worker.stderr
+    assert {path.name for path in folder.iterdir()} == {"out.log"}, "only what says why"
+    publishing = run(kill_at=1, counted="rename", match="out", log=tmp_path / "log")
+    assert publishing.returncode == -signal.SIGKILL, publishing.stderr
+    assert [event.path for event in faults.events(tmp_path / "log") if event.what == "kill"][1:] == ["out"]
+    assert {path.name for path in folder.iterdir()} == {"out.partial"}
+    done = run()
+    assert done.returncode == 0, done.stderr
     assert require(output, "quantize")["measurements"]["within_bound"]
-    assert {path.name for path in tmp_path.iterdir()} == {"one-layer", "out"}
+    assert {path.name for path in folder.iterdir()} == {"out"}

@@ -152,7 +152,7 @@ def test_every_stage_in_drive_is_whole(walk):
 
 
 def test_nothing_half_done_is_left_in_drive(walk):
-    """No checkpoints of a training that ended, no folder that was to be copied, renamed or deleted: all use a quota."""
+    """No checkpoints of a training that ended, no folder being copied, renamed or deleted: they all use the quota."""
     assert {path.name for path in walk.run.iterdir() if path.is_dir()} == {
         "prepare",
         "finetune",
