@@ -30,7 +30,7 @@ from helpers.outliers import far_lengths, language_name, languages, rare, script
 from helpers.readers import ROW_LIMIT, read
 from helpers.templates import Encoded, Template, load_tokenizer, special_tokens
 from helpers.uploads import save_upload
-from helpers.workspace import building, require
+from helpers.workspace import building, refuse_output, require
 
 BATCH = 512
 """Conversations to a call of the tokenizer, which spreads them over all cores."""
@@ -62,6 +62,7 @@ def prepare(config: RunConfig, output: Path, source: str | None = None) -> dict:
     found = Findings(actions(config.data.on_finding))
     template = Template(load_tokenizer(config.model.model, config.model.revision))
     inputs = {"source": source, "heldout_source": heldout_source}
+    refuse_output(Path(output), [Path(path).expanduser() for path in inputs.values() if path], "prepare")
     files = {name: Path(path) for name, path in inputs.items() if path and Path(path).is_file()}
     formats: Counter = Counter()
     with building(Path(output), "prepare", config, files) as work:

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 
 from helpers.config import QuantizeConfig, RunConfig, load_yaml
 from helpers.inference import gptq_kernel, kind
-from helpers.merge import TOKENIZER_FILES, for_all_readers, nearest_folder, refuse_output, stored_tensors
+from helpers.merge import TOKENIZER_FILES, for_all_readers, nearest_folder, stored_tensors
 from helpers.models import ROOT, ModelShape, shape
-from helpers.workspace import building, exclusive, write_text
+from helpers.workspace import building, exclusive, refuse_output, write_text
 
 if TYPE_CHECKING:
     import torch

@@ -23,6 +23,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -163,15 +164,20 @@ def building(
 
     Inputs that another stage finished are checked first, every byte. keep: leave the work folder after a failure, for
     stages that continue where they stopped. The former output stays until the new one is whole.
+    Raises ValueError when output holds anything that this stage did not make (`refuse_output`).
     """
     output, inputs = Path(output), inputs or {}
+    refuse_output(output, list(inputs.values()), stage)
     recover(output)
     for path in inputs.values():
         check_input(Path(path), output, config)
     partial, former = beside(output, "partial"), beside(output, "former")
     if not keep:
         shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output {output} cannot be written ({error.strerror}): choose another folder") from None
     work = Building(partial)
     try:
         yield work
@@ -182,11 +188,73 @@ def building(
     if config is not None:
         save_yaml(config, partial / "config.yaml")
     write_manifest(partial, stage, config, inputs, work.measurements)
-    if output.exists():
+    replaced = output.exists()
+    if replaced:
         output.rename(former)
     partial.rename(output)
-    shutil.rmtree(former, ignore_errors=True)
+    if replaced:
+        shutil.rmtree(former, ignore_errors=True)
     keep_copy(output)
+
+
+def refuse_output(output: Path, inputs: list[Path], stage: str) -> None:
+    """Raise ValueError, with nothing touched, unless output is new, empty, or made by this stage and by nobody else.
+
+    A finished stage replaces its output whole, so whatever else lies there would be lost: files that the manifest does
+    not list, another stage's result, the inputs themselves, the folder that one works in.
+    """
+    try:
+        here = output.resolve()
+        recover(here)
+        is_file, is_folder = here.is_file(), here.is_dir()
+        listed = [path for path in here.rglob("*") if not path.is_dir()] if is_folder else []
+    except OSError as error:
+        raise ValueError(f"output {output} cannot be used ({error.strerror}): choose another folder") from None
+    if here == Path.cwd() or here in Path.cwd().parents:
+        raise ValueError(f"output {output} holds the working folder: choose a folder of its own, nothing was changed")
+    for source in (Path(path).resolve() for path in inputs if Path(path).exists()):
+        if here == source or here in source.parents or (source.is_dir() and source in here.parents):
+            raise ValueError(f"output {output} and input {source} lie in each other: choose another output folder")
+    if is_file:
+        raise ValueError(f"output {output} is a file: choose a folder, nothing was changed")
+    if is_folder and beside(here, "former").exists():
+        raise ValueError(f"{beside(output, 'former')} stands where output {output} would be put aside: move it away")
+    if not listed:
+        return
+    if not (here / MANIFEST).is_file():
+        raise ValueError(
+            f"output {output} is in use by something else, it holds {listed[0].relative_to(here)}: choose a new or "
+            f"empty folder, nothing was changed"
+        )
+    made_by, names = listing_of(here)
+    if made_by != stage:
+        raise ValueError(
+            f"output {output} is in use by something else, {made_by or 'with a manifest that is not ours'}: choose a "
+            f"new or empty folder, nothing was changed"
+        )
+    ours = {here / name for name in (*names, MANIFEST)}
+    added = [path.relative_to(here) for path in listed if path not in ours and not is_by_product(path)]
+    if added:
+        raise ValueError(
+            f"output {output} is in use by something else, {added[0]} is not of its {stage} stage: move it away, or "
+            f"choose another folder, nothing was changed"
+        )
+
+
+def listing_of(folder: Path) -> tuple[str, list[str]]:
+    """The stage that a manifest names, and its files; also of a damaged one, whose stage must be run again."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return str(manifest["stage"]), list(manifest["outputs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "", []
+
+
+def is_by_product(path: Path) -> bool:
+    """Whether a file is what systems and libraries leave in any folder: nobody's work."""
+    return path.name in (".DS_Store", "Thumbs.db", "desktop.ini", LASTING) or bool(
+        {"__pycache__", ".ipynb_checkpoints"} & set(path.parts) or re.fullmatch(r"cache-\w+\.arrow", path.name)
+    )
 
 
 def beside(output: Path, what: str) -> Path:
@@ -196,8 +264,12 @@ def beside(output: Path, what: str) -> Path:
 
 def recover(output: Path) -> None:
     """Finish what a kill between two renames left: the former output is still the output."""
+    if not output.name:  # the root of a file system has nothing beside it
+        return
     former = beside(output, "former")
-    if former.exists() and not output.exists():
+    if not (former / MANIFEST).is_file():  # somebody's own folder of that name
+        return
+    if not output.exists():
         former.rename(output)
     shutil.rmtree(former, ignore_errors=True)
 

@@ -255,3 +255,63 @@ def test_nothing_that_holds_a_token_leaves(tmp_path):
     for leave in (share.to_download, lambda stage: share.to_folder(stage, tmp_path / "home")):
         with pytest.raises(ValueError, match=r"log\.json holds a Hugging Face token"):
             leave(tmp_path / "finetune")
+
+
+def stage_of_rows(folder: Path, stage: str = "prepare") -> Path:
+    with building(folder, stage, CONFIG) as work:
+        (work.folder / "rows.arrow").write_text("rows")
+    return folder
+
+
+def contents(root: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(root.rglob("*"))}
+
+
+@pytest.mark.parametrize(
+    "case", ["a file of the user's", "beside a finished stage", "another stage", "a file", "working folder",
+             "its parent", "holds the input", "inside the input", "somebody's manifest", "cannot be written"],
+)  # fmt: skip
+def test_an_output_that_the_stage_did_not_make_is_refused_and_nothing_is_touched(case, tmp_path, monkeypatch):
+    output, inputs = tmp_path / "out", {}
+    if case == "a file":
+        output.write_text("thesis")
+    elif case == "cannot be written":
+        output = Path("/proc/nothing/out")
+    elif case in ("working folder", "its parent"):
+        (output / "inner").mkdir(parents=True)
+        monkeypatch.chdir(output if case == "working folder" else output / "inner")
+        output = Path() if case == "working folder" else output
+    elif case in ("beside a finished stage", "another stage"):
+        stage_of_rows(output, "prepare" if case.startswith("beside") else "finetune")
+        (output / "thesis.txt").write_text("thesis")
+    else:
+        output.mkdir()
+        (output / ("manifest.json" if "manifest" in case else "thesis.txt")).write_text('{"name": "an app"}')
+        inputs = {"source": output / "thesis.txt"} if case == "holds the input" else inputs
+        inputs, output = ({"source": output}, output / "new") if case == "inside the input" else (inputs, output)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError) as refusal, building(output, "prepare", CONFIG, inputs) as work:
+        (work.folder / "rows.arrow").write_text("new rows")
+    assert str(refusal.value).startswith("output ") and "\n" not in str(refusal.value)
+    assert contents(tmp_path) == before
+
+
+def test_a_finished_stage_is_replaced_and_what_systems_leave_in_it_is_no_hindrance(tmp_path):
+    stage_of_rows(tmp_path / "out")
+    (tmp_path / "out" / ".DS_Store").write_bytes(b"")
+    (tmp_path / "out" / "cache-0a1b.arrow").write_bytes(b"")
+    with building(tmp_path / "out", "prepare", CONFIG) as work:
+        (work.folder / "rows.arrow").write_text("new rows")
+    assert (tmp_path / "out" / "rows.arrow").read_text() == "new rows"
+    (tmp_path / "empty").mkdir()
+    stage_of_rows(tmp_path / "empty")
+
+
+def test_a_folder_of_the_user_s_that_is_called_former_stays(tmp_path):
+    (tmp_path / "out.former").mkdir()
+    (tmp_path / "out.former" / "thesis.txt").write_text("thesis")
+    stage_of_rows(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"out\.former"):
+        stage_of_rows(tmp_path / "out")
+    assert (tmp_path / "out.former" / "thesis.txt").read_text() == "thesis"
+    assert (tmp_path / "out" / "rows.arrow").read_text() == "rows"
