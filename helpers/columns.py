@@ -57,7 +57,17 @@ REASONING = {"reasoning", "reasoning_content", "thinking", "thought", "thoughts"
 SINGLE_FIELDS = {name for pair in PAIRS for name in pair} | {*ALPACA_ANSWERS, *CONTEXTS, *SYSTEMS, "instruction"}
 KNOWN = {*TURN_FIELDS, *SINGLE_FIELDS, *LABELS, *MEDIA, *TOOLS, "history", "text", "content", "role", "from", "sender"}
 KNOWN |= {"chosen", "rejected", "response_j", "response_k", "completions", "mapping", "preferred_output"}
-KNOWN |= {"non_preferred_output", "kto_tag", "value", "message_id", "parent_id", "rank", "message_tree_id"}
+KNOWN |= {
+    "messagestree",
+    "chunkedprompt",
+    "non_preferred_output",
+    "kto_tag",
+    "value",
+    "message_id",
+    "parent_id",
+    "rank",
+    "message_tree_id",
+}
 """All field names that some format reads."""
 ASKED = ("user", "assistant", "system", "context", "history", "messages", "text")
 """What --columns can name."""

@@ -24,6 +24,7 @@ from helpers.config import RunConfig
 from helpers.dataview import epoch, findings, lengths, summary, token_view
 from helpers.formats import BadRow, as_row, read_row, recognise
 from helpers.models import PROFILES
+from helpers.prepared import SIDES, side
 from helpers.readers import ROW_LIMIT, Record, read
 from helpers.rows import Conversation, Rows, hash_of, split
 from helpers.templates import Template, load_tokenizer, special_tokens
@@ -140,7 +141,7 @@ def noted(parsed: Any, row_format: str, place: str, reading: Reading, named: dic
     out on purpose.
     """
     row = parsed.row
-    reading.fields.update(row.used & row.fields.keys())
+    reading.fields.update(name for name in row.fields if name in row.used)
     action = ""
     for kind, example in row.notes.items():
         action = DROP if reading.found.add(kind, place, example) == DROP else action
@@ -198,16 +199,7 @@ def template_name(template: Template) -> dict[str, str]:
 def load_prepared(folder: Path) -> dict[str, Any]:
     """The datasets train and heldout of a finished folder. Raises MissingArtifact naming the notebook that makes it."""
     require(Path(folder), "prepare")
-    return {side: load_side(Path(folder) / side) for side in ("train", "heldout")}
-
-
-def load_side(folder: Path) -> Any:
-    """One side of a prepared folder as a dataset; an empty one has no file, which `load_from_disk` cannot read."""
-    from datasets import Dataset, load_from_disk
-
-    if not any(folder.glob("*.arrow")):
-        return Dataset.from_dict({"messages": [], "input_ids": [], "assistant_masks": [], "full_tokens": []})
-    return load_from_disk(str(folder))
+    return {name: side(folder, name) for name in SIDES}
 
 
 __all__ = [
@@ -216,7 +208,6 @@ __all__ = [
     "hash_of",
     "lengths",
     "load_prepared",
-    "load_side",
     "load_tokenizer",
     "prepare",
     "save_upload",

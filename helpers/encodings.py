@@ -17,6 +17,8 @@ CANDIDATES = (
 """What people's spreadsheets and old programs write, and nothing that only a short text could be taken for."""
 USUAL = "cp1252"
 SAMPLE_BYTES = 2**17
+ENOUGH = 20
+"""Bytes beyond ASCII under which a neighbour of the usual charset is not believed."""
 HALF_WIDTH = re.compile("[\uff61-\uff9f]")
 NOT_ASCII = re.compile(rb"[^\n]*[\x80-\xff][^\n]*")
 MIXED = re.compile("(?:[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3})+")
@@ -47,7 +49,8 @@ def guess(raw: bytes) -> str:
         return USUAL
     best = found[0]
     usual = next((match for match in found if USUAL in match.could_be_from_charset), None)
-    if usual is not None and usual.chaos <= best.chaos and usual.coherence >= best.coherence:
+    few = sum(byte > 0x7F for byte in sample) < ENOUGH
+    if usual is not None and usual.chaos <= best.chaos and (few or usual.coherence >= best.coherence):
         return USUAL
     return best.encoding
 

@@ -32,6 +32,7 @@ from helpers.inference import (
 )
 from helpers.models import shape_from_config
 from helpers.perplexity import Perplexity, perplexity, read_items, read_jsonl
+from helpers.prepared import scored
 from helpers.tasks import run_tasks
 from helpers.workspace import MANIFEST, building, read_manifest, write_text
 
@@ -154,9 +155,7 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[dict[str,
 def conversation_starts(data: Path, limit: int) -> list[dict[str, Any]]:
     """First user turn and first answer of held-out conversations, as questions; none when data is plain text."""
     if data.is_dir():
-        from datasets import load_from_disk
-
-        rows = load_from_disk(str(data / "heldout" if (data / "heldout").is_dir() else data))
+        rows = scored(data)
     elif data.suffix in (".jsonl", ".json"):
         rows = read_jsonl(data)
     else:

@@ -319,7 +319,7 @@ def from_export(row: Row) -> list[dict[str, Any]]:
     if name is None:
         raise BadRow("unknown-fields", told(row.fields))
     found = messages(row, exports.way(row, name), name)
-    return [turn for turn in found if turn["content"] or "reasoning" not in row.notes]
+    return with_before(row, [turn for turn in found if turn["content"] or "reasoning" not in row.notes])
 
 
 def from_columns(row: Row, columns: dict[str, tuple[str, ...]]) -> list[dict[str, Any]]:

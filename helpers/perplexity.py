@@ -22,6 +22,7 @@ import numpy as np
 
 from helpers.inference import Loaded
 from helpers.metrics import Estimate, ratio_interval
+from helpers.prepared import scored
 from helpers.templates import Template
 
 LOGIT_ROWS = 256
@@ -111,11 +112,8 @@ def read_any(source: Path, tokenizer: Any) -> Iterator[Item]:
 
 def read_prepared(folder: Path, tokenizer: Any) -> Iterator[Item]:
     """The held-out split that prepare wrote: tokens and masks are in it."""
-    from datasets import load_from_disk
-
-    folder = folder / "heldout" if (folder / "heldout").is_dir() else folder
     try:
-        rows = load_from_disk(str(folder))
+        rows = scored(folder)
     except (FileNotFoundError, ValueError):
         raise ValueError(
             f"{folder} is not a prepared folder: run notebook 02_dataset_preparation.ipynb first"

@@ -291,7 +291,7 @@ def guessed(
 def excerpt(text: str) -> str:
     """The text around its first letter that is not ASCII."""
     start = next((i for i, letter in enumerate(text) if not letter.isascii()), 0)
-    return " ".join(text[max(start - 20, 0) : start + 60].split())
+    return " ".join(text[max(start - 20, 0) : start + 60].replace("\0", " ").split())
 
 
 def lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | None]]:

@@ -368,11 +368,12 @@ def split(hashes: np.ndarray, fraction: float) -> np.ndarray:
     """Which conversations are held out, by their hashes (near duplicates: by that of their first): (conversations,).
 
     A hash stays where it is when conversations are added, so none wanders from one side to the other. Where no hash
-    falls under a fraction that is not 0, the one nearest to it is held out, so that there is something to evaluate.
+    falls under a fraction that is not 0, or all do, the lowest is held out, so that each side has something; a hash
+    that is alone is trained.
     """
     held_out = hashes < np.uint64(fraction * 2**64)
-    if fraction and not held_out.any() and len(np.unique(hashes)) > 1:
-        held_out = hashes == hashes.min()
+    if fraction and (held_out.all() or not held_out.any()):
+        held_out = (hashes == hashes.min()) & (hashes.min() != hashes.max())
     return held_out
 
 
