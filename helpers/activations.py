@@ -16,8 +16,8 @@ HALF, FULL = 2, 4
 """Bytes of an fp16 (or bf16) and of an fp32 value."""
 MLP_TOKENS = 4096
 """Tokens that go through our own MLP at once (helpers/layers.py): enough to keep matrix products at full rate."""
-HOST_BYTES = 6 * 2**30
-"""Host memory for offloaded inputs, at most: half of a free Colab's. What is beyond it stays on the card."""
+CHUNK_BYTES = 64 * 2**20
+"""Pinned host memory is taken in pieces of so many bytes: PyTorch rounds each up to a power of two, and keeps it."""
 LOGITS_AT_ONCE = 2**24
 """Logits that our own chunked loss (helpers/losses.py) makes at once."""
 LOSS_TOKENS, LOSS_WORDS = 4096, 32768
@@ -145,7 +145,28 @@ def offloaded_layers(shape: ModelShape, config: RunConfig) -> int:
     layers = checked_layers(shape, config) if config.train.offload_activations else 0
     if way(shape, config) != "own":
         return layers
-    return min(layers, int(HOST_BYTES // (tokens_of(config) * shape.hidden * stream_bytes(config))))
+    return min(layers, host_room(config) // input_bytes(shape, config))
+
+
+def input_bytes(shape: ModelShape, config: RunConfig) -> int:
+    """Bytes of one layer's input."""
+    return tokens_of(config) * shape.hidden * stream_bytes(config)
+
+
+def host_room(config: RunConfig) -> int:
+    """Bytes of host memory that offloaded inputs may take: as many whole chunks as config.train.offload_gib holds.
+
+    >>> from helpers.models import profile
+    >>> host_room(profile("mistral-7b", offload_gib=0.2)) // CHUNK_BYTES
+    3
+    """
+    return int(config.train.offload_gib * 2**30) // CHUNK_BYTES * CHUNK_BYTES
+
+
+def offloaded_bytes(shape: ModelShape, config: RunConfig) -> int:
+    """Bytes of host memory that offloaded inputs take: by our own layers in whole chunks, one after another."""
+    size = offloaded_layers(shape, config) * input_bytes(shape, config)
+    return -(-size // CHUNK_BYTES) * CHUNK_BYTES if way(shape, config) == "own" else size
 
 
 def kept_while_offloading(shape: ModelShape, config: RunConfig) -> float:

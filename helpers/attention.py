@@ -116,12 +116,11 @@ def forward(
     kernel = kernel_for(query)
     bounds, longest = packing or (None, query.shape[1])
     if kernel == "flash":
-        left, right = (-1 if window is None else window - 1), 0
         out, *stats = torch.ops.aten._flash_attention_forward(
-            query, key, value, bounds, bounds, longest, longest, 0.0, True, False,
-            window_size_left=left, window_size_right=right,
+            *for_flash(packing, query, key, value), bounds, bounds, longest, longest, 0.0, True, False,
+            window_size_left=-1 if window is None else window - 1, window_size_right=0,
         )  # fmt: skip
-        return out, tuple(stats[:3])
+        return out.view(query.shape), tuple(stats[:3])
     if kernel == "memory-efficient":
         heads = query.shape[2]
         out, *stats = torch.ops.aten._efficient_attention_forward(
@@ -147,11 +146,11 @@ def backward(
     bounds, longest = packing or (None, query.shape[1])
     if kernel == "flash":
         lse, rng, unused = stats
-        left, right = (-1 if window is None else window - 1), 0
-        return torch.ops.aten._flash_attention_backward(
-            grad, query, key, value, out, lse, bounds, bounds, longest, longest, 0.0, True, rng, unused,
-            window_size_left=left, window_size_right=right,
+        grads = torch.ops.aten._flash_attention_backward(
+            *for_flash(packing, grad, query, key, value, out), lse, bounds, bounds, longest, longest, 0.0, True,
+            rng, unused, window_size_left=-1 if window is None else window - 1, window_size_right=0,
         )  # fmt: skip
+        return tuple(part.view(whole.shape) for part, whole in zip(grads, (query, key, value), strict=True))
     if kernel == "memory-efficient":
         lse, seed, offset = stats
         heads = query.shape[2]
@@ -164,6 +163,14 @@ def backward(
     with torch.enable_grad():
         leaves = [states.detach().requires_grad_() for states in (query, key, value)]
         return torch.autograd.grad(through_sdpa(*leaves, bounds, window), leaves, grad)
+
+
+def for_flash(packing: Packing | None, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(batch, tokens, heads, head_dim) as the flash operators want it: with bounds (tokens, heads, head_dim).
+
+    The memory-efficient ones keep the batch axis with bounds too (aten/src/ATen/native/transformers/cuda/attention.cu).
+    """
+    return states if packing is None else tuple(part.flatten(0, 1) for part in states)
 
 
 def kernel_for(query: torch.Tensor) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from helpers import budget, hardware, models
 from helpers.config import DataConfig, RunConfig, field_parts, load_yaml
-from helpers.workspace import Workspace, run_models
+from helpers.workspace import StorageError, Workspace, run_models
 
 DONE, FAILED, WRONG_REQUEST, DOES_NOT_FIT = 0, 1, 2, 3
 STAGE_HELP = {
@@ -43,11 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
     with standard_output_for_result() as result_stream:
         try:
             status, result, text = STAGES[options.stage](options, configuration(options))
+        except StorageError as error:
+            print(f"{options.stage}: {error}", file=sys.stderr)
+            return FAILED
         except ValueError as error:
             print(f"{options.stage}: {error}", file=sys.stderr)
             if os.environ.get("RECIPES_DEBUG"):
                 traceback.print_exc()
-            return WRONG_REQUEST
+            return DOES_NOT_FIT if isinstance(error, budget.DoesNotFit) else WRONG_REQUEST
         except KeyboardInterrupt:
             print(f"{options.stage}: stopped; the same command continues where it can", file=sys.stderr)
             return FAILED
@@ -234,12 +237,12 @@ def run_finetune(options: argparse.Namespace, config: RunConfig) -> Outcome:
 
     run = workspace_of(options, config)
     shape, machine = models.shape(config.model.model), machine_of(options)
-    plan = budget.plan(config, shape, machine)
+    output = options.output or run.folder("finetune")
+    plan = finetune.plan(config, output, machine, options.resume)
     chosen = budget.requested(config, plan)
-    estimate = budget.budget(chosen, shape, machine)
+    estimate = plan.budget if chosen == plan.config else budget.budget(chosen, shape, machine)
     if not estimate.fits:
         return DOES_NOT_FIT, budget.to_json(estimate, plan), "\n".join(estimate.reasons)
-    output = options.output or run.folder("finetune")
     prepared = options.prepared or run.folder("prepare")
     return done("finetune", output, finetune.finetune(chosen, prepared, output, resume=options.resume))
 
@@ -257,12 +260,13 @@ def run_quantize(options: argparse.Namespace, config: RunConfig) -> Outcome:
     from helpers import quantize
 
     run = workspace_of(options, config)
-    if options.calibration in ("own", "general", "both"):
-        config = config.with_values(calibration=options.calibration)
-    own = options.calibration if options.calibration not in (None, "own", "general", "both") else run.folder("prepare")
     output = options.output or run.folder("quantize")
     merged = options.merged or run.folder("merge")
-    return done("quantize", output, quantize.quantize(merged, output, config.quantize, Path(own)))
+    try:
+        figures = quantize.quantize(merged, output, config.quantize, run.folder("prepare"))
+    except quantize.BrokenResult as error:
+        return FAILED, {"failed": str(error)}, f"quantize: {error}"
+    return done("quantize", output, figures)
 
 
 def run_evaluate(options: argparse.Namespace, config: RunConfig) -> Outcome:
@@ -287,10 +291,12 @@ def name_and_folder(pair: str) -> tuple[str, str]:
 
 def run_all(options: argparse.Namespace, config: RunConfig) -> Outcome:
     """Every stage in order, each from the folder that the last one wrote."""
-    absent = dict.fromkeys(
-        ("input", "output", "prepared", "base", "adapter", "merged", "calibration", "models", "data")
-    )
+    absent = dict.fromkeys(("input", "output", "prepared", "base", "adapter", "merged", "models", "data"))
     options = argparse.Namespace(**(absent | vars(options)))
+    if config.quantize.calibration not in ("own", "general", "both"):
+        from helpers import quantize
+
+        quantize.calibration_sets(config.quantize, [])  # a file that is not there is missed now, not after the training
     outcome: Outcome = (DONE, {}, "")
     for stage in ("prepare", "finetune", "merge", "quantize", "evaluate"):
         print(f"== {stage}", file=sys.stderr, flush=True)

@@ -135,6 +135,8 @@ class TrainConfig:
     """Layers that recompute keep attention's result: 16 instead of 8 KiB a token at 7B, and it is never repeated."""
     offload_activations: bool = False
     """Keep the inputs of checkpointed layers in host memory."""
+    offload_gib: Annotated[float, Field(ge=0, le=1024)] = 6.0
+    """Host memory that these may take, at most; half of what is free where that is less. The rest stays on the card."""
     loss: Literal["chunked", "fused", "full"] = "chunked"
     kernels: Literal["own", "liger", "plain"] = "own"
     """own: helpers/layers.py where it can compute the model, else transformers' layers; liger, plain: those always."""
@@ -168,7 +170,8 @@ class QuantizeConfig:
     symmetric: bool = True
     act_order: bool = False
     """Quantize columns by falling activation size: a little better, slower to decode on old kernels."""
-    calibration: Literal["own", "general", "both"] = "own"
+    calibration: str = "own"
+    """own, general, both, or a file of conversations or text to use instead of the run's own."""
     calibration_samples: Count = 128
     calibration_tokens: Count = 512
 

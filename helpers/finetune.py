@@ -42,7 +42,19 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from helpers import attention, batches, budget, checkpoints, hardware, losses, workspace
+from helpers import (
+    activations,
+    attention,
+    batches,
+    budget,
+    card,
+    checkpoints,
+    files,
+    hardware,
+    losses,
+    planning,
+    workspace,
+)
 from helpers import layers as decoder
 from helpers.config import RunConfig
 from helpers.models import shape
@@ -78,6 +90,7 @@ def precision(capability: tuple[int, int] | None = None) -> Precision:
     return Precision(torch.bfloat16, f"bf16: compute capability {major}.{minor} has it, and it needs no loss scaling")
 
 
+@card.gives_back
 def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "auto") -> dict[str, Any]:
     """Train an adapter on a prepared dataset: output/adapter and output/log.json; returns what was measured.
 
@@ -87,32 +100,68 @@ def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "aut
     prepared, output = Path(prepared), Path(output)
     if resume not in ("auto", "never"):
         raise ValueError(f"resume must be auto or never, not {resume!r}")
-    config = planned(config)
+    workspace.fetch(prepared)
     load_split(prepared, "train")  # a dataset that is not there is said before anything is loaded or written
-    with workspace.building(output, "finetune", config, {"prepared": prepared}, keep=resume == "auto") as stage:
+    with workspace.building(output, "finetune", config, {"prepared": prepared}, keep=True) as stage:
+        for file in stage.folder.iterdir():  # of an end that failed
+            if file.name != workspace.SCRATCH:
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+        saves = stage.folder / workspace.SCRATCH
+        found = look(config, prepared, saves) if resume == "auto" else checkpoints.Found("none")
+        config = stage.config = planned(config, found.to_continue())
         with quiet(stage.folder / "libraries.log"):
             model, tokenizer = load_base(config)
             model = attach_adapter(model, config)
-            trainer = build_trainer(config, model, tokenizer, prepared, stage.folder / "checkpoints")
+            trainer = build_trainer(config, model, tokenizer, prepared, saves)
             stage.measurements.update(train(trainer, resume))
             save(trainer, stage.folder)
-        saves = stage.folder / "checkpoints"
-        lasting = checkpoints.lasting(saves)
-        shutil.rmtree(saves, ignore_errors=True)
-    checkpoints.clear(lasting)
     return stage.measurements
 
 
-def planned(config: RunConfig) -> RunConfig:
-    """The configuration with checkpointing="auto" made a number, by this machine's budget; others stay as they are.
+def look(config: RunConfig, prepared: Path, saves: Path) -> checkpoints.Found:
+    """The checkpoint that training goes on from, fetched. Raises checkpoints.ChangedRun for other settings or data."""
+    wanted = checkpoints.identity(config, workspace.identify(Path(prepared))["sha256"])
+    return checkpoints.fetch(checkpoints.lasting(saves), saves, wanted)
 
-    Raises budget.DoesNotFit (a ValueError) when no way of training fits.
+
+def plan(config: RunConfig, output: Path, machine: hardware.Machine | None = None, resume: str = "auto") -> budget.Plan:
+    """How training into output computes its steps on a machine (this one unless said).
+
+    As the checkpoint that it goes on from did, where there is one; else the fastest way that fits. So a run that began
+    on a T4 goes on on an L4, and is predicted as it runs.
     """
-    if config.train.checkpointing != "auto":
-        return config
-    plan = budget.plan(config, shape(config.model.model), hardware.probe())
-    budget.check(plan.budget)
-    return plan.config
+    saves = workspace.beside(Path(output), "partial") / workspace.SCRATCH
+    checkpoint = checkpoints.to_be_continued(saves, config) if resume == "auto" else None
+    return plan_from(config, checkpoint, machine or hardware.probe())
+
+
+def plan_from(config: RunConfig, checkpoint: Path | None, machine: hardware.Machine) -> budget.Plan:
+    """The plan in a checkpoint's own micro-batches: laid out otherwise, its next steps would be other steps."""
+    made = checkpoints.split_of(checkpoint) if checkpoint else {}
+    if not made:
+        return budget.plan(config, shape(config.model.model), machine)
+    return budget.plan_in(config, made["batch_size"], shape(config.model.model), machine, checkpoint.name)
+
+
+def planned(config: RunConfig, checkpoint: Path | None = None) -> RunConfig:
+    """The configuration that trains: with a number for checkpointing="auto", in the micro-batches of a checkpoint.
+
+    Others stay as they are, but for host memory, of which no configuration gets more than half of what is free. Says
+    so when the micro-batches are others than the configuration's. Raises budget.DoesNotFit (a ValueError) when they do
+    not fit this machine however much is recomputed, or when no way of training fits.
+    """
+    machine = hardware.probe()
+    if machine.unusable:
+        raise ValueError(machine.unusable)
+    made = checkpoints.split_of(checkpoint) if checkpoint else {}
+    same = all(getattr(config.train, name) == value for name, value in made.items())
+    if same and config.train.checkpointing != "auto":
+        return planning.within_host(config, machine)
+    chosen = plan_from(config, checkpoint, machine)
+    budget.check(chosen.budget)
+    if not same:
+        print("; ".join(chosen.reasons))
+    return chosen.config
 
 
 def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -265,7 +314,7 @@ def build_trainer(
 def training_arguments(config: RunConfig, saves: Path, steps: int, evaluates: bool) -> SFTConfig:
     """The trainer's arguments for so many optimizer steps."""
     asked, dtype, on_gpu = config.train, precision().dtype, torch.cuda.is_available()
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(saves),
         per_device_train_batch_size=1,  # an item of the dataset is a micro-batch already
         per_device_eval_batch_size=1,
@@ -301,6 +350,10 @@ def training_arguments(config: RunConfig, saves: Path, steps: int, evaluates: bo
         report_to="none",
         max_length=None,
     )
+    # A process trains on one card, however many it sees: with more the Trainer would split batches over all of them
+    # (nn.DataParallel), which trl refuses. Setting CUDA_VISIBLE_DEVICES here would be too late in a notebook.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def load_split(prepared: Path, name: str) -> Dataset:
@@ -392,7 +445,7 @@ def choose_layers(model: PeftModel, config: RunConfig) -> tuple[bool, str]:
     if reason is None:
         checked = "attention" if config.train.keep_attention else "input"
         keeps = [checked] * count + ["everything"] * (len(layers) - count)
-        decoder.install(base, keeps, config.train.offload_activations)
+        decoder.install(base, keeps, activations.host_room(config) if config.train.offload_activations else 0)
         return True, f"{count} of {len(layers)} layers recompute, through helpers.layers"
     if count:
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -406,6 +459,8 @@ class FineTuner(SFTTrainer):
 
     send = staticmethod(lambda checkpoint: None)
     """Called with each checkpoint that was written."""
+    origin: checkpoints.Origin | None = None
+    """Whose its checkpoints are."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss, summed over labels and divided by those of the whole step (held out: of the mean batch)."""
@@ -421,7 +476,9 @@ class FineTuner(SFTTrainer):
         """Whole or not there: transformers writes into the final place (trap 17)."""
         folder, best = Path(self.args.output_dir), self.state.best_global_step
         keep, spared = self.recipe.train.keep_checkpoints, [best] if best else []
-        with checkpoints.writing(folder, self.state.global_step, self.identity, keep, spared, self.send) as beside:
+        with checkpoints.writing(
+            folder, self.state.global_step, self.identity, keep, spared, self.send, origin=self.origin
+        ) as beside:
             self._beside = beside.parent
             try:
                 Trainer._save_checkpoint(self, model, trial)
@@ -512,15 +569,17 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
     """Train, from the newest whole checkpoint unless resume is "never"; returns what was measured.
 
     An interrupt (Ctrl-C, a notebook's stop button, SIGTERM) lets the step finish, saves a checkpoint and stops. Raises
-    NotTrained when the loss is NaN, no update was applied, or no adapter differs from its start.
+    NotTrained when the loss is NaN, no update was applied, or no adapter differs from its start; StorageError when
+    there may be a checkpoint and it cannot be read or fetched. Checkpoints of an earlier run, here and in the lasting
+    place, go when the first one of this run is whole there, not before.
     """
     folder, keep = Path(trainer.args.output_dir), trainer.recipe.train.keep_checkpoints
     lasting = checkpoints.lasting(folder)
-    checkpoint = checkpoints.fetch(lasting, folder, trainer.identity) if resume == "auto" else None
-    if checkpoint is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        checkpoints.clear(lasting)
-    else:
+    found = checkpoints.fetch(lasting, folder, trainer.identity) if resume == "auto" else checkpoints.Found("none")
+    checkpoint = found.to_continue()
+    with files.reached(lasting or folder, "nothing was changed or deleted"):
+        trainer.origin = checkpoints.origin(checkpoint, folder, lasting)
+    if checkpoint is not None:
         print(f"continuing from {checkpoint.name}")
     watch, on_gpu = trainer.watch, torch.cuda.is_available()
     if on_gpu:
@@ -560,6 +619,7 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
         "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3) if on_gpu else 0.0,
         "heldout_loss": trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None,
         "resumed_from_step": checkpoints.step_of(checkpoint) if checkpoint else 0,
+        "run": trainer.origin["run"],
         **checkpoints.summary(folder),
     }
 
@@ -589,8 +649,12 @@ def load_best(trainer: FineTuner) -> None:
     from safetensors.torch import load_file
 
     kept = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.best_global_step}"
-    if trainer.recipe.train.patience and kept.is_dir():
+    if not trainer.recipe.train.patience or trainer.state.best_global_step is None:
+        return
+    if kept.is_dir():
         set_peft_model_state_dict(trainer.model, load_file(str(kept / "adapter_model.safetensors")))
+    else:
+        print(f"{kept.name}, the best on held-out conversations, is no longer there: the last adapter is kept instead")
 
 
 def save(trainer: FineTuner, output: Path) -> Path:

@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpers.card import gives_back
 from helpers.config import MergeConfig, RunConfig, load_yaml
-from helpers.workspace import building, checksum, exclusive, refuse_output, write_text
+from helpers.workspace import SCRATCH, building, checksum, empty_folder, exclusive, refuse_output, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +96,7 @@ class Adapter:
     """Key in the adapter's file -> shape."""
 
 
+@gives_back
 def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig) -> dict:
     """Write base + adapter as fp16 shards that transformers opens; returns the measurements.
 
@@ -122,9 +124,9 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig) ->
         check_disk(output, plan, set(finished), config.free_base)
         run = trained.with_values(model=str(base), **asdict(config))
         try:
-            with building(output, "merge", run, {"adapter": adapter.parent}, keep=True) as stage:
+            with building(output, "merge", run, {"adapter": adapter.parent}, keep=True, held=True) as stage:
                 for file in stage.folder.iterdir():
-                    if file.name not in finished:
+                    if file.name not in {*finished, SCRATCH}:
                         file.unlink()
                 state = {
                     "identity": identity,
@@ -132,6 +134,7 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig) ->
                     "finished": finished,
                 }
                 resumed = len(finished)
+                progress.parent.mkdir(exist_ok=True)
                 write_text(progress, json.dumps(state))
                 figures = write_shards(work, plan, state, progress, loaded, config, trained.model.double_quant)
                 write_rest(work, base_folder, adapter, plan)
@@ -147,10 +150,8 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig) ->
                 }
         except UnusableModel:
             if not config.free_base:  # what was freed is only there now
-                for file in (*work.iterdir(), progress):
-                    file.unlink()
+                empty_folder(work)
             raise
-        progress.unlink()
     return stage.measurements
 
 
@@ -356,8 +357,8 @@ def finished_shards(work: Path, state: dict, identity: dict) -> dict[str, str]:
 
 
 def progress_file(output: Path) -> Path:
-    """What a merge knows of itself. It stays beside the folder until that is named: a freed base would be missed."""
-    return output.with_name(output.name + ".progress.json")
+    """What a merge knows of itself. It goes once the folder has its name, not before: a freed base would be missed."""
+    return output.with_name(output.name + ".partial") / SCRATCH / "progress.json"
 
 
 def read_state(progress: Path) -> dict:

@@ -98,6 +98,17 @@ def read_items(source: Path, tokenizer: Any, limit: int | None = None) -> Iterat
         raise ValueError(f"{source} holds nothing to score: give held-out conversations, or a text that is not empty")
 
 
+def rows_in(source: Path, context: int) -> int:
+    """How many texts a source holds, before it is read; of one long text: its windows, four bytes a token."""
+    source = Path(source)
+    if source.is_dir():
+        return len(scored(source))
+    if source.suffix in (".jsonl", ".json"):
+        with source.open("rb") as lines:
+            return sum(1 for line in lines if line.strip())
+    return math.ceil(source.stat().st_size / (4 * context))
+
+
 def read_any(source: Path, tokenizer: Any) -> Iterator[Item]:
     """Items of whatever source is. Raises ValueError when it is not there."""
     if source.is_dir():

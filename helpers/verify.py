@@ -3,13 +3,14 @@
 import tempfile
 from pathlib import Path
 
-from helpers import budget, hardware
+from helpers import budget, card, hardware
 from helpers.config import RunConfig
 from helpers.models import shape
 
 STEPS = 3
 
 
+@card.gives_back
 def verify(config: RunConfig) -> list[dict]:
     """Train STEPS steps of full contexts; rows of quantity, predicted, measured and difference %.
 

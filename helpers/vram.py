@@ -150,22 +150,29 @@ def beyond(shape: ModelShape, config: RunConfig, expandable: bool = True) -> flo
 
 
 def inference(
-    shape: ModelShape, config: RunConfig, capability: tuple[int, int] = (7, 5)
+    shape: ModelShape,
+    config: RunConfig,
+    capability: tuple[int, int] = (7, 5),
+    held: dict[str, float] | None = None,
+    unpacks: bool = True,
+    batch_size: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """Moments of evaluation: weights, adapters, keys and values, and one layer's MLP while a prompt is read.
 
-    An MLP holds its input, gate, its activation, up and their product in 16 bits.
+    An MLP holds its input, gate, its activation, up and their product in 16 bits. held: component -> bytes of the
+    weights on the card, default the base as training saw it and its adapter; unpacks: 4-bit weights are, to 16 bits,
+    one matrix at a time; batch_size: default the configuration's.
     """
     asked = config.evaluate
-    prompt = asked.eval_batch_size * asked.eval_context
+    rows = batch_size or asked.eval_batch_size
+    prompt = rows * asked.eval_context
     inner = shape.intermediate * shape.experts_per_token
-    base = weights(shape, config) | {
-        "LoRA weights": FULL * lora_parameters(shape, config),
-        "cuBLAS work space": workspace(capability) / 2,
-    }
+    adapted = weights(shape, config) | {"LoRA weights": FULL * lora_parameters(shape, config)}
+    base = (adapted if held is None else held) | {"cuBLAS work space": workspace(capability) / 2}
+    unpacked = activations.largest_weight(shape) if unpacks else 0.0
     mlp = prompt * (4 * inner + shape.hidden) * HALF
-    reading = max(mlp, prompt * 2 * inner * HALF + activations.largest_weight(shape))
-    tokens = asked.eval_batch_size * (asked.eval_context + asked.max_new_tokens)
+    reading = max(mlp, prompt * 2 * inner * HALF + unpacked)
+    tokens = rows * (asked.eval_context + asked.max_new_tokens)
     return {
         "reading the prompts": base
         | {"keys and values": prompt * shape.kv_cache_bytes_per_token(), "layer work": reading},
@@ -173,7 +180,7 @@ def inference(
         | {
             "keys and values": 2 * tokens * shape.kv_cache_bytes_per_token() / shape.layers
             + tokens * shape.kv_cache_bytes_per_token(),
-            "layer work": activations.largest_weight(shape),
+            "layer work": unpacked,
         },
     }
 

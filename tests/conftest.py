@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ["RECIPES_PATIENCE_S"] = "0"  # what may pass is tried as often, without pauses; processes inherit it
 ROOT = Path(__file__).resolve().parent.parent
 FAKE_TOKEN = "hf_" + "NotARealTokenButShapedLikeOne"[:34].ljust(34, "x")
 

@@ -23,7 +23,7 @@ T4 = hardware.machine("t4")
 TINY = models.profile("tiny")
 TINY_SHAPE = models.shape(TINY.model.model)
 OLD_LAPTOP = Machine(None, Host("old laptop", 4.0, 10.0, 2))
-CARDS = ("t4", "p100", "rtx3080", "rtx3060", "l4", "4090", "a100-40")
+CARDS = ("t4", "rtx3080", "rtx3060", "l4", "4090", "a100-40")
 
 
 def seven(**values) -> RunConfig:
@@ -126,7 +126,7 @@ def test_on_a_t4_nothing_is_recomputed_when_everything_fits_and_as_little_as_pos
     tight = budget.plan(seven(seq_len=8192), SEVEN, T4).config
     assert 0 < tight.train.checkpointing < 32
     one_less = planning.with_train(tight, checkpointing=tight.train.checkpointing - 1)
-    assert process_gib(one_less) > T4.vram_gib * (1 - planning.MARGIN)
+    assert process_gib(one_less) > planning.usable_gib(tight, SEVEN, T4)
 
 
 def test_the_plan_is_the_fastest_of_all_ways_that_fit():
@@ -135,13 +135,33 @@ def test_the_plan_is_the_fastest_of_all_ways_that_fit():
     for batch in (1, 2, 4, 8, 16):
         for count in range(33):
             other = planning.with_train(config, batch_size=batch, accumulation=16 // batch, checkpointing=count)
-            if process_gib(other) <= T4.vram_gib * (1 - planning.MARGIN):
+            if process_gib(other) <= planning.usable_gib(config, SEVEN, T4):
                 assert pace.step_s(chosen, SEVEN, T4) <= pace.step_s(other, SEVEN, T4) + 1e-3
 
 
 def test_settings_that_fit_stay_as_they_are():
     config = seven(checkpointing="all", batch_size=2)
     assert budget.plan(config, SEVEN, T4).config == config
+
+
+def test_settings_within_a_predictions_error_of_the_limit_do_not_fit_and_the_sentence_says_why():
+    (near,) = (
+        count for count in range(32, -1, -1) if 14.13 < process_gib(seven(seq_len=8192, checkpointing=count)) < 14.3
+    )
+    found = budget.budget(seven(seq_len=8192, checkpointing=near), SEVEN, T4)
+    assert found.vram.usable_gib < found.vram.process_gib < found.vram.limit_gib
+    assert not found.fits and "0.4 must stay free because a prediction can be that much under" in found.reasons[0]
+    assert budget.plan(seven(seq_len=8192, checkpointing=near), SEVEN, T4).config.train.checkpointing > near
+
+
+def test_what_stays_free_is_more_than_any_prediction_was_under():
+    """Of rows that nothing was calibrated on and whose allocator grows its segments, as `helpers` sets it."""
+    unseen = [row for rows in tables.sets().values() for row in rows if not row.fitted and row.expandable]
+    for how, margin in planning.MARGIN.items():
+        chosen = [row for row in unseen if (activations.way(row.shape, row.config) == "own") == (how == "own")]
+        errors = tables.compare(chosen, tables.process_gib, "process_gib").percent
+        errors += tables.compare(chosen, tables.reserved_gib, "reserved_gib").percent
+        assert len(errors) >= 30 and min(errors) >= -100 * margin, how
 
 
 def test_a_context_that_no_way_of_training_fits_is_cut_and_said_to_be():
@@ -283,7 +303,8 @@ def test_layers_that_ours_cannot_compute_are_budgeted_as_transformers(values, ho
 def test_predictions_hold_on_rows_that_they_were_not_fitted_to():
     """The bounds that the project promises, on every measured row; tables.py prints the errors."""
     for name, rows in tables.sets().items():
-        assert tables.verdicts(rows) == f"{len(rows)} of {len(rows)}", name
+        verdicts = tables.verdicts(rows)
+        assert verdicts.promised_though_ran_out == 0 and verdicts.refused_though_ran <= 2, name
         allocated = tables.compare(rows, lambda row: tables.rows.allocated_gib(row)[0], "allocated_gib").percent
         if allocated:
             assert sum(map(abs, allocated)) / len(allocated) < 2 and min(allocated) > -3, name
@@ -325,15 +346,17 @@ def test_merge_and_gptq_need_what_they_were_measured_to_need(task, stage, values
 
 def test_evaluation_needs_what_it_was_measured_to_need():
     measured = json.loads((tables.HERE / "h200_evaluate.json").read_text())
-    found = budget.budget(seven(), SEVEN, hardware.machine("h200"), "inference").vram
+    found = budget.budget(seven(), SEVEN, hardware.machine("h200"), "inference", evaluated={"nf4": "adapter"}).vram
     assert within_10_percent(found.allocated_gib, measured["peak_allocated_gib"])
     assert within_10_percent(found.reserved_gib, measured["peak_reserved_gib"])
 
 
-def test_a_7bs_step_on_a_t4_is_within_15_percent_of_published_ones():
-    rows = [row for row in tables.rows.t4("unseen") if "7b" in row.shape.name]
-    errors = tables.compare(rows, lambda row: pace.step_s(row.config, row.shape, row.machine), "step_s").percent
-    assert len(errors) == 4 and max(map(abs, errors)) < 15
+def test_a_step_on_a_t4_is_within_15_percent_of_published_ones_for_a_7b_and_35_for_all():
+    published = tables.published_steps()
+    sevens = [row for row in published if "-7b" in row.shape.name]
+    for rows, count, most in ((sevens, 4, 15), (published, 15, 35)):
+        errors = tables.compare(rows, tables.predicted_step_s, "step_s").percent
+        assert len(errors) == count and max(map(abs, errors)) < most
 
 
 def test_against_measured_pairs_what_was_measured_with_what_was_predicted():
@@ -376,3 +399,47 @@ def test_a_budget_takes_milliseconds():
     for _ in range(20):
         budget.budget(config, SEVEN, T4)
     assert (time.process_time() - began) / 20 < 0.05  # 1 ms here; the bound is for slow machines
+
+
+def test_a_run_goes_on_on_another_card_in_its_own_micro_batches_where_they_fit():
+    config = seven(seq_len=1024, batch_size=1, accumulation=8)
+    on_t4, on_l4 = (budget.plan(config, SEVEN, hardware.machine(card)).config.train for card in ("t4", "l4"))
+    assert on_t4.batch_size != on_l4.batch_size, "or this shows nothing"
+    there = budget.plan_in(config, on_t4.batch_size, SEVEN, hardware.machine("l4"), "checkpoint-40")
+    assert there.budget.fits and there.config.train == on_t4
+    back = budget.plan_in(config, on_l4.batch_size, SEVEN, T4, "checkpoint-40")
+    assert back.budget.fits and back.config.train.batch_size == on_l4.batch_size
+    assert back.config.train.checkpointing > on_l4.checkpointing, "chosen anew for the smaller card"
+    assert back.reasons[0].startswith("checkpoint-40 was made in micro-batches of 4 × 2, and training goes on in them")
+    too_much = budget.plan_in(config.with_values(seq_len=8192), 8, SEVEN, T4, "checkpoint-40").budget
+    said = r"in micro-batches of 8 × 1, which need at least \d\d\.\d GiB of VRAM, this Tesla T4 has 14\.6: continue on"
+    with pytest.raises(budget.DoesNotFit, match=said):
+        budget.check(too_much)
+    assert len(too_much.reasons) == 1 and "batch_size=" not in too_much.reasons[0], (
+        "no remedy that would be another run"
+    )
+
+
+@pytest.mark.parametrize("card", ["p100", "v100"])
+def test_a_card_that_pytorch_has_no_kernels_for_does_not_fit_and_says_why(card):
+    machine = hardware.machine(card)
+    capability = ".".join(map(str, machine.gpu.capability))
+    for stage in budget.STAGES:
+        found = budget.budget(seven(checkpointing="all"), SEVEN, machine, stage)
+        assert not found.fits
+        assert f"no kernels for the {machine.gpu.name}'s compute capability {capability}" in found.reasons[0]
+        assert "7.5 or above" in found.reasons[0] and "CUDA 12.6" in found.reasons[0]
+    assert dict(hardware.describe(machine))["of no use here"] == machine.unusable
+    assert hardware.suggested_profile(machine) == "tiny"
+    old_build = replace(machine, gpu=replace(machine.gpu, has_kernels=True))
+    assert budget.budget(seven(checkpointing="all"), SEVEN, old_build).fits
+
+
+def test_a_run_fits_kaggles_disk_and_not_the_20_gb_that_kaggle_keeps():
+    kaggle = hardware.machine("kaggle")
+    assert budget.budget(seven(checkpointing="all"), SEVEN, kaggle, "run").fits
+    kept = replace(kaggle, host=replace(kaggle.host, kept_gib=hardware.KAGGLE_KEEPS_GIB))
+    assert budget.budget(seven(checkpointing="all"), SEVEN, kept, "train").fits
+    for stage in ("quantize", "run"):
+        (reason,) = budget.budget(seven(checkpointing="all"), SEVEN, kept, stage).reasons
+        assert "keeps 18.6 there" in reason and "/kaggle/temp" in reason and "RECIPES_LASTING" in reason
