@@ -2,7 +2,9 @@
 
 >>> chosen = parse("user=Question,assistant=Answer")
 >>> chosen
-{'user': ('question',), 'assistant': ('answer',)}
+{'user': 'Question', 'assistant': 'Answer'}
+>>> of("Title+Question", {"title": "", "question": ""})
+('title', 'question')
 >>> normal(" Question")
 'question'
 """
@@ -141,24 +143,29 @@ def is_empty(value: Any) -> bool:
     return value is None or value != value or (isinstance(value, list | dict) and not value)
 
 
-def parse(text: str) -> dict[str, tuple[str, ...]]:
-    """`user=Title+Question,assistant=Answer` -> role and its columns. Raises ValueError with what may be named.
+def parse(text: str) -> dict[str, str]:
+    """`user=Title+Question,assistant=Answer` -> role and its column. Raises ValueError with what may be named.
 
     Names with a comma stand in quotation marks, with what they are for: "user=Question, in full",assistant=Answer.
     """
-    chosen: dict[str, tuple[str, ...]] = {}
+    chosen: dict[str, str] = {}
     for part in next(csv.reader([text], skipinitialspace=True), []):
-        asked, equals, names = part.partition("=")
+        asked, equals, name = part.partition("=")
         asked = normal(asked)
-        columns = tuple(filter(None, (normal(name) for name in names.split("+"))))
-        if asked not in ASKED or not equals or not columns:
+        if asked not in ASKED or not equals or not name.strip():
             raise ValueError(
                 f"columns is user=COLUMN,assistant=COLUMN, and {part!r} is not: there are {', '.join(ASKED)}"
             )
-        chosen[asked] = columns
+        chosen[asked] = name.strip()
     if chosen and not ({"user", "assistant"} <= set(chosen) or {"messages", "text"} & set(chosen)):
         raise ValueError("columns must name a user's and an assistant's, or messages, or text")
     return chosen
+
+
+def of(name: str, fields: dict[str, Any]) -> tuple[str, ...]:
+    """The fields that a person named: one, or several with + between."""
+    whole = normal(name)
+    return (whole,) if whole in fields else tuple(normal(part) for part in name.split("+"))
 
 
 def told(fields: dict[str, Any]) -> str:

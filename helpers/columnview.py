@@ -46,7 +46,7 @@ class Chooser(ipywidgets.VBox):
         self.values, self.problem = first_rows(str(source or config.data.source), config)
         self.names = list(dict.fromkeys(name for value in self.values for name in fields_of(value)))
         asked = columns.parse(config.data.columns) if config.data.columns else {}
-        self.controls = {role: control(role, self.names, asked.get(role)) for role in ROLES}
+        self.controls = {role: control(role, self.names, asked.get(role, "")) for role in ROLES}
         self.picture = ipywidgets.HTML()
         boxes = ipywidgets.HBox(list(self.controls.values()), layout=Layout(flex_flow="row wrap"))
         super().__init__([boxes, self.picture], layout=Layout(max_width="780px"))
@@ -106,9 +106,9 @@ def fields_of(value: Any) -> list[str]:
     return list(row.fields) if row else []
 
 
-def control(role: str, names: list[str], chosen: tuple[str, ...] | None) -> ipywidgets.Dropdown:
+def control(role: str, names: list[str], chosen: str) -> ipywidgets.Dropdown:
     """The dropdown of one role: recognised, or one of the columns."""
-    value = chosen[0] if chosen and chosen[0] in names else ""
+    value = columns.normal(chosen) if columns.normal(chosen) in names else ""
     nothing = RECOGNISED if role in ("user", "assistant") else "none, or as recognised"
     return ipywidgets.Dropdown(
         description=ROLES[role],

@@ -37,7 +37,7 @@ from helpers.inference import (
 from helpers.models import ModelShape, shape_from_config
 from helpers.perplexity import Perplexity, perplexity, read_items, read_jsonl, rows_in
 from helpers.placement import Evaluation, Placement
-from helpers.prepared import scored
+from helpers.prepared import scored, with_own_questions
 from helpers.tasks import run_tasks
 from helpers.workspace import MANIFEST, building, read_manifest, write_text
 
@@ -57,7 +57,8 @@ def evaluate(
     machine: whose VRAM and RAM decide how models are opened; default this one.
     Raises ValueError with one sentence for what the reader can mend.
     """
-    data, asked = Path(data), config.evaluate
+    data, config = Path(data), with_own_questions(config, Path(data))
+    asked = config.evaluate
     check_models(models, config)
     questions = read_questions(asked.questions, asked.max_questions) if asked.questions else None
     tokenizer = open_tokenizer(next(iter(models.values())), config)

@@ -11,7 +11,7 @@ import ast
 import json
 from typing import Any, NamedTuple
 
-from helpers import exports, markers, preferences
+from helpers import columns, exports, markers, preferences
 from helpers.columns import (
     ALPACA_ANSWERS,
     CONTEXTS,
@@ -139,9 +139,7 @@ def to_messages(value: Any, row_format: str) -> list[dict[str, Any]]:
     return read_row(value, row_format).messages
 
 
-def read_row(
-    value: Any, row_format: str, columns: dict[str, tuple[str, ...]] | None = None, use: str = "auto"
-) -> Parsed:
+def read_row(value: Any, row_format: str, named_columns: dict[str, str] | None = None, use: str = "auto") -> Parsed:
     """A row's conversation by its format, or by the columns that a person named; use is for preference data.
 
     Raises BadRow saying which field is wrong; ValueError for a format that does not exist.
@@ -149,8 +147,8 @@ def read_row(
     row = value if isinstance(value, Row) else as_row(value)
     if row is None:
         raise BadRow("wrong-type", f"a row must be an object with named fields, not {named(value)}")
-    if columns:
-        return Parsed(from_columns(row, columns), row)
+    if named_columns:
+        return Parsed(from_columns(row, named_columns), row)
     if row_format == "preference":
         return from_preference(row, use)
     readers = {
@@ -322,25 +320,26 @@ def from_export(row: Row) -> list[dict[str, Any]]:
     return with_before(row, [turn for turn in found if turn["content"] or "reasoning" not in row.notes])
 
 
-def from_columns(row: Row, columns: dict[str, tuple[str, ...]]) -> list[dict[str, Any]]:
+def from_columns(row: Row, named: dict[str, str]) -> list[dict[str, Any]]:
     """The conversation of the columns that a person named; the others are not read."""
-    lacking = [name for names in columns.values() for name in names if name not in row.fields]
+    chosen = {asked: columns.of(name, row.fields) for asked, name in named.items()}
+    lacking = [name for names in chosen.values() for name in names if name not in row.fields]
     if lacking:
         has = ", ".join(map(str, row.fields))[:160]
         raise BadRow("unknown-fields", f"there is no column {lacking[0]!r}; there are {has}")
 
     def text(asked: str) -> str:
-        texts = [row.take(name) for name in columns.get(asked, ())]
+        texts = [row.take(name) for name in chosen.get(asked, ())]
         return "\n\n".join(text_in(text, asked) for text in texts if not is_empty(text))
 
-    if "messages" in columns:
-        return messages(row, parsed(row.take(columns["messages"][0])), columns["messages"][0])
-    if "text" in columns:
+    if "messages" in chosen:
+        return messages(row, parsed(row.take(chosen["messages"][0])), chosen["messages"][0])
+    if "text" in chosen:
         return (
             from_marked(text("text")) if markers.family(text("text")) else [{"role": "text", "content": text("text")}]
         )
     system = [{"role": "system", "content": text("system")}] if text("system") else []
-    history = parsed(row.take(columns["history"][0])) if "history" in columns else None
+    history = parsed(row.take(chosen["history"][0])) if "history" in chosen else None
     before = messages(row, history, "history") if isinstance(history, list) else []
     question = "\n\n".join(filter(None, (text("user"), text("context"))))
     return [

@@ -5,8 +5,12 @@
 0
 """
 
+import json
 from pathlib import Path
 from typing import Any
+
+from helpers.config import RunConfig
+from helpers.models import PROFILES
 
 SIDES = ("train", "heldout")
 
@@ -38,6 +42,25 @@ def scored(folder: Path) -> Any:
         "well anything else is answered; prepare with heldout_fraction above 0 for that"
     )
     return side(folder, "train")
+
+
+def with_own_questions(config: RunConfig, folder: Path) -> RunConfig:
+    """The configuration without its profile's questions when the data is somebody's own: they are about other things.
+
+    Then the first turns of the held-out conversations are asked, and scored against what was answered there.
+    """
+    own = PROFILES.get(config.profile, {})
+    if not own.get("questions") or config.evaluate.questions != own["questions"]:
+        return config
+    try:
+        made = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))["measurements"]
+        source = Path(made["source"]).expanduser().resolve()
+    except (OSError, ValueError, KeyError, TypeError):
+        return config
+    if source == Path(own["source"]).resolve():
+        return config
+    print(f"the questions of the profile are not about {made['source']}: held-out conversations are asked instead")
+    return config.with_values(questions=None)
 
 
 def load(folder: Path) -> Any:

@@ -448,7 +448,10 @@ def read_csv(stream: io.BufferedReader, name: str, head: bytes) -> Iterator[Reco
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
     reader = csv.reader(text, delimiter=separator, strict=True)
     charset, skipped = Charset(), 1 if excel else 0
-    names = column_names(next(reader, []), charset, head)
+    try:
+        names = column_names(next(reader, []), charset, head)
+    except csv.Error as error:
+        raise ValueError(f"{name} has no header line that could be read ({error}): name its columns there") from None
     while True:
         first = reader.line_num + skipped + 1
         place = f"{name} line {first}"

@@ -121,6 +121,13 @@ def test_settings_that_do_not_fit_the_prepared_data_are_explained(tmp_path, valu
             inputs={"prepared": tmp_path / "prepare"},
             config=CONFIG.with_values(**values),
         )
+    with building(tmp_path / "prepare", "prepare", CONFIG) as work:
+        work.measurements["cut_share"] = 0.2
+        (work.folder / "rows.arrow").write_text("rows")
+    with pytest.raises(workspace.StaleArtifact, match=r"cut to 192 tokens .* --seq-len 256"):
+        made = {"prepared": tmp_path / "prepare"}
+        make(tmp_path / "finetune", "finetune", inputs=made, config=CONFIG.with_values(seq_len=256))
+    make(tmp_path / "prepare", "prepare")
     longer = CONFIG.with_values(seq_len=256, rank=4)
     make(tmp_path / "finetune", "finetune", inputs={"prepared": tmp_path / "prepare"}, config=longer)
 
