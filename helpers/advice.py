@@ -20,7 +20,8 @@ def warnings(made: dict[str, Any], rows: Any, kept: np.ndarray, fraction: float 
 
     fraction: what was to be held out; None: what a file of its own holds.
     """
-    said = [*dict.fromkeys(notes), *about_context(made, rows, kept)]
+    served = rows.template.served_otherwise()
+    said = [*([served] if served else []), *dict.fromkeys(notes), *about_context(made, rows, kept)]
     over = made["dropped"].get("over-context", 0)
     if sum(made["dropped"].values()) > MANY * made["in"] and over <= MANY * made["in"]:
         worst = max(made["dropped"], key=made["dropped"].__getitem__)

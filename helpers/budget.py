@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 
-from helpers import activations, host, pace, placement, planning, vram
+from helpers import activations, families, host, pace, placement, planning, vram
 from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape
@@ -133,9 +133,7 @@ def refuse(config: RunConfig, shape: ModelShape, stage: str) -> None:
         raise ValueError(
             f"seq_len must be at most {shape.max_context}, what {shape.name} was made for, not {config.data.seq_len}"
         )
-    unknown = [name for name in config.adapter.target_modules if name not in shape.linears]
-    if unknown:
-        raise ValueError(f"targets must be among {', '.join(shape.linears)}, all-linear or attention, not {unknown[0]}")
+    families.refuse(shape.family, shape.name, config.adapter.target_modules)
     activations.checked_layers(shape, config)
 
 
@@ -283,7 +281,8 @@ def plan(config: RunConfig, shape: ModelShape, machine: Machine) -> Plan:
     """The configuration that does the same and finishes first of those that fit (or, when none fits, comes nearest)."""
     refuse(config, shape, "train")
     chosen, reasons = planning.search(config, shape, machine, training_needs(shape, machine))
-    return Plan(chosen, budget(chosen, shape, machine), reasons)
+    said = families.fallbacks(shape.family, chosen)
+    return Plan(chosen, budget(chosen, shape, machine), (*reasons, *said))
 
 
 def plan_in(config: RunConfig, batch_size: int, shape: ModelShape, machine: Machine, continued: str) -> Plan:

@@ -24,6 +24,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import wraps
 from types import TracebackType
 
@@ -89,8 +90,10 @@ def free_memory() -> None:
     gc.collect()
     torch = sys.modules.get("torch")  # where nobody imported it there is nothing to free
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-        torch._C._host_emptyCache()  # has no public name; PyTorch keeps pinned blocks for the process otherwise
+        with suppress(RuntimeError):  # a broken context answers everything with its error, which is on its way already
+            torch.cuda.empty_cache()
+            # PyTorch keeps pinned blocks for the process; what gives them back has no public name yet
+            getattr(torch._C, "_host_emptyCache", lambda: None)()
 
 
 def seeing(cards: int = 1) -> dict[str, str]:

@@ -15,11 +15,11 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 
-from helpers import budget, hardware, models
+from helpers import budget, choices, hardware, hub, models
 from helpers.config import DataConfig, RunConfig, field_parts, load_yaml
 from helpers.workspace import StorageError, Workspace, run_models
 
@@ -33,6 +33,7 @@ STAGE_HELP = {
     "evaluate": "one table: base, fine-tuned, merged, GPTQ",
     "run": "all stages in order",
 }
+AFTER_TRAINING = ("merge", "quantize", "evaluate")
 OWN_FLAGS = {"quantize": {"model", "calibration"}, "merge": set()}
 """Fields of RunConfig whose flag a stage gives another meaning: there they name a folder or a file."""
 
@@ -69,7 +70,7 @@ def standard_output_for_result() -> Iterator:
     saved = os.dup(1)
     os.dup2(2, 1)
     try:
-        with os.fdopen(os.dup(saved), "w", encoding="utf-8") as stream:
+        with os.fdopen(os.dup(saved), "w", encoding="utf-8") as stream, redirect_stdout(sys.stderr):
             yield stream
     finally:
         sys.stdout.flush()
@@ -166,18 +167,35 @@ def setting_fields() -> list:
 
 
 def configuration(options: argparse.Namespace) -> RunConfig:
-    """Profile, then YAML, then flags; in a run's folder the last stage's own configuration stands for the profile.
+    """Profile, then what was chosen last in the run's folder, then `--config`, then flags.
 
     Raises ValueError naming what is wrong.
     """
-    config = models.profile(options.profile or "mistral-7b")
-    if options.profile is None and options.workspace:
-        made = [options.workspace / stage / "config.yaml" for stage in ("finetune", "prepare")]
-        config = next((load_yaml(path) for path in made if path.is_file()), config)
+    config = starting_point(options)
     if options.config:
         config = load_yaml(options.config, start=config)
     given = {field.name: getattr(options, field.name, None) for field in setting_fields() if field.name != "profile"}
     return config.with_values(**{name: flag_value(value) for name, value in given.items() if value is not None})
+
+
+def starting_point(options: argparse.Namespace) -> RunConfig:
+    """The profile with what was chosen last in the run's folder; for what comes after training, what was trained with.
+
+    A folder in which nothing was chosen, and no profile named, starts as its last stage did. A budget is of no run
+    unless `--workspace` says so.
+    """
+    named = options.profile or "mistral-7b"
+    if options.workspace is None and options.stage == "budget":
+        return models.profile(named)
+    run = Workspace(options.workspace or Path("runs") / named)
+    chosen = choices.last(run)
+    stages = () if chosen else ("finetune", "prepare")
+    if options.stage in AFTER_TRAINING:
+        stages = ("finetune", *stages)
+    made = [path for path in (run.folder(stage) / "config.yaml" for stage in stages) if path.is_file()]
+    if made and options.profile is None:
+        return load_yaml(made[0])
+    return choices.start(run, models.profile(options.profile or chosen.get("profile", named)))
 
 
 def flag_value(text: str | bool) -> object:
@@ -209,7 +227,7 @@ Outcome = tuple[int, dict, str]
 
 def run_budget(options: argparse.Namespace, config: RunConfig) -> Outcome:
     """What it needs; exit 3 when it does not fit."""
-    shape, machine = models.shape(config.model.model), machine_of(options)
+    shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
     plan = budget.plan(config, shape, machine)
     estimate = budget.budget(budget.requested(config, plan), shape, machine, stage=options.budget_stage)
     result = budget.to_json(estimate, plan)
@@ -225,8 +243,11 @@ def run_budget(options: argparse.Namespace, config: RunConfig) -> Outcome:
 def run_prepare(options: argparse.Namespace, config: RunConfig) -> Outcome:
     from helpers import data
 
-    output = options.output or workspace_of(options, config).folder("prepare")
+    run = workspace_of(options, config)
+    output = options.output or run.folder("prepare")
     made = data.prepare(config, output, source=options.input)
+    if options.output is None:
+        choices.keep(run, config, "by python -m helpers prepare")
     lines = [f"  {what}: {value}" for what, value in data.summary(made)]
     lines += [f"  finding: {row['sentence']}" for row in made["findings"]]
     return DONE, {"output": str(output), **made}, "\n".join([f"prepare done: {output}", *lines])
@@ -236,7 +257,7 @@ def run_finetune(options: argparse.Namespace, config: RunConfig) -> Outcome:
     from helpers import finetune
 
     run = workspace_of(options, config)
-    shape, machine = models.shape(config.model.model), machine_of(options)
+    shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
     output = options.output or run.folder("finetune")
     plan = finetune.plan(config, output, machine, options.resume)
     chosen = budget.requested(config, plan)
@@ -244,6 +265,8 @@ def run_finetune(options: argparse.Namespace, config: RunConfig) -> Outcome:
     if not estimate.fits:
         return DOES_NOT_FIT, budget.to_json(estimate, plan), "\n".join(estimate.reasons)
     prepared = options.prepared or run.folder("prepare")
+    if options.output is None:
+        choices.keep(run, config, "by python -m helpers finetune")
     return done("finetune", output, finetune.finetune(chosen, prepared, output, resume=options.resume))
 
 
@@ -253,7 +276,9 @@ def run_merge(options: argparse.Namespace, config: RunConfig) -> Outcome:
     run = workspace_of(options, config)
     output = options.output or run.folder("merge")
     adapter = options.adapter or run.folder("finetune") / "adapter"
-    return done("merge", output, merge.merge(options.base or config.model.model, adapter, output, config.merge))
+    base = options.base or config.model.model
+    revision = options.revision or (config.model.revision if base == config.model.model else None)
+    return done("merge", output, merge.merge(base, adapter, output, config.merge, revision))
 
 
 def run_quantize(options: argparse.Namespace, config: RunConfig) -> Outcome:
@@ -262,6 +287,8 @@ def run_quantize(options: argparse.Namespace, config: RunConfig) -> Outcome:
     run = workspace_of(options, config)
     output = options.output or run.folder("quantize")
     merged = options.merged or run.folder("merge")
+    if not merged.exists() and len(merged.parts) == 2 and not merged.is_absolute():
+        merged = hub.snapshot(str(merged), config.model.revision)
     try:
         figures = quantize.quantize(merged, output, config.quantize, run.folder("prepare"))
     except quantize.BrokenResult as error:

@@ -47,6 +47,7 @@ class Chooser(ipywidgets.VBox):
         self.names = list(dict.fromkeys(name for value in self.values for name in fields_of(value)))
         asked = columns.parse(config.data.columns) if config.data.columns else {}
         self.controls = {role: control(role, self.names, asked.get(role, "")) for role in ROLES}
+        self.started = self.chosen()
         self.picture = ipywidgets.HTML()
         boxes = ipywidgets.HBox(list(self.controls.values()), layout=Layout(flex_flow="row wrap"))
         super().__init__([boxes, self.picture], layout=Layout(max_width="780px"))
@@ -56,10 +57,16 @@ class Chooser(ipywidgets.VBox):
 
     def columns(self) -> str:
         """The choice as `--columns` takes it; "" while the fields are recognised by their names."""
-        chosen = {role: widget.value for role, widget in self.controls.items() if widget.value}
+        chosen = self.chosen()
+        if chosen == self.started:
+            return self.base.data.columns
         if not {"user", "assistant"} <= set(chosen):
             return ""
         return ",".join(quoted(f"{role}={name}") for role, name in chosen.items())
+
+    def chosen(self) -> dict[str, str]:
+        """Role -> the column that its dropdown shows, where it shows one."""
+        return {role: widget.value for role, widget in self.controls.items() if widget.value}
 
     def redraw(self, _change: Any = None) -> None:
         """The first rows under the choice, as a picture and in words."""

@@ -25,6 +25,8 @@ MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 OWN_SOURCE, FIRST_RUN = "HuggingFaceH4/ultrachat_200k", 2000
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+CHOSEN = "chosen"
+"""In a file of settings: who chose them and when, no setting itself."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 
@@ -237,6 +239,16 @@ def field_parts() -> dict[str, str]:
     return parts
 
 
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Field name -> value, whatever its part.
+
+    >>> flat(RunConfig())["rank"]
+    16
+    """
+    tree = asdict(config)
+    return {name: (tree[part] if part else tree)[name] for name, part in field_parts().items()}
+
+
 def from_tree(tree: dict) -> RunConfig:
     """RunConfig from nested dicts, as YAML holds them. Raises ValueError with one sentence a wrong field."""
     try:
@@ -305,18 +317,33 @@ def load_yaml(path: Path | str, start: RunConfig | None = None) -> RunConfig:
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = yaml_tree(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         raise ValueError(f"there is no configuration file {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold settings as `name: value`, not a {type(tree).__name__}")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    return with_settings(tree, path, start or RunConfig())
+
+
+def with_settings(tree: dict[str, Any], path: Path, start: RunConfig) -> RunConfig:
+    """A configuration with what a YAML file holds. Raises ValueError naming the file and the field."""
     parts = {name for name in field_parts().values() if name}
     values: dict[str, Any] = {}
     for name, value in tree.items():
         values |= value if name in parts and isinstance(value, dict) else {name: value}
+    values.pop(CHOSEN, None)
     try:
-        return (start or RunConfig()).with_values(**values)
+        return start.with_values(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def yaml_tree(text: str, path: Path) -> dict[str, Any]:
+    """A YAML file's text as a dict. Raises ValueError naming the file."""
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold settings as `name: value`, not a {type(tree).__name__}")
+    return tree

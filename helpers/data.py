@@ -27,7 +27,7 @@ from helpers.models import PROFILES
 from helpers.prepared import SIDES, side
 from helpers.readers import ROW_LIMIT, Record, read
 from helpers.rows import Conversation, Rows, hash_of, split
-from helpers.templates import Template, load_tokenizer, special_tokens
+from helpers.templates import Template, load_tokenizer, special_tokens, tokenizer_identity
 from helpers.uploads import save_upload
 from helpers.workspace import building, refuse_output, require
 
@@ -82,6 +82,7 @@ def prepare(config: RunConfig, output: Path, source: str | None = None) -> dict:
         work.measurements |= {"source": source, "heldout_source": heldout_source, "formats": dict(reading.formats)}
         work.measurements |= {"fields": [name for name, _ in reading.fields.most_common(12)], "use": asked.use}
         work.measurements |= {"template": template_name(template), "context": asked.seq_len}
+        work.measurements["tokenizer"] = tokenizer_identity(template.tokenizer)
         work.measurements |= rows.measure(kept, held_out, sum(reading.formats.values()))
         work.measurements["warnings"] = advice.warnings(work.measurements, rows, kept, fraction, reading.notes)
     return work.measurements

@@ -31,6 +31,7 @@ from helpers.inference import (
     kind,
     load,
     open_tokenizer,
+    pinned,
     read_config,
     stream,
 )
@@ -59,6 +60,7 @@ def evaluate(
     """
     data, config = Path(data), with_own_questions(config, Path(data))
     asked = config.evaluate
+    models = {name: pinned(path, config) for name, path in models.items()}
     check_models(models, config)
     questions = read_questions(asked.questions, asked.max_questions) if asked.questions else None
     tokenizer = open_tokenizer(next(iter(models.values())), config)

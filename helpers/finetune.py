@@ -31,7 +31,6 @@ from datasets import Dataset, load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -49,6 +48,7 @@ from helpers import (
     budget,
     card,
     checkpoints,
+    families,
     files,
     hardware,
     losses,
@@ -59,6 +59,7 @@ from helpers import layers as decoder
 from helpers.config import RunConfig
 from helpers.models import shape
 from helpers.optimizers import FlatOptimizer
+from helpers.templates import load_tokenizer, save_tokenizer, tokenizer_identity
 from helpers.versions import forget_old_torchao
 
 GIB = 2**30
@@ -102,6 +103,7 @@ def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "aut
         raise ValueError(f"resume must be auto or never, not {resume!r}")
     workspace.fetch(prepared)
     load_split(prepared, "train")  # a dataset that is not there is said before anything is loaded or written
+    check_tokenizer(prepared, config)
     with workspace.building(output, "finetune", config, {"prepared": prepared}, keep=True) as stage:
         for file in stage.folder.iterdir():  # of an end that failed
             if file.name != workspace.SCRATCH:
@@ -137,10 +139,11 @@ def plan(config: RunConfig, output: Path, machine: hardware.Machine | None = Non
 
 def plan_from(config: RunConfig, checkpoint: Path | None, machine: hardware.Machine) -> budget.Plan:
     """The plan in a checkpoint's own micro-batches: laid out otherwise, its next steps would be other steps."""
+    sizes = shape(config.model.model, config.model.revision)
     made = checkpoints.split_of(checkpoint) if checkpoint else {}
     if not made:
-        return budget.plan(config, shape(config.model.model), machine)
-    return budget.plan_in(config, made["batch_size"], shape(config.model.model), machine, checkpoint.name)
+        return budget.plan(config, sizes, machine)
+    return budget.plan_in(config, made["batch_size"], sizes, machine, checkpoint.name)
 
 
 def planned(config: RunConfig, checkpoint: Path | None = None) -> RunConfig:
@@ -165,7 +168,12 @@ def planned(config: RunConfig, checkpoint: Path | None = None) -> RunConfig:
 
 
 def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen base in the configured weights, and its tokenizer. Nothing is upcast to fp32 unless config asks."""
+    """The frozen base in the configured weights, and its tokenizer. Nothing is upcast to fp32 unless config asks.
+
+    Raises ValueError, before anything is downloaded, for a model or targets that cannot be trained.
+    """
+    sizes = shape(config.model.model)
+    families.refuse(sizes.family, sizes.name, config.adapter.target_modules)
     refuse_without_gpu(config)
     dtype = precision().dtype
     quantization = {
@@ -185,7 +193,7 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         quantization_config=quantization,
         device_map={"": 0} if torch.cuda.is_available() else "cpu",
         dtype=dtype,
-        attn_implementation=implementation[config.model.attention](),
+        attn_implementation=implementation[families.attention(sizes.family, config.model.attention).kernel](),
     )
     model.config.use_cache = False
     model.requires_grad_(False)
@@ -193,15 +201,27 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # answering once would repack the weights: no gradients after
     if config.model.upcast:
-        for parameter in model.parameters():
-            if parameter.dtype in (torch.float16, torch.bfloat16):
+        for name, parameter in model.named_parameters():
+            matrix = ".layers." in name and parameter.dim() > 1  # left in 16 bits where they are not quantized either
+            if parameter.dtype in (torch.float16, torch.bfloat16) and not matrix:
                 parameter.data = parameter.data.float()
-    return model, AutoTokenizer.from_pretrained(config.model.model, revision=config.model.revision)
+    return model, load_tokenizer(config.model.model, config.model.revision)
+
+
+def check_tokenizer(prepared: Path, config: RunConfig) -> None:
+    """Raise ValueError when the rows were written with another tokenizer or template than the adapter will carry."""
+    manifest = prepared / workspace.MANIFEST
+    made = workspace.read_manifest(prepared)["measurements"].get("tokenizer") if manifest.is_file() else None
+    if made not in (None, tokenizer_identity(load_tokenizer(config.model.model, config.model.revision))):
+        raise workspace.StaleArtifact(
+            f"{prepared} was written with another tokenizer or chat template than that of {config.model.model} now: "
+            f"run notebook {workspace.NOTEBOOKS['prepare']} again"
+        )
 
 
 def refuse_without_gpu(config: RunConfig) -> None:
     """Raise ValueError where a CPU would train for weeks."""
-    billions = shape(config.model.model).parameters / 1e9
+    billions = shape(config.model.model, config.model.revision).parameters / 1e9
     if billions > 1 and not torch.cuda.is_available():
         raise ValueError(
             f"{config.model.model} has {billions:.1f}e9 parameters and this machine has no GPU that PyTorch sees: "
@@ -222,6 +242,7 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig) -> PeftModel:
         use_dora=config.adapter.dora,
         bias="none",
         task_type="CAUSAL_LM",
+        revision=config.model.revision,
     )
     forget_old_torchao()
     model = get_peft_model(model, lora)
@@ -231,14 +252,14 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig) -> PeftModel:
 
 def check_targets(model: PreTrainedModel, config: RunConfig) -> None:
     """Raise ValueError for a target that the model lacks, or a rank larger than the smallest target."""
+    family = families.of(model.config.to_dict())
+    families.refuse(family, config.model.model, config.adapter.target_modules)
     linears: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and ".layers." in name:
             leaf = name.rsplit(".", 1)[-1]
             linears[leaf] = min(linears.get(leaf, math.inf), module.in_features, module.out_features)
     for target in config.adapter.target_modules:
-        if target not in linears:
-            raise ValueError(f"targets: this model has no linear layer {target!r}; it has {', '.join(sorted(linears))}")
         if config.adapter.rank > linears[target]:
             raise ValueError(
                 f"rank={config.adapter.rank} is larger than {target}, whose smaller side is {linears[target]}: "
@@ -277,7 +298,11 @@ def build_trainer(
     evaluates = asked.eval_steps is not None and len(heldout) > 0
     if asked.patience and not evaluates:
         raise ValueError("patience needs eval_steps and held-out conversations: set eval_steps, or leave patience out")
-    losses.install(model.get_base_model(), asked.loss)
+    base, dtype = model.get_base_model(), precision().dtype
+    sample = max(rows[:32]["input_ids"], key=len)
+    with losses.transformers_attention(base):
+        theirs = losses.own_forward_loss(base, sample, dtype)
+    losses.install(base, asked.loss)
     own_layers, layers_reason = choose_layers(model, config)
     arguments = training_arguments(config, saves, math.ceil(len(plan) / asked.accumulation), evaluates)
     arguments.activation_offloading = asked.offload_activations and not own_layers and torch.cuda.is_available()
@@ -294,13 +319,16 @@ def build_trainer(
             splits={"train": rows, "heldout": heldout},
             pad_id=tokenizer.pad_token_id or 0,
             packing=asked.packing,
-            by_bounds=config.model.attention == "efficient",
+            by_bounds=base.config._attn_implementation == attention.NAME,
         ),
     )
     trainable_to_fp32(trainer.model)
     if torch.cuda.is_available() and "8bit" in asked.optimizer:
         trainer.optimizer = eight_bit_optimizer(trainer.model, config)
     trainer.remove_callback(PrinterCallback)
+    trainer.loss_check = losses.check(theirs, losses.own_forward_loss(base, sample, dtype), dtype, len(sample))
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the two passes held is not training's
     trainer.recipe = config
     trainer.layers_reason = layers_reason
     trainer.token_counts = batches.token_counts(plan, lengths, asked.packing)
@@ -440,9 +468,9 @@ def choose_layers(model: PeftModel, config: RunConfig) -> tuple[bool, str]:
     count = {"all": len(layers), "auto": len(layers), "none": 0}.get(wanted, wanted)  # auto: nobody planned
     if count > len(layers):
         raise ValueError(f"checkpointing={count} layers, but this model has {len(layers)}: choose 0 to {len(layers)}")
-    named = {"own": None, "liger": "Liger's kernels are asked for", "plain": "plain kernels are asked for"}
-    reason = named[config.train.kernels] or decoder.why_not(base)
-    if reason is None:
+    decided = families.layers(families.of(base.config.to_dict()), config)
+    if decided.computes == "own":
+        decoder.check(base)
         checked = "attention" if config.train.keep_attention else "input"
         keeps = [checked] * count + ["everything"] * (len(layers) - count)
         decoder.install(base, keeps, activations.host_room(config) if config.train.offload_activations else 0)
@@ -451,7 +479,7 @@ def choose_layers(model: PeftModel, config: RunConfig) -> tuple[bool, str]:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         for place, layer in enumerate(layers):
             layer.gradient_checkpointing = place < count
-    return False, f"{count} of {len(layers)} layers recompute, through transformers' layers: {reason}"
+    return False, f"{count} of {len(layers)} layers recompute, through transformers' layers: {decided.reason}"
 
 
 class FineTuner(SFTTrainer):
@@ -604,6 +632,7 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
     return {
         "precision": precision().reason,
         "layers": trainer.layers_reason,
+        "loss_check": trainer.loss_check,
         "loss_first": losses[0],
         "loss_last": sum(losses[-10:]) / len(losses[-10:]),
         "steps": trainer.state.global_step,
@@ -658,9 +687,10 @@ def load_best(trainer: FineTuner) -> None:
 
 
 def save(trainer: FineTuner, output: Path) -> Path:
-    """output/adapter (PEFT's format) and output/log.json (the trainer's log); returns the adapter's folder."""
+    """output/adapter (PEFT's format, its tokenizer) and output/log.json (the trainer's log); returns the adapter's."""
     output = Path(output)
     trainer.model.save_pretrained(str(output / "adapter"))
+    save_tokenizer(trainer.processing_class, output / "adapter")
     workspace.write_text(output / "log.json", json.dumps(trainer.state.log_history, indent=1))
     return output / "adapter"
 

@@ -30,10 +30,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from helpers.files import Torn, copy_verified
 from helpers.models import ROOT
 from helpers.quiet import quiet
 from helpers.versions import installed
-from helpers.workspace import checksum, copy_verified, lasting_store, write_text
+from helpers.workspace import checksum, lasting_store, write_text
 
 EXLLAMA, TRITON, TORCH = "gptq_exllama_v2", "gptq_triton", "gptq_torch"
 KERNELS = (EXLLAMA, TRITON, TORCH)
@@ -241,7 +242,7 @@ def fetch(source: Path, library: Path, say: Say) -> bool:
             return False
         note = json.loads(note_of(source).read_text(encoding="utf-8"))
         copy_verified(source, arriving, note["sha256"])
-    except OSError as error:
+    except (OSError, Torn) as error:
         arriving.unlink(missing_ok=True)
         say(f"The kernel kept in {source.parent} could not be fetched ({error}): it is built again.")
         return False

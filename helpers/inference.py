@@ -17,15 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers import hardware, parked, placement
+from helpers import families, hardware, parked, placement
 from helpers.card import gives_back
 from helpers.config import RunConfig
 from helpers.gptq_kernels import NAMES, compute_dtype, gptq_kernel
 from helpers.hardware import Machine
+from helpers.hub import snapshot
 from helpers.models import ModelShape, hub_config, shape_from_config
 from helpers.placement import Placement
 from helpers.quiet import quiet
-from helpers.templates import Template, load_tokenizer
+from helpers.templates import Template, ends, load_tokenizer
 from helpers.versions import forget_old_torchao
 
 GIB = 2**30
@@ -114,14 +115,27 @@ def read_config(name: str | Path) -> dict:
 def base_of(adapter: Path, config: RunConfig) -> str:
     """The base that an adapter belongs to: what its configuration names, or the run's model when that moved.
 
+    Of a hub model with a revision, which is the adapter's own or else the run's, the folder it was downloaded to.
     Raises ValueError when the adapter's configuration cannot be read.
     """
     try:
-        named = json.loads((Path(adapter) / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        settings = json.loads((Path(adapter) / ADAPTER).read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(f"{Path(adapter) / ADAPTER} is not JSON: make the adapter again") from None
+    named, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if revision and named and not Path(named).exists() and not Path(named).is_absolute():
+        return str(snapshot(named, revision))
     gone = not named or (Path(named).is_absolute() and not Path(named).is_dir())
-    return config.model.model if gone else named
+    return pinned(config.model.model if gone else named, config)
+
+
+def pinned(name: str | Path, config: RunConfig) -> str:
+    """The run's own model, when it is on the hub and a revision is asked for, as the folder it was downloaded to.
+
+    Any other name stays as it is. So everything that opens, measures or reads a model takes the same files.
+    """
+    asked = config.model.revision and str(name) == config.model.model and not Path(name).exists()
+    return str(snapshot(str(name), config.model.revision) if asked else name)
 
 
 @gives_back
@@ -139,6 +153,7 @@ def load(name: str | Path, config: RunConfig | None = None, machine: Machine | N
     from transformers import AutoModelForCausalLM
 
     config = config or RunConfig()
+    name = pinned(name, config)
     what = kind(name)
     source = base_of(Path(name), config) if what == "adapter" else str(name)
     shape = shape_from_config(read_config(source), source)
@@ -163,7 +178,7 @@ def load(name: str | Path, config: RunConfig | None = None, machine: Machine | N
             source,
             dtype=dtype,
             device_map=where,
-            attn_implementation=attention_kernel(config),
+            attn_implementation=attention_kernel(config, read_config(source)),
             **options,
         )
         if place.away_in == "host memory":
@@ -210,11 +225,18 @@ def precision() -> tuple[Any, str]:
     return (torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16), "cuda"
 
 
-def attention_kernel(config: RunConfig) -> str:
-    """The attention that training had: without grouped heads' materialised scores on a T4 unless the run chose so."""
+def attention_kernel(config: RunConfig, model: dict) -> str | None:
+    """The attention that training had, by transformers' name; None, its own choice, for a family unknown here.
+
+    model: config.json. Without grouped heads' materialised scores on a T4, unless the run or the family needs another.
+    """
     from helpers import attention
 
-    return {"efficient": attention.register, "eager": lambda: "eager", "math": lambda: "sdpa"}[config.model.attention]()
+    try:
+        kernel = families.attention(families.of(model), config.model.attention).kernel
+    except ValueError:
+        return None
+    return {"efficient": attention.register, "eager": lambda: "eager", "math": lambda: "sdpa"}[kernel]()
 
 
 def bitsandbytes_config(config: RunConfig, dtype: Any) -> Any:
@@ -300,7 +322,7 @@ def generation_config(loaded: Loaded, max_new_tokens: int, temperature: float, t
     from transformers import GenerationConfig
 
     own = getattr(loaded.model.generation_config, "eos_token_id", None)
-    stops = {loaded.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    stops = set(ends(own, loaded.tokenizer))
     pad = loaded.tokenizer.pad_token_id
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     return GenerationConfig(

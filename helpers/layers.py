@@ -31,10 +31,11 @@ from typing import Any
 
 import torch
 
-from helpers import activations, attention, kernels
+from helpers import activations, attention, families, kernels
 from helpers.activations import MLP_TOKENS
 
-FAMILIES = ("mistral", "llama", "qwen2")
+PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+"""What a decoder layer of these families is made of."""
 
 
 @dataclass
@@ -150,9 +151,10 @@ class Layer:
             (norm.weight, norm.variance_epsilon) for norm in (module.input_layernorm, module.post_attention_layernorm)
         ]
         self.head_dim = attend.head_dim
-        self.window = getattr(attend.config, "sliding_window", None)
-        if getattr(attend.config, "model_type", "") == "qwen2":
-            self.window = getattr(attend, "sliding_window", None)
+        self.window = {
+            "mistral": getattr(attend.config, "sliding_window", None),
+            "qwen2": getattr(attend, "sliding_window", None),  # not in every layer
+        }.get(attend.config.model_type)
         self.keeps, self.offload = keeps, offload
         self.wrapped = [part for part in module.modules() if hasattr(part, "disable_adapters")]
 
@@ -424,25 +426,30 @@ class LayerFunction(torch.autograd.Function):
         return None if x_grad is None else x_grad.view(ctx.shape), None, None, *adapter_grads
 
 
-def why_not(model: torch.nn.Module) -> str | None:
-    """Why this model trains through transformers' own layers instead, or None when these functions can compute it."""
-    config = model.config
-    if config.model_type not in FAMILIES:
-        return f"layers of {config.model_type} are not those of {', '.join(FAMILIES)}"
-    if config.hidden_act != "silu" or config._attn_implementation != attention.NAME:
-        return "another activation or attention function is configured"
-    for name, module in model.named_modules():
-        if ".layers." not in name or not hasattr(module, "base_layer"):
-            continue
-        (adapter,) = module.active_adapters
-        if module.lora_variant or not isinstance(module.lora_dropout[adapter], torch.nn.Identity):
-            return "DoRA and LoRA dropout need PEFT's own layers"
-    linears = [
-        linear for layer in model.model.layers for group in Layer(layer, "input").groups for linear in group.linears
-    ]
-    if any(linear.weight.dtype == torch.int8 for linear in linears):
-        return "8-bit weights are multiplied by bitsandbytes' own layers"
-    return None
+def check(model: torch.nn.Module) -> None:
+    """Raise ValueError when a model that helpers/families.py gives to these layers is none that they compute.
+
+    That would be a fault of families.py, not of the reader: what it decides from a configuration is held here to the
+    modules that are there.
+    """
+    adapted = [part for name, part in model.named_modules() if ".layers." in name and hasattr(part, "base_layer")]
+    dropouts = [dropout for part in adapted for dropout in part.lora_dropout.values()]
+    layers = [Layer(layer, "input") for layer in model.model.layers]
+    weights = [linear.weight for layer in layers for group in layer.groups for linear in group.linears]
+    wrong = {
+        "a family of other layers": model.config.model_type not in families.OWN,
+        f"attention {model.config._attn_implementation!r}": model.config._attn_implementation != attention.NAME,
+        "another activation": any("SiLU" not in type(part.mlp.act_fn).__name__ for part in model.model.layers),
+        "DoRA": any(part.lora_variant for part in adapted),
+        "LoRA dropout": any(not isinstance(dropout, torch.nn.Identity) for dropout in dropouts),
+        "8-bit weights": any(weight.dtype == torch.int8 for weight in weights),
+        "more in a layer than two norms, attention and an MLP": any(
+            {name for name, _ in part.named_children()} != PARTS or hasattr(part.self_attn, "q_norm")
+            for part in model.model.layers
+        ),
+    }
+    for what in (words for words, found in wrong.items() if found):
+        raise ValueError(f"our own layers were chosen for a model that has {what}: set kernels=plain and report it")
 
 
 def install(model: torch.nn.Module, keeps: list[str], offload_bytes: int = 0) -> None:

@@ -12,7 +12,7 @@ add_bos_token=False: else it puts bos before a text that its tokenizer began wit
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from helpers import families
 from helpers.inference import Loaded
 from helpers.metrics import Estimate, ratio_interval
 from helpers.prepared import scored
@@ -243,12 +244,14 @@ def batches(stream: Iterator[Window], size: int) -> Iterator[list[Window]]:
 
 
 def window_losses(model: Any, batch: list[Window]) -> list[float]:
-    """Nats of each window's scored tokens. Logits exist for LOGIT_ROWS tokens at a time, and only for scored ones."""
+    """Nats of each window's scored tokens. Logits exist for LOGIT_ROWS tokens at a time, and only for scored ones.
+
+    Of a family that helpers/families.py does not know, the model's own forward makes the logits, of a whole batch.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder, head = plain.get_decoder(), plain.get_output_embeddings()
     longest = max(len(window.ids) for window in batch) - 1
     ids = torch.zeros(len(batch), longest, dtype=torch.long)  # (rows, seq); padding on the right, never attended to
     labels, real, counts = torch.zeros_like(ids), torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
@@ -262,15 +265,26 @@ def window_losses(model: Any, batch: list[Window]) -> list[float]:
             counts[row, :length] &= torch.tensor(window.scored[1:])
     device = model.device
     with torch.inference_mode():
-        hidden = decoder(
-            input_ids=ids.to(device), attention_mask=real.to(device), use_cache=False
-        ).last_hidden_state  # (rows, seq, hidden)
-        hidden, labels = hidden[counts.to(device)], labels[counts].to(device)  # (scored, hidden), (scored,)
+        inputs = {"input_ids": ids.to(device), "attention_mask": real.to(device), "use_cache": False}
+        values, logits = logits_of(plain, inputs)  # (rows, seq, hidden), or (rows, seq, vocab)
+        values, labels = values[counts.to(device)], labels[counts].to(device)  # (scored, …), (scored,)
         losses = torch.cat(
             [
-                cross_entropy(head(some).float(), wanted, reduction="none")  # logits: (LOGIT_ROWS, vocab)
-                for some, wanted in zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
+                cross_entropy(logits(some).float(), wanted, reduction="none")  # logits: (LOGIT_ROWS, vocab)
+                for some, wanted in zip(values.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
             ]
         ).double()
     owners = torch.arange(len(batch)).unsqueeze(1).expand_as(counts)[counts]
     return torch.zeros(len(batch), dtype=torch.double).index_add_(0, owners, losses.cpu()).tolist()
+
+
+def logits_of(model: Any, inputs: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
+    """(values of each token, what makes logits of some of them): hidden states and the head as its family has it."""
+    from helpers.losses import finished
+
+    try:
+        how = families.of(model.config.to_dict()).logits
+    except ValueError:  # nobody has looked at this family: its own logits are right
+        return model(**inputs).logits, lambda some: some
+    head = model.get_output_embeddings()
+    return model.get_decoder()(**inputs).last_hidden_state, lambda some: finished(head(some).float(), how)

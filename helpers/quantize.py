@@ -28,10 +28,10 @@ from helpers.config import QuantizeConfig, RunConfig, load_yaml, save_yaml
 from helpers.formats import BadRow, recognise, to_messages
 from helpers.gptq_kernels import Say, gptq_kernel, tools_path
 from helpers.inference import kind, read_config
-from helpers.merge import TOKENIZER_FILES, for_all_readers, nearest_folder, stored_tensors
+from helpers.merge import for_all_readers, nearest_folder, stored_tensors
 from helpers.models import ROOT, ModelShape, shape
 from helpers.readers import kind_of, read
-from helpers.templates import Template, load_tokenizer
+from helpers.templates import Template, hand_on, load_tokenizer
 from helpers.workspace import beside, building, exclusive, refuse_output, write_manifest, write_text
 
 if TYPE_CHECKING:
@@ -552,9 +552,9 @@ def last_words(status: int, log: Path) -> str:
 
 def finish_folder(model: Path, work: Path) -> None:
     """Tokenizer and template as the merged model has them, and settings that every reader understands."""
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (model / name).is_file():
-            shutil.copyfile(model / name, work / name)
+    hand_on(model, work)
+    if (model / "generation_config.json").is_file():
+        shutil.copyfile(model / "generation_config.json", work / "generation_config.json")
     settings, quantizer = (
         json.loads((work / name).read_text(encoding="utf-8")) for name in ("config.json", "quantize_config.json")
     )
@@ -747,12 +747,11 @@ def check_task(job: dict, report: Callable[[dict], object]) -> None:
         Path(job["output"]), Path(job["output"]) / "offload", say=lambda sentence: report({"said": sentence})
     )
     after = perplexity(model, job["check_rows"])
-    tokenizer = AutoTokenizer.from_pretrained(job["output"])
-    prompt = [{"role": "user", "content": "Hello, who are you?"}]
+    tokenizer, question = AutoTokenizer.from_pretrained(job["output"]), [{"role": "user", "content": "Who are you?"}]
     if tokenizer.chat_template:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
     else:
-        ids = tokenizer(prompt[0]["content"])["input_ids"]
+        ids = tokenizer(question[0]["content"])["input_ids"]
     batch = torch.tensor([ids], device=model.device)
     answer = model.generate(batch, attention_mask=torch.ones_like(batch), max_new_tokens=16, do_sample=False)
     shutil.rmtree(Path(job["output"]) / "offload", ignore_errors=True)
@@ -761,6 +760,7 @@ def check_task(job: dict, report: Callable[[dict], object]) -> None:
             "perplexity_merged": before,
             "perplexity_gptq": after,
             "perplexity_ratio": after / before,
+            "question": tokenizer.decode(ids),
             "answer": tokenizer.decode(answer[0, len(ids) :], skip_special_tokens=True),
         }
     )

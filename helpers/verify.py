@@ -18,7 +18,7 @@ def verify(config: RunConfig) -> list[dict]:
     """
     from helpers import finetune
 
-    sizes, machine = shape(config.model.model), hardware.probe()
+    sizes, machine = shape(config.model.model, config.model.revision), hardware.probe()
     few = config.with_values(
         max_steps=STEPS,
         epochs=1.0,

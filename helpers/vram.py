@@ -24,18 +24,24 @@ GIB = 2**30
 def weights(shape: ModelShape, config: RunConfig) -> dict[str, float]:
     """Bytes of the frozen base. NF4: half a byte a weight, and a scale for each block of 64 (QLoRA, section 3).
 
-    The scale is 4 bytes; with double quantization 1 byte, and 4 bytes for each 256 of those.
+    The scale is 4 bytes; with double quantization 1 byte, and 4 bytes for each 256 of those. The experts of a mixture
+    stay in 16 bits: transformers 5 holds a layer's in one tensor, and bitsandbytes takes linear layers only.
     """
     rest = shape.embedding_parameters + shape.small_parameters
+    experts = {"experts in 16 bits": shape.expert_parameters * HALF} if shape.experts > 1 else {}
     unquantized = {"32-bit weights" if config.model.upcast else "16-bit weights": rest * stream_bytes(config)}
     if config.model.weights == "fp16":
+        if config.model.upcast:
+            return {"16-bit weights": shape.linear_parameters * HALF, **unquantized}
         return {"16-bit weights": shape.parameters * HALF}
+    quantized = shape.linear_parameters - shape.expert_parameters
     if config.model.weights == "int8":  # a scale a row (LLM.int8(), https://arxiv.org/abs/2208.07339)
-        rows = shape.layers * sum(outputs * shape.copies(name) for name, (_, outputs) in shape.linears.items())
-        return {"8-bit weights": shape.linear_parameters, "quantization scales": rows * FULL, **unquantized}
-    blocks = shape.linear_parameters / 64
+        taken = [name for name in shape.linears if shape.copies(name) == 1]
+        rows = shape.layers * sum(shape.linears[name][1] for name in taken)
+        return {"8-bit weights": quantized, "quantization scales": rows * FULL, **unquantized, **experts}
+    blocks = quantized / 64
     scales = blocks * (1 + FULL / 256) if config.model.double_quant else blocks * FULL
-    return {"4-bit weights": shape.linear_parameters / 2, "quantization scales": scales, **unquantized}
+    return {"4-bit weights": quantized / 2, "quantization scales": scales, **unquantized, **experts}
 
 
 def lora_parameters(shape: ModelShape, config: RunConfig) -> int:

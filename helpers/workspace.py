@@ -479,7 +479,7 @@ def check_input(path: Path, output: Path, config: RunConfig | None) -> None:
         cut = counted.get("cut_share", 0) or counted.get("dropped", {}).get("over-context", 0)
         if cut and had["seq_len"] < wanted["seq_len"]:
             raise StaleArtifact(
-                f"{folder} was cut to {had['seq_len']} tokens and this run trains on {wanted['seq_len']}: prepare again "
+                f"{folder} was cut to {had['seq_len']} tokens and training asks {wanted['seq_len']}: prepare again "
                 f"(python -m helpers prepare --workspace {folder.parent} --seq-len {wanted['seq_len']}, or notebook "
                 f"{NOTEBOOKS['prepare']}), or set seq_len={had['seq_len']}"
             )

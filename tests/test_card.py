@@ -181,7 +181,7 @@ def test_the_gpu_checks_find_nothing_amiss_where_they_can_run(small, prepared, t
     settings = small_config(small, max_steps=3)
     found = gpu_checks.stopped_and_continued(settings, prepared, tmp_path / "finetune")
     assert found["passed"] and found["resumed_from_step"] == 2 and found["steps"] == 3
-    found = gpu_checks.drive_offload(torch.device("cpu"), 256, 32, [1024, 20000, 16, 24576])
+    found = gpu_checks.drive_offload(torch.device("cpu"), 64, 32, [1024, 20000, 16, 24576])
     assert found["passed"], found
 
 
