@@ -35,7 +35,7 @@ class Charset:
     def text(self, raw: bytes, more: bytes = b"") -> str:
         """Bytes as text. more: other bytes of the file, which make the guess surer."""
         if not self.name:
-            self.name = guess(raw + b"\n" + more)
+            self.name = guess(raw.replace(b"\0", b"\n") + b"\n" + more)  # no text holds a zero: a binary would
         return raw.decode(self.name, "replace")
 
 

@@ -4,7 +4,7 @@
 >>> taken
 ['data/train.jsonl']
 >>> print(said[0])
-left out: data/test.jsonl, the test split, and README.md, no data
+left out: data/test.jsonl, the test split; README.md, no data
 """
 
 import re
@@ -96,7 +96,5 @@ def offer(data: list[str], taken: list[str]) -> str:
 
 def listed(names: list[str]) -> str:
     """Some names, and how many more."""
-    shown, more = names[:SHOWN], len(names) - SHOWN
-    if more > 0:
-        return ", ".join(shown) + f" and {more} more"
-    return " and ".join([*([", ".join(shown[:-1])] if shown[:-1] else []), shown[-1]])
+    more = len(names) - SHOWN
+    return "; ".join(names[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
