@@ -172,7 +172,7 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
 
     Raises ValueError, before anything is downloaded, for a model or targets that cannot be trained.
     """
-    sizes = shape(config.model.model)
+    sizes = shape(config.model.model, config.model.revision)
     families.refuse(sizes.family, sizes.name, config.adapter.target_modules)
     refuse_without_gpu(config)
     dtype = precision().dtype

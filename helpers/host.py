@@ -60,7 +60,8 @@ def ram(
         parts["calibration activations"] = wide * calibration_bytes(config, shape) / GIB
         return parts if on_gpu else parts | {"Hessians": gptq_hessian_bytes(shape) / GIB}
     if on_gpu:
-        parts["tensors on their way to the card"] = 4 * 2 * largest / GIB
+        at_once = 1 if stage == "inference" else 4  # measured: h200_evaluate_new.json
+        parts["tensors on their way to the card"] = at_once * 2 * largest / GIB
         if stage == "train":
             parts["adapters, for checkpoints"] = 2 * 4 * lora / GIB
             if config.train.offload_activations:

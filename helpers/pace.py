@@ -35,11 +35,16 @@ DECODED = {"fp16": (2.0, 2.0), "int8": (1.0, 1.0), "nf4": (0.53, UNPACKED), "gpt
 """Bytes moved for a weight and a new token: with one row, and with more. bitsandbytes has a fused product for one row
 only; GPTQ's here is ExLlamaV2's, fused up to 50 rows (MAX_Q_GEMM_ROWS in its sources), while Triton's and PyTorch's
 unpack for every token."""
-BUS_GB_S = {7: 12.0, 8: 24.0, 9: 48.0}
-"""Copies from page-locked memory to a card, by its generation: three quarters of PCIe 3, 4 and 5 with 16 lanes."""
+BUS_GB_S = {7: 10.0, 8: 20.0, 9: 40.0}
+"""Copies from page-locked memory to a card, by its generation: 40 on an H200 (h200_evaluate_new.json), and as large a
+share, 0.63, of PCIe 3 and 4 with 16 lanes."""
 SPEED_TOKENS = (148, 100)
 """Tokens that helpers/cost.py decodes one by one, and several at once: three runs of 32, four to warm up, profiles."""
-PYTHON_S_PER_DECODED_LAYER = 0.0012
+PYTHON_S_PER_DECODED_LAYER = {
+    "fp16": (0.0008, 0.0008), "int8": (0.0017, 0.0021), "nf4": (0.0017, 0.0021), "gptq": (0.0009, 0.0009)
+}  # fmt: skip
+"""Python's time for a layer and a new token, with one row and with more; NF4 with PEFT's adapter (an H200's host:
+h200_decode.csv, h200_evaluate_new.json)."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,7 @@ def evaluation_s(
     unpacking = UNPACKED * shape.linear_parameters if found.precision in ("nf4", "gptq") else 0.0
     away = away_s(shape, machine, found)
     a_batch = unpacking / (1e9 * gpu.bandwidth_share * gpu.bandwidth_gb_s) + away
-    one, many = (token_s(shape, gpu, found.precision, rows) + away for rows in (1, found.batch_size))
+    one, many = (token_s(shape, gpu, found.precision, rows, away) for rows in (1, found.batch_size))
     return {
         "reading": reading / (1e12 * gpu.fp16_tflops * gpu.efficiency) + math.ceil(rows / found.batch_size) * a_batch,
         "answers": batches * asked.max_new_tokens * many,
@@ -205,11 +210,15 @@ def read_tokens(tokens: float, context: int, stride: int) -> float:
     return tokens if tokens <= context else context * (1 + math.ceil((tokens - context) / stride))
 
 
-def token_s(shape: ModelShape, gpu: GPU, precision: str, rows: int) -> float:
-    """Seconds of one new token of each of `rows` answers: the weights pass through memory once, or Python is slower."""
+def token_s(shape: ModelShape, gpu: GPU, precision: str, rows: int, away: float = 0.0) -> float:
+    """Seconds of one new token of each of `rows` answers: the weights pass through memory once, or Python is slower.
+
+    away: seconds of copying the layers that are not on the card, which the card waits for, but Python does not.
+    """
     head = 2 * shape.vocab * shape.hidden
     moved = DECODED[precision][rows > 1] * shape.layers * shape.active_linear_parameters + head
-    return max(moved / (0.8e9 * gpu.bandwidth_gb_s), shape.layers * PYTHON_S_PER_DECODED_LAYER)
+    busy = moved / (0.8e9 * gpu.bandwidth_gb_s) + away
+    return max(busy, shape.layers * PYTHON_S_PER_DECODED_LAYER[precision][rows > 1])
 
 
 def away_s(shape: ModelShape, machine: Machine, found: "Placement") -> float:

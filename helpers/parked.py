@@ -8,6 +8,7 @@ layers share. Weights are never rounded on the way: a model computes the same bi
 
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -98,17 +99,27 @@ def bringing(row: "torch.Tensor", slot: "torch.Tensor") -> Any:
 def page_locked(size: int, owner: object) -> "torch.Tensor":
     """Bytes of host memory that a card copies from at the bus's full rate, until owner is gone.
 
-    PyTorch's own page-locked memory comes in powers of two and is never given back. Where the system will not lock
-    pages the memory is ordinary, and copies are slower.
+    PyTorch's own page-locked memory comes in powers of two. Where the system will not lock pages the memory is
+    ordinary, and copies are slower.
     """
     import torch
 
     memory = torch.empty(size, dtype=torch.uint8)
-    if torch.cuda.is_available():
-        runtime = torch.cuda.cudart()
-        if int(runtime.cudaHostRegister(memory.data_ptr(), size, 0)) == 0:
-            weakref.finalize(owner, unlock, memory)
+    if torch.cuda.is_available() and lock(memory):
+        weakref.finalize(owner, unlock, memory).atexit = False  # a process that ends takes its pages along
     return memory
+
+
+def lock(memory: "torch.Tensor") -> bool:
+    """Lock the pages of host memory; False where the system refuses."""
+    import torch
+
+    runtime = torch.cuda.cudart()
+    if runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0) == runtime.cudaError.success:
+        return True
+    with suppress(RuntimeError):  # CUDA keeps a refusal as its last error, which the next launch would be blamed for
+        torch.zeros(1, device="cuda")
+    return False
 
 
 def unlock(memory: "torch.Tensor") -> None:

@@ -199,7 +199,7 @@ def host_gib(found: Placement, shape: ModelShape) -> float:
 def beyond_gib(found: Placement, config: RunConfig, shape: ModelShape, allocated_gib: float) -> float:
     """GiB reserved beyond the tensors' peak: holes between keys and values that grow; weights leave none.
 
-    The share was read off h200_evaluate.json, an NF4 model's row.
+    The share was read off h200_evaluate.json, an NF4 model's row; h200_evaluate_new.json's two have a little less.
     """
     held_gib = sum(weights(found, config, shape).values()) / GIB
     return 0.165 * max(allocated_gib - held_gib, 0.0)

@@ -165,9 +165,10 @@ def inference(
 ) -> dict[str, dict[str, float]]:
     """Moments of evaluation: weights, adapters, keys and values, and one layer's MLP while a prompt is read.
 
-    An MLP holds its input, gate, its activation, up and their product in 16 bits. held: component -> bytes of the
-    weights on the card, default the base as training saw it and its adapter; unpacks: 4-bit weights are, to 16 bits,
-    one matrix at a time; batch_size: default the configuration's.
+    An MLP holds its input, gate, its activation, up and their product in 16 bits; with an adapter on gate or up, PEFT's
+    product of it and that scaled are there in fp32 beside the gate and the base's product. held: component -> bytes of
+    the weights on the card, default the base as training saw it and its adapter; unpacks: 4-bit weights are, to 16
+    bits, one matrix at a time; batch_size: default the configuration's.
     """
     asked = config.evaluate
     rows = batch_size or asked.eval_batch_size
@@ -177,6 +178,8 @@ def inference(
     base = (adapted if held is None else held) | {"cuBLAS work space": workspace(capability) / 2}
     unpacked = activations.largest_weight(shape) if unpacks else 0.0
     mlp = prompt * (4 * inner + shape.hidden) * HALF
+    if "LoRA weights" in base and {"gate_proj", "up_proj"} & set(config.adapter.target_modules):
+        mlp = prompt * (2 * inner * HALF + 2 * inner * FULL + shape.hidden * (2 * HALF + 2 * FULL))
     reading = max(mlp, prompt * 2 * inner * HALF + unpacked)
     tokens = rows * (asked.eval_context + asked.max_new_tokens)
     return {

@@ -131,12 +131,13 @@ def measure_one(folder: Path, config, machine, compiled: bool) -> dict:
     rows = torch.randint(300, 2000, (TEXTS + ANSWERS, TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
     with cost.peak_memory() as peaks:
         loaded = inference.load(folder, config, machine)
+        batch = loaded.placement.batch_size
         started = time.perf_counter()
-        read = perplexity(loaded, (Item(row, None, 4 * TOKENS) for row in rows[:TEXTS]), TOKENS, TOKENS // 2, BATCH)
+        read = perplexity(loaded, (Item(row, None, 4 * TOKENS) for row in rows[:TEXTS]), TOKENS, TOKENS // 2, batch)
         scoring_s = time.perf_counter() - started
         scoring_gib = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None
         started = time.perf_counter()
-        answer(loaded, rows[TEXTS:])
+        answer(loaded, rows[TEXTS:], batch)
         answering_s = time.perf_counter() - started
     counts = (TEXTS, ANSWERS)
     known = hardware.gpu_named(os.environ["REAL_CARD"], (9, 0), machine.vram_gib) if machine.gpu else None
@@ -156,14 +157,14 @@ def measure_one(folder: Path, config, machine, compiled: bool) -> dict:
         "predicted_answering_s": seconds["answers"],
         "answered_tokens_per_s": ANSWERS * NEW_TOKENS / answering_s,
     }
-    for batch in (1, BATCH):
-        cost.decode_times(loaded, batch, 128, 4)
-        times = cost.decode_times(loaded, batch, 128, 16)
-        figures[f"tokens_per_s_batch_{batch}"] = batch * (len(times) - 1) / (times[-1] - times[0])
+    for count in (1, BATCH):
+        cost.decode_times(loaded, count, 128, 4)
+        times = cost.decode_times(loaded, count, 128, 16)
+        figures[f"tokens_per_s_batch_{count}"] = count * (len(times) - 1) / (times[-1] - times[0])
     return figures | ({"compiled": both_caches(loaded)} if compiled else {})
 
 
-def answer(loaded, rows: list[list[int]]) -> None:
+def answer(loaded, rows: list[list[int]], batch: int) -> None:
     """Answers of NEW_TOKENS to prompts of TOKENS; none ends by itself."""
     import torch
 
@@ -171,8 +172,8 @@ def answer(loaded, rows: list[list[int]]) -> None:
 
     settings = inference.generation_config(loaded, NEW_TOKENS, temperature=0.0, top_p=1.0)
     settings.min_new_tokens = NEW_TOKENS
-    for start in range(0, len(rows), BATCH):
-        prompts = rows[start : start + BATCH]
+    for start in range(0, len(rows), batch):
+        prompts = rows[start : start + batch]
         with torch.inference_mode():
             loaded.model.generate(
                 **inference.pad_left(prompts, settings.pad_token_id, loaded.model.device), generation_config=settings

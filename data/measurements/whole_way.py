@@ -76,7 +76,7 @@ def make_base(folder: Path, layers: int, tokenizer: Path) -> float:
     """A base of random weights, its tokenizer without chat template and pad token; returns the seconds."""
     start = time.monotonic()
     make({"name": "mistral-7b-v0.3", "folder": str(folder), "layers": layers})
-    for file in folder.glob("tokenizer*"):
+    for file in (*folder.glob("tokenizer*"), *folder.glob("*special_tokens*"), *folder.glob("chat_template*")):
         file.unlink()
     for name in ("tokenizer.json", "tokenizer.model"):
         if (tokenizer / name).is_file():
