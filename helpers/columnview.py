@@ -23,7 +23,7 @@ from helpers.formats import BadRow, as_row, read_row, recognise
 from helpers.readers import read
 
 LOOKED_AT, SHOWN_ROWS, SHOWN_LETTERS = 50, 3, 400
-ROLES = {"user": "the user's", "assistant": "the answer's", "system": "system prompt", "context": "context"}
+ROLES = {"user": "the user's", "assistant": "the answer's", "system": "system", "context": "context"}
 RECOGNISED = "as recognised"
 STYLE = """<style>
 .rows{max-width:756px;font-size:13px;line-height:1.45;margin:4px 2px}
