@@ -5,10 +5,14 @@ Every field of RunConfig is a flag (`--rank 32`), on top of `--profile` and `--c
 """
 
 import argparse
+import ast
+import inspect
+import itertools
 import json
 import os
 import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -16,7 +20,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from helpers import budget, choices, hardware, hub, models
-from helpers.config import RunConfig, field_parts, load_yaml
+from helpers.config import DataConfig, RunConfig, field_parts, load_yaml
 from helpers.workspace import StorageError, Workspace, run_models
 
 DONE, FAILED, WRONG_REQUEST, DOES_NOT_FIT = 0, 1, 2, 3
@@ -86,14 +90,16 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="one JSON object on standard output, all else on stderr")
         if stage in ("budget", "finetune", "run"):
             sub.add_argument("--gpu", default="auto", help="auto (this machine), none, or a name: t4, l4, a100-40gb, …")
+        told = prepare_help() if stage == "prepare" else {}
         for field in setting_fields():
             if field.name in OWN_FLAGS.get(stage, set()) | {"profile"}:
                 continue
+            says = {"help": told.get(field.name, argparse.SUPPRESS)} if stage == "prepare" else {}
             flag = "--" + field.name.replace("_", "-")
             if field.type is bool:
-                sub.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+                sub.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, **says)
             else:
-                sub.add_argument(flag, default=None, metavar=field.name.upper())
+                sub.add_argument(flag, default=None, metavar=field.name.upper(), **says)
         for name, how in EXTRA_FLAGS[stage].items():
             sub.add_argument(name, **how)
     return top
@@ -105,7 +111,7 @@ EXTRA_FLAGS: dict[str, dict[str, dict]] = {
         "--verify": {"action": "store_true", "help": "run a few real steps on this GPU: predicted against measured"},
     },
     "prepare": {
-        "--input": {"help": "a file or hub dataset (default: the profile's)"},
+        "--input": {"help": "a file, a folder, a zip or a hub dataset (default: the profile's)"},
         "--output": {"type": Path, "help": "folder to write (default: the run's)"},
     },
     "finetune": {
@@ -130,6 +136,25 @@ EXTRA_FLAGS: dict[str, dict[str, dict]] = {
     },
     "run": {"--resume": {"default": "auto", "choices": ("auto", "never")}},
 }
+
+
+def prepare_help() -> dict[str, str]:
+    """Field -> help of the settings that prepare reads: the docstrings of DataConfig, and the tokenizer's two.
+
+    >>> prepare_help()["seq_len"]
+    'The context: tokens of one training sequence, at most.'
+    """
+    body = ast.parse(textwrap.dedent(inspect.getsource(DataConfig))).body[0].body
+    told = {
+        before.target.id: " ".join(after.value.value.split()).replace("%", "%%")
+        for before, after in itertools.pairwise(body)
+        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    }
+    return told | {
+        "model": "whose tokenizer: a hub id or a folder",
+        "revision": "of the model on the hub",
+        "seed": "of a sample, where max_conversations asks for one",
+    }
 
 
 def setting_fields() -> list:
@@ -220,10 +245,12 @@ def run_prepare(options: argparse.Namespace, config: RunConfig) -> Outcome:
 
     run = workspace_of(options, config)
     output = options.output or run.folder("prepare")
-    counts = data.prepare(config, output, source=options.input)
+    made = data.prepare(config, output, source=options.input)
     if options.output is None:
         choices.keep(run, config, "by python -m helpers prepare")
-    return done("prepare", output, counts)
+    lines = [f"  {what}: {value}" for what, value in data.summary(made)]
+    lines += [f"  finding: {row['sentence']}" for row in made["findings"]]
+    return DONE, {"output": str(output), **made}, "\n".join([f"prepare done: {output}", *lines])
 
 
 def run_finetune(options: argparse.Namespace, config: RunConfig) -> Outcome:

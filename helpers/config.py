@@ -22,6 +22,8 @@ from pydantic.dataclasses import dataclass
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 
+OWN_SOURCE, FIRST_RUN = "HuggingFaceH4/ultrachat_200k", 2000
+
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 CHOSEN = "chosen"
 """In a file of settings: who chose them and when, no setting itself."""
@@ -78,20 +80,39 @@ class AdapterConfig:
 class DataConfig:
     """Conversations in: from where, how long, what is held out."""
 
-    source: str = "HuggingFaceH4/ultrachat_200k"
-    """A file, a folder's file, or a hub dataset."""
+    source: str = OWN_SOURCE
+    """A file, a folder, a zip, or a hub dataset (owner/name, owner/name:configuration)."""
     source_split: str = "train_sft"
+    """Of a hub dataset, and of a folder whose files are named after splits; train where there is none of this name."""
     source_format: Literal[
-        "auto", "messages", "sharegpt", "alpaca", "prompt-completion", "flattened-text", "plain-text"
-    ] = "auto"
+        "auto", "messages", "sharegpt", "alternating", "alpaca", "prompt-completion", "flattened-text", "plain-text",
+        "preference", "export",
+    ] = "auto"  # fmt: skip
+    """How rows are read; auto: recognised by their fields."""
+    columns: str = ""
+    """Whose field is which: `user=Question,assistant=Answer,system=…`; also context, history, messages, text."""
+    use: Literal["auto", "chosen", "pairs"] = "auto"
+    """Of preference data: chosen trains on the better answers, pairs keeps both for a preference method."""
     seq_len: Annotated[int, Field(ge=16, le=1_048_576, strict=True)] = 1024
     """The context: tokens of one training sequence, at most."""
-    max_conversations: Count | None = None
+    max_conversations: Literal["auto", "all"] | Count | None = "auto"
+    """auto: 2,000 of the profile's own hub dataset, for a first run of an afternoon, and all of anything else."""
     heldout_fraction: Fraction = 0.02
+    """Share of the conversations that is not trained on, chosen by their content."""
     heldout_source: str | None = None
     """A file of its own for the held-out conversations; then heldout_fraction is not used."""
     on_finding: str = ""
     """What to do instead of the default about a finding of the checks: `near-duplicate=drop,leaked-template=keep`."""
+
+    def cap(self, source: str | None = None) -> int | None:
+        """How many conversations of a source are used, at most; None: all.
+
+        >>> DataConfig().cap(), DataConfig().cap("mine.jsonl"), DataConfig(max_conversations=50).cap("mine.jsonl")
+        (2000, None, 50)
+        """
+        if self.max_conversations == "auto":
+            return FIRST_RUN if (source or self.source) == OWN_SOURCE else None
+        return None if self.max_conversations == "all" else self.max_conversations
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -38,6 +38,7 @@ from helpers.inference import (
 from helpers.models import ModelShape, shape_from_config
 from helpers.perplexity import Perplexity, perplexity, read_items, read_jsonl, rows_in
 from helpers.placement import Evaluation, Placement
+from helpers.prepared import scored, with_own_questions
 from helpers.tasks import run_tasks
 from helpers.workspace import MANIFEST, building, read_manifest, write_text
 
@@ -57,7 +58,8 @@ def evaluate(
     machine: whose VRAM and RAM decide how models are opened; default this one.
     Raises ValueError with one sentence for what the reader can mend.
     """
-    data, asked = Path(data), config.evaluate
+    data, config = Path(data), with_own_questions(config, Path(data))
+    asked = config.evaluate
     models = {name: pinned(path, config) for name, path in models.items()}
     check_models(models, config)
     questions = read_questions(asked.questions, asked.max_questions) if asked.questions else None
@@ -208,9 +210,7 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[dict[str,
 def conversation_starts(data: Path, limit: int) -> list[dict[str, Any]]:
     """First user turn and first answer of held-out conversations, as questions; none when data is plain text."""
     if data.is_dir():
-        from datasets import load_from_disk
-
-        rows = load_from_disk(str(data / "heldout" if (data / "heldout").is_dir() else data))
+        rows = scored(data)
     elif data.suffix in (".jsonl", ".json"):
         rows = read_jsonl(data)
     else:

@@ -391,7 +391,12 @@ def load_split(prepared: Path, name: str) -> Dataset:
         raise workspace.MissingArtifact(f"{folder} is not there: run notebook {workspace.NOTEBOOKS['prepare']} first")
     if not any(folder.glob("*.arrow")):  # an empty one has no file, and load_from_disk cannot read it
         return Dataset.from_dict({"input_ids": [], "assistant_masks": []})
-    return load_from_disk(str(folder))
+    rows = load_from_disk(str(folder))
+    if "chosen_ids" in rows.column_names:
+        raise ValueError(
+            f"{prepared} holds pairs for a preference method: prepare again with use=chosen to train on them"
+        )
+    return rows
 
 
 def check_rows(rows: Dataset, config: RunConfig, model: PreTrainedModel) -> None:

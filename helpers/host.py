@@ -173,7 +173,7 @@ def conversations(config: RunConfig) -> int:
     known = KNOWN_CONVERSATIONS.get(data.source, 10_000)
     if Path(data.source).is_file():
         known = lines_and_mean_tokens(data.source)[0]
-    return min(known, data.max_conversations or known)
+    return min(known, data.cap() or known)
 
 
 def heldout_rows(config: RunConfig) -> int:

@@ -22,7 +22,7 @@ from helpers.card import gives_back
 from helpers.config import MergeConfig, RunConfig, load_yaml
 from helpers.hub import snapshot
 from helpers.templates import brings_tokenizer, ends, hand_on
-from helpers.workspace import MANIFEST, SCRATCH, building, checksum, empty_folder, exclusive, write_text
+from helpers.workspace import SCRATCH, building, checksum, empty_folder, exclusive, refuse_output, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -315,23 +315,6 @@ def check_fits_base(adapter: Adapter, tensors: list[Stored], base: str | Path) -
             raise UnusableModel(
                 f"{adapter.folder} is for another base: {module}.weight is {outputs} × {inputs} in the adapter "
                 f"and {' × '.join(map(str, shape))} in {base}"
-            )
-
-
-def refuse_output(output: Path, inputs: list[Path], stage: str) -> None:
-    """Raises ValueError when output holds something that this stage has not made, or one of the stage's inputs."""
-    here = output.resolve()
-    for source in (path.resolve() for path in inputs):
-        if source == here or here in source.parents or source in here.parents:
-            raise ValueError(f"output {output} and input {source} lie in each other: choose another output folder")
-    if output.is_file():
-        raise ValueError(f"output {output} is a file: choose a folder")
-    if output.is_dir() and any(output.iterdir()):
-        manifest = output / MANIFEST
-        made_by = json.loads(manifest.read_text(encoding="utf-8")).get("stage") if manifest.is_file() else None
-        if made_by != stage:
-            raise ValueError(
-                f"output {output} is in use by something else: choose an empty folder, nothing was changed"
             )
 
 

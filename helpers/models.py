@@ -298,8 +298,8 @@ def describe(model: ModelShape) -> dict[str, str]:
 
 
 PROFILES: dict[str, dict[str, Any]] = {
-    # RunConfig's own defaults are chosen for a 7B on a T4; a first run takes an afternoon, not thirteen sessions.
-    "mistral-7b": {"max_conversations": 2000},
+    # RunConfig's own defaults are chosen for a 7B on a T4.
+    "mistral-7b": {},
     "tiny": {
         "model": str(TINY),
         "source": str(ROOT / "data" / "conversations.jsonl"),

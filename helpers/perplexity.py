@@ -23,6 +23,7 @@ import numpy as np
 from helpers import families
 from helpers.inference import Loaded
 from helpers.metrics import Estimate, ratio_interval
+from helpers.prepared import scored
 from helpers.templates import Template
 
 LOGIT_ROWS = 256
@@ -102,9 +103,7 @@ def rows_in(source: Path, context: int) -> int:
     """How many texts a source holds, before it is read; of one long text: its windows, four bytes a token."""
     source = Path(source)
     if source.is_dir():
-        from datasets import load_from_disk
-
-        return len(load_from_disk(str(source / "heldout" if (source / "heldout").is_dir() else source)))
+        return len(scored(source))
     if source.suffix in (".jsonl", ".json"):
         with source.open("rb") as lines:
             return sum(1 for line in lines if line.strip())
@@ -125,11 +124,8 @@ def read_any(source: Path, tokenizer: Any) -> Iterator[Item]:
 
 def read_prepared(folder: Path, tokenizer: Any) -> Iterator[Item]:
     """The held-out split that prepare wrote: tokens and masks are in it."""
-    from datasets import load_from_disk
-
-    folder = folder / "heldout" if (folder / "heldout").is_dir() else folder
     try:
-        rows = load_from_disk(str(folder))
+        rows = scored(folder)
     except (FileNotFoundError, ValueError):
         raise ValueError(
             f"{folder} is not a prepared folder: run notebook 02_dataset_preparation.ipynb first"

@@ -28,11 +28,11 @@ from helpers.config import QuantizeConfig, RunConfig, load_yaml, save_yaml
 from helpers.formats import BadRow, recognise, to_messages
 from helpers.gptq_kernels import Say, gptq_kernel, tools_path
 from helpers.inference import kind, read_config
-from helpers.merge import for_all_readers, nearest_folder, refuse_output, stored_tensors
+from helpers.merge import for_all_readers, nearest_folder, stored_tensors
 from helpers.models import ROOT, ModelShape, shape
 from helpers.readers import kind_of, read
 from helpers.templates import Template, hand_on, load_tokenizer
-from helpers.workspace import beside, building, exclusive, write_manifest, write_text
+from helpers.workspace import beside, building, exclusive, refuse_output, write_manifest, write_text
 
 if TYPE_CHECKING:
     import torch

@@ -80,6 +80,11 @@ NOT_NEEDED = {f"_raise_exceptions_for_{what}": False for what in ("missing_entri
 MARK, MARKS = "\ue000{}\ue001", re.compile("\ue000([0-9]+)\ue001")  # private use characters: no template writes them
 
 
+PART = 2**18
+"""Letters of a text that the tokenizer gets at a time, at least."""
+BEFORE_SPACE = re.compile(r"\w(?= \w)")
+
+
 class Layout(NamedTuple):
     """What a template writes around the messages: pieces[k] comes before message order[k], pieces[-1] after all."""
 
@@ -391,8 +396,16 @@ class Template:
         if self.marks_again:
             return [[self.pieces(text) for text, _ in chunks] for chunks in chunked]
         texts = [(self.anchor if k else "") + text for chunks in chunked for k, (text, _) in enumerate(chunks)]
-        ids = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
-        return [[next(ids)[self.anchor_tokens if k else 0 :] for k in range(len(chunks))] for chunks in chunked]
+        usual = [text for text in texts if len(text) <= 2 * PART]
+        ids = iter(self.tokenizer(usual, add_special_tokens=False, verbose=False)["input_ids"] if usual else [])
+        return [
+            [
+                next(ids)[self.anchor_tokens if k else 0 :] if len(text) <= room else self.long_ids(text, behind=k > 0)
+                for k, (text, _) in enumerate(chunks)
+                for room in [2 * PART - (len(self.anchor) if k else 0)]
+            ]
+            for chunks in chunked
+        ]
 
     def pieces(self, text: str) -> list[int]:
         """Token ids of a chunk, its special tokens and the texts between them each by themselves."""
@@ -405,9 +418,9 @@ class Template:
                 ids += behind[self.anchor_tokens :]
         return ids
 
-    def fit(self, conversations: list[list[dict[str, str]]], seq_len: int) -> list[Encoded | None]:
-        """Conversations of at most seq_len tokens: the last exchanges go first, whole; None when not one fits."""
-        fitted: list[Encoded | None] = []
+    def fit(self, conversations: list[list[dict[str, str]]], seq_len: int) -> list[Encoded]:
+        """Conversations of at most seq_len tokens: the last exchanges go first, whole; empty when not one fits."""
+        fitted: list[Encoded] = []
         for messages, (ids, mask, ends) in zip(conversations, self.encode(conversations), strict=True):
             if len(ids) <= seq_len:
                 fitted.append(Encoded(messages, ids, mask, len(ids)))
@@ -421,13 +434,13 @@ class Template:
                 kept = first_answers(messages, answers)
                 fitted.append(Encoded(kept, *self.encode([kept])[0][:2], len(ids)))
             else:
-                fitted.append(None)
+                fitted.append(Encoded([], [], [], len(ids)))
         return fitted
 
     def fit_text(self, text: str, seq_len: int) -> list[Encoded]:
         """Plain text without roles: bos, text, eos, all of it trained but bos; as many rows as it takes."""
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + [self.tokenizer.eos_token_id]
+        ids = [*self.long_ids(text), self.tokenizer.eos_token_id]
         size = seq_len - len(bos)
         pieces = [ids[i : i + size] for i in range(0, len(ids), size)]
         if len(pieces) > 1 and len(pieces[-1]) == 1:  # an end without a text before it teaches nothing
@@ -441,6 +454,27 @@ class Template:
             )
             for piece in pieces
         ]
+
+    def long_ids(self, text: str, behind: bool = False) -> list[int]:
+        """Token ids of a text of any length, a part at a time: the tokenizer takes 60 to 200 bytes a letter.
+
+        Parts end before a space that follows a letter. No token of ours reaches over such a place, so the tokens are
+        those of the whole text; a part behind the first is tokenized behind the anchor. behind: the first too.
+        """
+        ids: list[int] = []
+        start = 0
+        while start < len(text) or not start:
+            end = len(text)
+            if end - start > PART:
+                end = next(
+                    (cut.start() + 1 for cut in BEFORE_SPACE.finditer(text, start + PART, start + 2 * PART)), end
+                )
+                end = min(end, start + 2 * PART)
+            part = (self.anchor if start or behind else "") + text[start:end]
+            found = self.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+            ids += found[self.anchor_tokens if start or behind else 0 :]
+            start = end or 1
+        return ids
 
 
 def ends(known: int | list[int] | None, tokenizer: Any) -> list[int]:

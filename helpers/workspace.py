@@ -213,8 +213,8 @@ def building(
     output holds something else; StorageError when the disk is full.
     """
     output, inputs = Path(output), inputs or {}
+    refuse_output(output, list(inputs.values()), stage)
     partial = beside(output, "partial")
-    refuse_foreign(output, stage)
     with nullcontext() if held else exclusive(partial):
         recover(output)
         for path in inputs.values():
@@ -237,6 +237,35 @@ def building(
         replace(partial, output)
         files.remove(output / SCRATCH)
         keep_copy(output)
+
+
+def refuse_output(output: Path, inputs: list[Path], stage: str) -> None:
+    """Raise ValueError, with nothing touched, for an output that would take something along that is not this stage's.
+
+    That is the folder one works in and those above it, a folder that holds an input or lies in one, and whatever
+    `refuse_foreign` finds.
+    """
+    here = output.resolve()
+    if here == Path.cwd() or here in Path.cwd().parents:
+        raise ValueError(f"output {output} holds the working folder: choose a folder of its own, nothing was changed")
+    for source in (Path(path).resolve() for path in inputs if Path(path).exists()):
+        if here == source or here in source.parents or (source.is_dir() and source in here.parents):
+            raise ValueError(f"output {output} and input {source} lie in each other: choose another output folder")
+    former = beside(here, "former")
+    if is_folder(former) and any(former.iterdir()) and not (former / MANIFEST).is_file():
+        raise ValueError(f"output {output} would be put aside as {former}, which no stage made: move that away")
+    try:
+        refuse_foreign(output, stage)
+        check_writable(here)
+    except OSError as error:
+        raise ValueError(f"output {output} cannot be written ({error.strerror}): choose another folder") from None
+
+
+def check_writable(folder: Path) -> None:
+    """Raise PermissionError for a folder that is not there and cannot be made."""
+    above = existing(folder)
+    if not os.access(above, os.W_OK | os.X_OK) or above.is_relative_to("/proc"):
+        raise PermissionError(errno.EACCES, "nothing can be made there", str(above))
 
 
 def refuse_foreign(output: Path, stage: str) -> None:
@@ -445,6 +474,14 @@ def check_input(path: Path, output: Path, config: RunConfig | None) -> None:
             raise StaleArtifact(
                 f"{folder} was prepared with {changed} = {had[changed]} and this run says {wanted[changed]}: run "
                 f"notebook {NOTEBOOKS['prepare']} again with the new value, or set {changed} back"
+            )
+        counted = manifest["measurements"]
+        cut = counted.get("cut_share", 0) or counted.get("dropped", {}).get("over-context", 0)
+        if cut and had["seq_len"] < wanted["seq_len"]:
+            raise StaleArtifact(
+                f"{folder} was cut to {had['seq_len']} tokens and training asks {wanted['seq_len']}: prepare again "
+                f"(python -m helpers prepare --workspace {folder.parent} --seq-len {wanted['seq_len']}, or notebook "
+                f"{NOTEBOOKS['prepare']}), or set seq_len={had['seq_len']}"
             )
 
 

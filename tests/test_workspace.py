@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import faults
@@ -120,6 +121,13 @@ def test_settings_that_do_not_fit_the_prepared_data_are_explained(tmp_path, valu
             inputs={"prepared": tmp_path / "prepare"},
             config=CONFIG.with_values(**values),
         )
+    with building(tmp_path / "prepare", "prepare", CONFIG) as work:
+        work.measurements["cut_share"] = 0.2
+        (work.folder / "rows.arrow").write_text("rows")
+    with pytest.raises(workspace.StaleArtifact, match=r"cut to 192 tokens .* --seq-len 256"):
+        made = {"prepared": tmp_path / "prepare"}
+        make(tmp_path / "finetune", "finetune", inputs=made, config=CONFIG.with_values(seq_len=256))
+    make(tmp_path / "prepare", "prepare")
     longer = CONFIG.with_values(seq_len=256, rank=4)
     make(tmp_path / "finetune", "finetune", inputs={"prepared": tmp_path / "prepare"}, config=longer)
 
@@ -412,3 +420,51 @@ def test_nothing_that_holds_a_token_leaves(tmp_path):
     for leave in (share.to_download, lambda stage: share.to_folder(stage, tmp_path / "home")):
         with pytest.raises(ValueError, match=r"log\.json holds a Hugging Face token"):
             leave(tmp_path / "finetune")
+
+
+def stage_of_rows(folder: Path, stage: str = "prepare") -> Path:
+    with building(folder, stage, CONFIG) as work:
+        (work.folder / "rows.arrow").write_text("rows")
+    return folder
+
+
+def contents(root: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(root.rglob("*"))}
+
+
+@pytest.mark.parametrize(
+    "case", ["a file of the user's", "another stage", "a file", "working folder", "its parent", "holds the input",
+             "inside the input", "cannot be written"],
+)  # fmt: skip
+def test_an_output_that_the_stage_did_not_make_is_refused_and_nothing_is_touched(case, tmp_path, monkeypatch):
+    output, inputs = tmp_path / "out", {}
+    if case == "a file":
+        output.write_text("thesis")
+    elif case == "cannot be written":
+        output = Path("/proc/nothing/out")
+    elif case in ("working folder", "its parent"):
+        (output / "inner").mkdir(parents=True)
+        monkeypatch.chdir(output if case == "working folder" else output / "inner")
+        output = Path() if case == "working folder" else output
+    elif case == "another stage":
+        make(output, "finetune")
+    else:
+        output.mkdir()
+        (output / "thesis.txt").write_text("thesis")
+        inputs = {"source": output / "thesis.txt"} if case == "holds the input" else inputs
+        inputs, output = ({"source": output}, output / "new") if case == "inside the input" else (inputs, output)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError) as refusal, building(output, "prepare", CONFIG, inputs) as work:
+        (work.folder / "rows.arrow").write_text("new rows")
+    assert str(refusal.value).startswith("output ") and "\n" not in str(refusal.value)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("place", ["out", "out.former"])
+def test_no_file_that_a_stage_did_not_make_is_ever_deleted(place, tmp_path):
+    make(tmp_path / "out", "prepare")
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "thesis.txt").write_text("do not lose this")
+    with suppress(ValueError):  # out is set aside, and what is called out.former refused
+        make(tmp_path / "out", "prepare", content="others")
+    assert [file.read_text() for file in tmp_path.rglob("thesis.txt")] == ["do not lose this"]
