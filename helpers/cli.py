@@ -171,14 +171,15 @@ def configuration(options: argparse.Namespace) -> RunConfig:
 
     Raises ValueError naming what is wrong.
     """
-    config = starting_point(options)
+    given = {field.name: getattr(options, field.name, None) for field in setting_fields() if field.name != "profile"}
+    given = {name: flag_value(value) for name, value in given.items() if value is not None}
+    config = starting_point(options, given)
     if options.config:
         config = load_yaml(options.config, start=config)
-    given = {field.name: getattr(options, field.name, None) for field in setting_fields() if field.name != "profile"}
-    return config.with_values(**{name: flag_value(value) for name, value in given.items() if value is not None})
+    return config.with_values(**given)
 
 
-def starting_point(options: argparse.Namespace) -> RunConfig:
+def starting_point(options: argparse.Namespace, given: dict[str, object]) -> RunConfig:
     """The profile with what was chosen last in the run's folder; for what comes after training, what was trained with.
 
     A folder in which nothing was chosen, and no profile named, starts as its last stage did. A budget is of no run
@@ -195,7 +196,7 @@ def starting_point(options: argparse.Namespace) -> RunConfig:
     made = [path for path in (run.folder(stage) / "config.yaml" for stage in stages) if path.is_file()]
     if made and options.profile is None:
         return load_yaml(made[0])
-    return choices.start(run, models.profile(options.profile or chosen.get("profile", named)))
+    return choices.start(run, models.profile(options.profile or chosen.get("profile", named)), **given)
 
 
 def flag_value(text: str | bool) -> object:
