@@ -337,14 +337,13 @@ def remove(folder: Path) -> None:
     are emptied before they are unlinked: Google Drive moves what is deleted to its bin, where it goes on using the
     quota for 30 days (transformers#14922), and an empty file uses none of it.
     """
+    going = folder if folder.name.endswith(DELETED) else with_suffix(folder, DELETED)
     with suppress(OSError):
-        if not mode(folder):
-            return
-        going = folder if folder.name.endswith(DELETED) else with_suffix(folder, DELETED)
-        if going != folder:
-            erase(going)
+        if mode(going):
+            erase(going)  # a kill left it
+        if going != folder and mode(folder):
             move(folder, going)
-        erase(going)
+            erase(going)
 
 
 def erase(folder: Path) -> None:

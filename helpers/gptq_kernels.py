@@ -1,9 +1,9 @@
 """Which of GPTQModel's kernels computes a 4-bit model on a GPU, and how the fastest is built once and kept.
 
 At one token at a time a GPU waits for weights. ExLlamaV2's kernel reads 4 bits of each and unpacks them in registers:
-4.57 ms a token for a 7B's shape on an H200, where NF4 takes 5.75 and 16 bits 6.01. Triton's and PyTorch's write the
-whole matrix out in 16 bits first, for every token: 15.8 and 15.9 ms (summed time of the GPU's kernels;
-data/measurements/bench_decode.py). ExLlamaV2's has to be compiled by nvcc: 40 s on two cores.
+4.56 ms a token for a 7B's shape on an H200, where NF4 takes 5.77 and 16 bits 6.09. Triton's and PyTorch's write the
+whole matrix out in 16 bits first, for every token: 15.9 ms (summed time of the GPU's kernels;
+data/measurements/h200_decode.csv). ExLlamaV2's has to be compiled by nvcc: 68 s on two cores, start and all.
 
 Left alone, GPTQModel takes Machete on Hopper, which first downloads CUTLASS, or Marlin, which nvcc had not compiled on
 two cores after 400 s.
@@ -257,7 +257,7 @@ def keep(library: Path, target: Path, say: Say) -> None:
         note_of(target).unlink(missing_ok=True)
         copy_verified(library, target, checksum(library))
         copy_verified(note_of(library), note_of(target), checksum(note_of(library)))
-    except OSError as error:
+    except (OSError, Torn) as error:
         say(f"The kernel could not be kept in {target.parent} ({error}): the next machine builds it again.")
 
 

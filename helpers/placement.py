@@ -31,9 +31,9 @@ EVALUATED = {"base": "model", "finetuned": "adapter", "merged": "model", "gptq":
 HOST_SHARE = 0.5
 """Share of the free RAM that waiting layers may take: the rest is for libraries, and for files that are being read."""
 LONGEST_S = 3600.0
-"""A model whose layers wait elsewhere is given so long; beyond that all models read fewer rows."""
-FEWEST_ROWS = 32
-"""With fewer rows an interval is too wide to tell anything."""
+"""A model whose layers wait elsewhere is given so long; beyond that all models answer fewer questions."""
+FEWEST_QUESTIONS = 16
+"""With fewer answers an interval is too wide to tell anything."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Evaluation:
     """What is read, by which models, opened how."""
 
     config: RunConfig
-    """Rows fewer than asked where time demands it: the same for all models."""
+    """Fewer questions than asked where time demands it: the same for all models."""
     places: dict[str, Placement]
     notes: tuple[str, ...]
     """What is not as one would expect, in sentences."""
@@ -73,31 +73,31 @@ def plan(
 ) -> Evaluation:
     """Place models, given as name -> (kind, shape), on a machine, and say what was cut and what is left out.
 
-    counts: texts and questions, default what the configuration's data has. A model with layers away gets LONGEST_S;
-    where that does not do, all models read fewer rows, but not fewer than FEWEST_ROWS: a model that would need that is
-    not asked for answers, or not evaluated.
+    counts: texts and questions, default what the configuration's data has. A model with layers away gets LONGEST_S,
+    and most of that goes into answers: where it does not do, all models answer fewer questions, but not fewer than
+    FEWEST_QUESTIONS. A model that would need that is not asked for answers, or not evaluated at all.
     """
     texts, questions = counts or (host.heldout_rows(config), host.questions(config))
-    seconds = {}
     places = {name: place(kind, config, shape, machine) for name, (kind, shape) in models.items()}
-    for name, found in places.items():
-        if found.away:
-            seconds[name] = pace.evaluation_s(config, models[name][1], machine, found, (texts, questions))
-    shares = {name: share_in_time(parts) for name, parts in seconds.items()}
-    least = max(min(FEWEST_ROWS, count) / count for count in (texts, questions) if count)
+    seconds = {
+        name: pace.evaluation_s(config, models[name][1], machine, found, (texts, questions))
+        for name, found in places.items()
+        if found.away
+    }
+    shares = {name: share_answered(parts) for name, parts in seconds.items()}
+    least = min(FEWEST_QUESTIONS, questions) / questions if questions else 0.0
     slowest = min((name for name in shares if shares[name] >= least), key=shares.get, default=None)
-    kept = shares[slowest] if slowest else 1.0
     for name in (name for name, share in shares.items() if share < least):
-        places[name] = without_answers(places[name], models[name][1], seconds[name], kept)
+        places[name] = without_answers(places[name], models[name][1], seconds[name])
     notes = [note for name, found in places.items() if (note := about(name, found, models[name][1]))]
-    if kept == 1:
+    fewer = int(questions * shares[slowest]) if slowest else questions
+    if fewer == questions:
         return Evaluation(config, places, tuple(notes))
-    fewer = {"max_heldout": max(1, int(texts * kept)), "max_questions": max(1, int(questions * kept))}
     notes.append(
-        f"all models read {fewer['max_heldout']} of {texts} texts and answer {fewer['max_questions']} of {questions} "
-        f"questions: with all of them {slowest} would take {hours(seconds[slowest])} on this card"
+        f"all models answer {fewer} of {questions} questions: with all of them {slowest} would take "
+        f"{hours(seconds[slowest])} on this card"
     )
-    return Evaluation(config.with_values(**fewer), places, tuple(notes))
+    return Evaluation(config.with_values(max_questions=fewer), places, tuple(notes))
 
 
 def place(kind: str, config: RunConfig, shape: ModelShape, machine: Machine) -> Placement:
@@ -208,18 +208,19 @@ def beyond_gib(found: Placement, config: RunConfig, shape: ModelShape, allocated
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 
-def share_in_time(seconds: dict[str, float]) -> float:
-    """Share of the rows that a model gets through in LONGEST_S, at most 1; its speed is measured besides.
+def share_answered(seconds: dict[str, float]) -> float:
+    """Share of the questions that a model gets through in LONGEST_S, at most 1, beside all else.
 
-    >>> share_in_time({"reading": 2000.0, "answers": 4000.0, "speed": 600.0})
+    >>> share_answered({"reading": 1000.0, "answers": 4000.0, "speed": 600.0})
     0.5
     """
-    return max(min((LONGEST_S - seconds["speed"]) / (seconds["reading"] + seconds["answers"]), 1.0), 0.0)
+    left_s = LONGEST_S - seconds["speed"] - seconds["reading"]
+    return max(min(left_s / seconds["answers"], 1.0), 0.0) if seconds["answers"] else 1.0
 
 
-def without_answers(found: Placement, shape: ModelShape, seconds: dict[str, float], kept: float) -> Placement:
-    """Perplexity alone, where the share of the texts that is kept is read in LONGEST_S, else nothing."""
-    if seconds["reading"] * kept <= LONGEST_S:
+def without_answers(found: Placement, shape: ModelShape, seconds: dict[str, float]) -> Placement:
+    """Perplexity alone, where the texts are read in LONGEST_S, else nothing."""
+    if seconds["reading"] <= LONGEST_S:
         return replace(found, answers=False)
     why = f"it would take {hours(seconds)}, {in_words(found, shape)}: take a card with more memory, or a smaller model"
     return replace(found, answers=False, problem=why)

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from helpers.card import seeing
+from helpers.card import free_memory, seeing
 from helpers.config import QuantizeConfig, RunConfig, load_yaml, save_yaml
 from helpers.formats import BadRow, recognise, to_messages
 from helpers.gptq_kernels import Say, gptq_kernel, tools_path
@@ -730,19 +730,14 @@ def error_of(loss: str) -> dict:
 
 def check_task(job: dict, report: Callable[[dict], object]) -> None:
     """Perplexity of the merged and of the quantized model on other rows, and an answer of the quantized one."""
-    import gc
-
     import torch
     from transformers import AutoTokenizer
 
-    gc.collect()  # what GPTQ left
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()  # what GPTQ left
     merged = open_model(Path(job["model"]), Path(job["output"]) / "offload")
     before = perplexity(merged, job["check_rows"])
     del merged
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()  # hooks that fetch layers from disk make cycles: without a collection all of it stays on the GPU
     model = open_model(
         Path(job["output"]), Path(job["output"]) / "offload", say=lambda sentence: report({"said": sentence})
     )

@@ -156,8 +156,9 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     older readers do not look for, and leaves out tokenizer.model, from which llama.cpp takes the words' scores.
     """
     tokenizer.save_pretrained(str(folder))
-    merges_as_text(folder / "tokenizer.json")
     path = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").is_file():
+        merges_as_text(folder / "tokenizer.json")
     settings = json.loads(path.read_text(encoding="utf-8"))
     for name in ("backend", "is_local", "local_files_only"):  # of this library and this machine
         settings.pop(name, None)
@@ -175,8 +176,8 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 def merges_as_text(path: Path) -> None:
     """Write BPE's merges as `a b`, which every version of tokenizers reads; not where a word holds a space."""
     state = json.loads(path.read_text(encoding="utf-8"))
-    merges = state["model"].get("merges", [])
-    if all(isinstance(pair, list) and not any(" " in word for word in pair) for pair in merges):
+    merges = state["model"].get("merges")
+    if merges and all(isinstance(pair, list) and not any(" " in word for word in pair) for pair in merges):
         state["model"]["merges"] = [" ".join(pair) for pair in merges]
         path.write_text(json.dumps(state, indent=2, ensure_ascii=False), encoding="utf-8")
 

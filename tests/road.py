@@ -9,6 +9,7 @@ A machine is a copy of the recipes with its own home, temporary folder and runs/
 stand at the same path, as all of Colab's do, and none sees what another wrote anywhere but in Drive.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -20,18 +21,22 @@ from typing import Any
 import faults
 import nbformat
 
+from helpers.choices import PLAN
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = tuple(sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb")))
 RECIPES = ("helpers", "notebooks", "data", "pyproject.toml", *(path.name for path in ROOT.glob("requirements*.txt")))
 LEFT_OUT = shutil.ignore_patterns("measurements")
 ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "VIRTUAL_ENV")
 SMALL_CARD = """
+
 probe_without_card = probe
 
 
 def probe(folder: Path | str = ".") -> Machine:
     gpu = replace(GPUS["t4"], vram_gib={vram_gib})
-    return replace(probe_without_card(folder), gpu=gpu, free_vram_gib={vram_gib})"""
+    return replace(probe_without_card(folder), gpu=gpu, free_vram_gib={vram_gib})
+"""
 """A card with so little memory is decided for; computed is on the CPU, as PyTorch finds no card."""
 
 
@@ -53,15 +58,19 @@ class Visit:
 
 @dataclass
 class Road:
-    """A Drive, and machines that come and go; their profile tiny is made smaller still.
+    """A Drive, and machines that come and go; what runs on them is the profile tiny, made smaller still.
 
-    base: its model; rows: of each data file, so many; settings: in place of the profile's own.
+    base: its model; rows: of each data file, so many; settings: what somebody has chosen before, as it lies in Drive.
     """
 
     folder: Path
     base: Path | None = None
     rows: dict[str, int] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.run.mkdir(parents=True)
+        (self.run / PLAN).write_text(json.dumps({"profile": "tiny"} | self.settings), encoding="utf-8")
 
     @property
     def drive(self) -> Path:
@@ -90,16 +99,25 @@ class Road:
         for name, count in self.rows.items():
             file = recipes / "data" / name
             file.write_text("".join(file.read_text(encoding="utf-8").splitlines(True)[:count]), encoding="utf-8")
-        append(recipes / "helpers" / "models.py", f'PROFILES["tiny"] |= {self.settings!r}')
         if vram_gib is not None:
-            append(recipes / "helpers" / "hardware.py", SMALL_CARD.format(vram_gib=vram_gib))
-        self.drive.mkdir(exist_ok=True)
+            with (recipes / "helpers" / "hardware.py").open("a", encoding="utf-8") as module:
+                module.write(SMALL_CARD.format(vram_gib=vram_gib))
         return machine
 
-    def visit(self, notebook: str, vram_gib: float | None = None, **injected) -> Visit:
-        """Run one notebook on a fresh machine. injected: faults in Drive, as `faults.settings` names them."""
+    def visit(
+        self, notebook: str, typed: dict[str, Any] | None = None, vram_gib: float | None = None, **injected
+    ) -> Visit:
+        """Run one notebook on a fresh machine.
+
+        typed: into its form, by parameter. injected: faults in Drive, as `faults.settings` names them.
+        """
         machine = self.fresh_machine(vram_gib)
         recipes = machine / "recipes"
+        form = recipes / "notebooks" / notebook
+        for name, value in (typed or {}).items():
+            source = form.read_text(encoding="utf-8")
+            assert f'"{name} = None' in source, f"{notebook} has no field {name}"
+            form.write_text(source.replace(f'"{name} = None', f'"{name} = {value!r}'), encoding="utf-8")
         environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
         environment |= {"HOME": str(machine / "home"), "TMPDIR": str(machine / "tmp"), "HF_HUB_OFFLINE": "1"}
         environment |= {"RECIPES_LASTING": str(self.drive), "RECIPES_PATIENCE_S": "0", "OMP_NUM_THREADS": "1"}
@@ -114,9 +132,3 @@ class Road:
             shutil.copyfile(executed, kept)
             return Visit(done.returncode, done.stdout + done.stderr, nbformat.read(kept, as_version=4))
         return Visit(done.returncode, done.stdout + done.stderr, None)
-
-
-def append(file: Path, lines: str) -> None:
-    """What is different on a machine of the road stands at the end of its copy of a file."""
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(f"\n\n{lines}\n")

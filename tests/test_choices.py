@@ -3,6 +3,7 @@
 import doctest
 import json
 
+import faults
 import nbformat
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from nbclient import NotebookClient
 from helpers import budget, choices, cli, hardware, models, widgets, workspace
 from helpers.config import load_yaml
 from helpers.models import ROOT, profile
-from helpers.workspace import StaleArtifact, Workspace
+from helpers.workspace import StaleArtifact, StorageError, Workspace
 
 SHAPE = models.shape("mistral-7b-v0.3")
 T4 = hardware.machine("t4")
@@ -130,6 +131,18 @@ def test_a_lasting_folder_that_takes_nothing_is_said_and_stops_nothing(machine, 
     choices.keep(opened, profile("tiny", rank=32), "in notebook 1")
     assert "NOT KEPT" in capsys.readouterr().out
     assert load_yaml(opened.root / "plan.yaml", start=profile("tiny")).adapter.rank == 32
+
+
+def test_a_drive_that_hiccups_loses_no_choice_and_one_that_is_gone_starts_nothing(machine, tmp_path, monkeypatch):
+    monkeypatch.setenv("RECIPES_PATIENCE_S", "0")
+    with faults.injecting(tmp_path / "drive", seed=1, share=1.0, log=tmp_path / "log"):
+        choices.keep(machine("one"), profile("tiny", rank=32), "in notebook 1")
+        second = machine("two")
+        assert choices.start(second, profile("tiny")).adapter.rank == 32
+    failed = {event.operation for event in faults.injected(tmp_path / "log") if event.path.endswith("/plan.yaml")}
+    assert failed & {"stat", "open", "read"} and "rename" in failed
+    with faults.injecting(tmp_path / "drive", broken="read"), pytest.raises(StorageError, match="cannot be reached"):
+        choices.start(second, profile("tiny"))
 
 
 def budget_config(capfd, *flags) -> dict:

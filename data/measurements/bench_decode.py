@@ -226,8 +226,11 @@ def write_gptq(job: dict) -> None:
     whole = model_config(job).to_dict() | {"quantization_config": settings, "torch_dtype": "float16"}
     (folder / "config.json").write_text(json.dumps(whole), encoding="utf-8")
 
-    def codes(*size: int):
-        return torch.randint(-(2**31), 2**31 - 1, size, dtype=torch.int32, device=device, generator=generator)
+    def codes(rows: int, columns: int):
+        """Eight codes of 1 … 15 in each int32, their mean is the zero of 8: a shift would add up in products."""
+        drawn = torch.randint(1, 16, (8, rows, columns), dtype=torch.int64, device=device, generator=generator)
+        packed = sum(drawn[place] << 4 * place for place in range(8))
+        return torch.where(packed < 2**31, packed, packed - 2**32).int()
 
     def normal(*size: int):
         return torch.randn(size, device=device, generator=generator).mul_(0.02).half()
@@ -245,7 +248,7 @@ def write_gptq(job: dict) -> None:
             spread = 0.5 + torch.rand((inputs // GROUP, outputs), device=device, generator=generator)
             tensors[f"{module}.qweight"] = codes(inputs // 8, outputs)
             tensors[f"{module}.qzeros"] = torch.full((inputs // GROUP, outputs // 8), 0x77777777, dtype=torch.int32)
-            tensors[f"{module}.scales"] = (spread * 0.02 / 4.6).half()  # codes of 0..15 less 8 spread by 4.6
+            tensors[f"{module}.scales"] = (spread * 0.02 / 4.3).half()  # codes of 1..15 less 8 spread by 4.3
             tensors[f"{module}.g_idx"] = torch.arange(inputs, dtype=torch.int32) // GROUP
         groups.append(tensors)
     place = {}
