@@ -32,9 +32,10 @@ $(VENV)/ready: $(REQUIREMENTS)
 	@$(PIP) install --no-deps -r requirements-gptq.txt
 	@touch $@
 
-# What tests hold ours to: Mistral's own tokenizers
-$(VENV)/reference: requirements-reference.txt $(VENV)/ready
+# What tests hold ours to: Mistral's own tokenizers; and a Triton that only the kernels' test sees
+$(VENV)/reference: requirements-reference.txt requirements-triton.txt $(VENV)/ready
 	@$(PIP) install --no-deps -r requirements-reference.txt
+	@$(PIP) install --no-deps --upgrade --target $(VENV)/triton -r requirements-triton.txt
 	@touch $@
 
 run: setup

@@ -9,6 +9,7 @@ Two ways of computing a layer are known here:
   data/measurements/README.md.
 """
 
+from helpers import families
 from helpers.config import RunConfig
 from helpers.models import ModelShape
 
@@ -16,8 +17,8 @@ HALF, FULL = 2, 4
 """Bytes of an fp16 (or bf16) and of an fp32 value."""
 MLP_TOKENS = 4096
 """Tokens that go through our own MLP at once (helpers/layers.py): enough to keep matrix products at full rate."""
-HOST_BYTES = 6 * 2**30
-"""Host memory for offloaded inputs, at most: half of a free Colab's. What is beyond it stays on the card."""
+CHUNK_BYTES = 64 * 2**20
+"""Pinned host memory is taken in pieces of so many bytes: PyTorch rounds each up to a power of two, and keeps it."""
 LOGITS_AT_ONCE = 2**24
 """Logits that our own chunked loss (helpers/losses.py) makes at once."""
 LOSS_TOKENS, LOSS_WORDS = 4096, 32768
@@ -37,17 +38,18 @@ def checked_layers(shape: ModelShape, config: RunConfig) -> int:
 
 
 def way(shape: ModelShape, config: RunConfig) -> str:
-    """How layers compute: "own" where helpers/layers.py can (its why_not says where), else "liger" or "plain"."""
-    asked = config.train.kernels
-    if asked != "own":
-        return asked
-    plain = config.adapter.dropout or config.adapter.dora or config.model.upcast or config.model.weights == "int8"
-    return "plain" if plain or shape.experts > 1 or config.model.attention != "efficient" else "own"
+    """How layers compute, as helpers/families.py decides: "own", or transformers' layers, "liger" or "plain".
+
+    Liger's kernels were measured on layers like Llama's; on others they are counted as plain, the safe side.
+    """
+    if families.layers(shape.family, config).computes == "own":
+        return "own"
+    return "liger" if config.train.kernels == "liger" and not shape.family.not_own else "plain"
 
 
 def attention_kernel(shape: ModelShape, config: RunConfig) -> str:
-    """efficient, math or eager. SDPA falls to math only where queries share keys and values (FACTS' trap 2)."""
-    asked = config.model.attention
+    """efficient, math or eager. SDPA falls to math only where queries share keys and values."""
+    asked = families.attention(shape.family, config.model.attention).kernel
     return "efficient" if asked == "math" and shape.kv_heads == shape.heads else asked
 
 
@@ -97,18 +99,20 @@ def kept_by_layer(shape: ModelShape, config: RunConfig) -> dict[str, float]:
         }
     dense, fused = stream_bytes(config), way(shape, config) == "liger"
     targets = config.adapter.target_modules
-    read = {"down_proj": inner, "o_proj": queries}
+    read = {"down_proj": inner, "c_proj": inner, "o_proj": queries}
     inputs = {name: read.get(name, hidden) for name in targets}
     if config.adapter.dropout:  # a mask of one byte and the dropped input, for each adapter
         adapters = sum(inputs.values()) * (HALF + 1)
     elif dense == FULL:  # an fp16 copy each; o_proj shares attention's output
         adapters = HALF * sum(size for name, size in inputs.items() if name != "o_proj")
     else:  # q, k and v share theirs, gate and up too
-        groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
+        groups = (("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj", "c_fc"))
+        groups += (("down_proj", "c_proj"),)
         adapters = HALF * sum(max((inputs.get(n, 0) for n in group), default=0) for group in groups)
     attention = 3 * queries * (FULL if attention_kernel(shape, config) == "math" else HALF)
+    normed = shape.family.norms * hidden + (queries + keys if shape.family.head_norms else 0)
     return {
-        "norm inputs": 2 * hidden * (dense if fused else FULL) + (0 if fused or dense == FULL else 2 * hidden * HALF),
+        "norm inputs": normed * (dense if fused else FULL) + (0 if fused or dense == FULL else normed * HALF),
         "adapter inputs": adapters,
         "adapter products": HALF * config.adapter.rank * len(targets),
         "queries, keys, values, output": attention + queries * HALF + statistics,
@@ -119,9 +123,10 @@ def kept_by_layer(shape: ModelShape, config: RunConfig) -> dict[str, float]:
 def kept(shape: ModelShape, config: RunConfig) -> float:
     """Bytes that one unchecked layer keeps of a micro-batch: activations, scores and adapters cast to 16 bits.
 
-    Scores: math keeps a softmax in fp32, eager that and its fp16 copy.
+    Scores: math keeps a softmax in fp32, eager that and its fp16 copy, and where scores are capped a tanh in fp16.
     """
     scores = {"efficient": 0.0, "math": 1.0, "eager": 1.5}[attention_kernel(shape, config)]
+    scores += 0.5 if shape.family.attention_cap else 0.0
     casts = 0.0 if way(shape, config) == "own" else adapter_casts(shape, config) / shape.layers
     return tokens_of(config) * sum(kept_by_layer(shape, config).values()) + scores * score_bytes(shape, config) + casts
 
@@ -145,7 +150,28 @@ def offloaded_layers(shape: ModelShape, config: RunConfig) -> int:
     layers = checked_layers(shape, config) if config.train.offload_activations else 0
     if way(shape, config) != "own":
         return layers
-    return min(layers, int(HOST_BYTES // (tokens_of(config) * shape.hidden * stream_bytes(config))))
+    return min(layers, host_room(config) // input_bytes(shape, config))
+
+
+def input_bytes(shape: ModelShape, config: RunConfig) -> int:
+    """Bytes of one layer's input."""
+    return tokens_of(config) * shape.hidden * stream_bytes(config)
+
+
+def host_room(config: RunConfig) -> int:
+    """Bytes of host memory that offloaded inputs may take: as many whole chunks as config.train.offload_gib holds.
+
+    >>> from helpers.models import profile
+    >>> host_room(profile("mistral-7b", offload_gib=0.2)) // CHUNK_BYTES
+    3
+    """
+    return int(config.train.offload_gib * 2**30) // CHUNK_BYTES * CHUNK_BYTES
+
+
+def offloaded_bytes(shape: ModelShape, config: RunConfig) -> int:
+    """Bytes of host memory that offloaded inputs take: by our own layers in whole chunks, one after another."""
+    size = offloaded_layers(shape, config) * input_bytes(shape, config)
+    return -(-size // CHUNK_BYTES) * CHUNK_BYTES if way(shape, config) == "own" else size
 
 
 def kept_while_offloading(shape: ModelShape, config: RunConfig) -> float:
@@ -179,7 +205,7 @@ def forward_work(shape: ModelShape, config: RunConfig, checked: bool) -> float:
     if not checked:  # the last product of the last layer
         return weight + tokens * dense * hidden
     products = weight + tokens * dense * (2 * hidden + 2 * inner)
-    adapted = {"gate_proj", "up_proj"} & set(config.adapter.target_modules)
+    adapted = {"gate_proj", "up_proj", "gate_up_proj", "c_fc"} & set(config.adapter.target_modules)
     wide = (4 * HALF if dense == HALF else 3 * FULL + HALF) if adapted else 3 * dense
     adding = tokens * (2 * hidden * dense + wide * inner)
     factor = {"efficient": 0.0, "math": 2.29, "eager": 1.84}[attention_kernel(shape, config)]
@@ -240,7 +266,8 @@ def loss_work(shape: ModelShape, config: RunConfig) -> tuple[float, float]:
     """Bytes of logits and loss at their fullest: (in the forward pass, in the backward pass).
 
     full: logits in fp16, in fp32 and their log-softmax; backward: two gradients in fp32 and the log-softmax. chunked:
-    a tile at a time. fused: Liger's fused linear cross-entropy (https://arxiv.org/abs/2410.10989).
+    a tile at a time. fused: Liger's fused linear cross-entropy (https://arxiv.org/abs/2410.10989). An fp32 head is
+    copied to 16 bits for its products (chunked: so many words at a time); a cap keeps its slope of a piece in fp32.
     """
     tokens, dense, hidden, words = tokens_of(config), stream_bytes(config), shape.hidden, shape.vocab
     if config.train.loss == "full":
@@ -249,7 +276,7 @@ def loss_work(shape: ModelShape, config: RunConfig) -> tuple[float, float]:
         return head + forward, head + tokens * (words * 3 * FULL + hidden * dense)
     if way(shape, config) == "own" or config.train.loss == "fused":
         piece = min(tokens * words, LOGITS_AT_ONCE)
-        both = 10 * piece + tokens * hidden * 4 * HALF
+        both = (14 if shape.family.logits.cap else 10) * piece + tokens * hidden * 4 * HALF
         return both, max(both, final_norm_work(shape, config))
     tile = min(tokens, LOSS_TOKENS) * min(words, LOSS_WORDS) * HALF
     head = min(words, LOSS_WORDS) * hidden * HALF if dense == FULL else 0

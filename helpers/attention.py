@@ -14,7 +14,23 @@ from typing import Any, NamedTuple
 
 import torch
 
+from helpers.families import KINDS
+
 NAME = "efficient"
+UNIMPORTANT = {
+    "position_ids",
+    "use_cache",
+    "cache_position",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "logits_to_keep",
+    "return_dict",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+}
+"""Arguments that transformers' layers hand on and that change nothing here."""
 
 
 def register() -> str:
@@ -32,23 +48,55 @@ def mask(
     q_length: int,
     kv_length: int,
     attention_mask: torch.Tensor | None = None,
+    mask_function: Callable | None = None,
+    local_size: int | None = None,
     allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """transformers' boolean mask (batch, 1, query, key); None where `attention` needs none: no cache and no padding."""
-    from transformers.masking_utils import sdpa_mask
+    """transformers' boolean mask (batch, 1, query, key); None where `attention` needs none: no cache and no padding.
 
+    None means causal to `attention`, or causal within the window that its layer hands over: any other mask_function
+    (chunks, looking ahead) gets its mask, whatever transformers may skip for functions that know what None stands for.
+    """
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    mask_function = mask_function or causal_mask_function
+    usual = mask_function is causal_mask_function
     whole = attention_mask is None or bool(attention_mask.all())
     if allow_is_causal_skip and q_length == kv_length and whole:
-        return None
+        kind = KINDS.get(getattr(kwargs.get("config"), "model_type", ""))
+        handed = kind is not None and kind.window and kind.hands_window
+        if usual or (handed and is_window(mask_function, local_size, kv_length, kwargs.get("device"))):
+            return None
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
         attention_mask=attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip,
+        mask_function=mask_function,
+        local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip and usual,
+        allow_is_bidirectional_skip=False,
         **kwargs,
     )
+
+
+def is_window(mask_function: Callable, window: int | None, tokens: int, device: Any = None) -> bool:
+    """Whether a mask function lets each token look at itself and at those before it, at most `window` of them.
+
+    Asked at both ends of every token's window and one past each: tokens × 5 answers, not tokens².
+    """
+    if window is None:
+        return False
+    queries = torch.arange(tokens, device=device)
+    back = torch.tensor([-1, 0, 1, window - 1, window], device=device)[:, None]
+    keys = queries - back  # (5, tokens)
+    there = (keys >= 0) & (keys < tokens)
+    keys = keys.clamp(0, tokens - 1)
+    first = torch.zeros_like(keys)
+    seen = mask_function(first, first, queries.expand_as(keys), keys)
+    return bool(((seen == (back >= 0) & (back < window)) | ~there).all())
 
 
 def attention(
@@ -61,13 +109,22 @@ def attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention. query: (batch, heads, new, head_dim); key, value: (batch, kv_heads, all, head_dim).
 
     attention_mask: (batch, 1, new, all), True where it may look, or None for plain causal attention. Returns
-    (batch, new, heads, head_dim).
+    (batch, new, heads, head_dim). Raises ValueError for what it cannot compute, rather than leave it out.
     """
+    unknown = [name for name, value in kwargs.items() if value is not None and name not in UNIMPORTANT]
+    if unknown:
+        raise ValueError(
+            f"attention=efficient knows no {unknown[0]}, which {type(module).__name__} asks for: set attention=eager"
+        )
+    looks_ahead = is_causal is False or not getattr(module, "is_causal", True)
+    if attention_mask is None and looks_ahead and query.shape[2] > 1:
+        raise ValueError(f"attention=efficient is causal, and {type(module).__name__} looks ahead: set attention=eager")
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     inputs = (query, key, value)
     dot = partial(torch.nn.functional.scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
@@ -116,12 +173,11 @@ def forward(
     kernel = kernel_for(query)
     bounds, longest = packing or (None, query.shape[1])
     if kernel == "flash":
-        left, right = (-1 if window is None else window - 1), 0
         out, *stats = torch.ops.aten._flash_attention_forward(
-            query, key, value, bounds, bounds, longest, longest, 0.0, True, False,
-            window_size_left=left, window_size_right=right,
+            *for_flash(packing, query, key, value), bounds, bounds, longest, longest, 0.0, True, False,
+            window_size_left=-1 if window is None else window - 1, window_size_right=0,
         )  # fmt: skip
-        return out, tuple(stats[:3])
+        return out.view(query.shape), tuple(stats[:3])
     if kernel == "memory-efficient":
         heads = query.shape[2]
         out, *stats = torch.ops.aten._efficient_attention_forward(
@@ -147,11 +203,11 @@ def backward(
     bounds, longest = packing or (None, query.shape[1])
     if kernel == "flash":
         lse, rng, unused = stats
-        left, right = (-1 if window is None else window - 1), 0
-        return torch.ops.aten._flash_attention_backward(
-            grad, query, key, value, out, lse, bounds, bounds, longest, longest, 0.0, True, rng, unused,
-            window_size_left=left, window_size_right=right,
+        grads = torch.ops.aten._flash_attention_backward(
+            *for_flash(packing, grad, query, key, value, out), lse, bounds, bounds, longest, longest, 0.0, True,
+            rng, unused, window_size_left=-1 if window is None else window - 1, window_size_right=0,
         )  # fmt: skip
+        return tuple(part.view(whole.shape) for part, whole in zip(grads, (query, key, value), strict=True))
     if kernel == "memory-efficient":
         lse, seed, offset = stats
         heads = query.shape[2]
@@ -164,6 +220,14 @@ def backward(
     with torch.enable_grad():
         leaves = [states.detach().requires_grad_() for states in (query, key, value)]
         return torch.autograd.grad(through_sdpa(*leaves, bounds, window), leaves, grad)
+
+
+def for_flash(packing: Packing | None, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(batch, tokens, heads, head_dim) as the flash operators want it: with bounds (tokens, heads, head_dim).
+
+    The memory-efficient ones keep the batch axis with bounds too (aten/src/ATen/native/transformers/cuda/attention.cu).
+    """
+    return states if packing is None else tuple(part.flatten(0, 1) for part in states)
 
 
 def kernel_for(query: torch.Tensor) -> str:

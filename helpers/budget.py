@@ -8,10 +8,10 @@
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 
-from helpers import activations, host, pace, planning, vram
+from helpers import activations, families, host, pace, placement, planning, vram
 from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape
@@ -75,6 +75,8 @@ class Budget:
     time: Time
     fits: bool
     reasons: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """What an evaluation does otherwise than one would expect, where the machine is small."""
 
 
 @dataclass(frozen=True)
@@ -91,24 +93,36 @@ class DoesNotFit(ValueError):
 
 
 def budget(
-    config: RunConfig, shape: ModelShape, machine: Machine, stage: str = "train", tokens_in_dataset: int | None = None
+    config: RunConfig,
+    shape: ModelShape,
+    machine: Machine,
+    stage: str = "train",
+    tokens_in_dataset: int | None = None,
+    evaluated: Mapping[str, str] = placement.EVALUATED,
 ) -> Budget:
     """VRAM, RAM, disk and hours of a stage on a machine.
 
-    tokens_in_dataset: of all conversations, cut to seq_len. Raises ValueError naming the field and its range.
+    tokens_in_dataset: of all conversations, cut to seq_len. evaluated: name -> kind (model, adapter, gptq) of the
+    models that an evaluation opens. Raises ValueError naming the field and its range.
     """
     refuse(config, shape, stage)
     stages = PARTS_OF_A_RUN if stage == "run" else (stage,)
-    each = (vram_of(config, shape, machine, part) for part in stages)
+    notes: tuple[str, ...] = ()
+    opened: tuple[placement.Placement, ...] = ()
+    if "inference" in stages:
+        evaluation = placement.plan(config, {name: (kind, shape) for name, kind in evaluated.items()}, machine)
+        opened, notes = tuple(evaluation.places.values()), evaluation.notes
+        config = evaluation.config
+    each = (vram_of(config, shape, machine, part, opened) for part in stages)
     memory = max(each, key=lambda found: found.process_gib - found.usable_gib)
-    rams = {part: host.ram(config, shape, machine, part) for part in stages}
+    rams = {part: ram_of(config, shape, machine, part, opened) for part in stages}
     ram_parts = max(rams.values(), key=lambda parts: sum(parts.values()))
     ram = Ram(sum(ram_parts.values()), machine.host.ram_gib, ram_parts)
     disk_parts = host.disk(config, shape, stage)
     disk = Disk(sum(disk_parts.values()), machine.host.disk_gib, disk_parts)
-    time = time_of(config, shape, machine, stages, tokens_in_dataset)
+    time = time_of(config, shape, machine, stages, tokens_in_dataset, opened)
     reasons = tuple(shortages(config, shape, machine, stage, memory, ram, disk))
-    return Budget(stage, machine, memory, ram, disk, time, not reasons, reasons)
+    return Budget(stage, machine, memory, ram, disk, time, not reasons, reasons, notes)
 
 
 def refuse(config: RunConfig, shape: ModelShape, stage: str) -> None:
@@ -119,26 +133,56 @@ def refuse(config: RunConfig, shape: ModelShape, stage: str) -> None:
         raise ValueError(
             f"seq_len must be at most {shape.max_context}, what {shape.name} was made for, not {config.data.seq_len}"
         )
-    unknown = [name for name in config.adapter.target_modules if name not in shape.linears]
-    if unknown:
-        raise ValueError(f"targets must be among {', '.join(shape.linears)}, all-linear or attention, not {unknown[0]}")
+    families.refuse(shape.family, shape.name, config.adapter.target_modules)
     activations.checked_layers(shape, config)
 
 
-def vram_of(config: RunConfig, shape: ModelShape, machine: Machine, stage: str) -> Vram:
-    """The largest moment of a stage; nothing without a card."""
+def vram_of(
+    config: RunConfig,
+    shape: ModelShape,
+    machine: Machine,
+    stage: str,
+    opened: tuple[placement.Placement, ...] = (),
+) -> Vram:
+    """The largest moment of a stage, of an evaluation with the largest of the models opened; nothing without a card."""
     if machine.gpu is None:
         return Vram(0.0, 0.0, 0.0, machine.vram_gib, machine.vram_gib, "", {})
-    moments = STAGE_MOMENTS[stage](shape, config, machine.gpu.capability)
+    capability = machine.gpu.capability
+    if stage != "inference":
+        return largest(config, shape, machine, stage, STAGE_MOMENTS[stage](shape, config, capability))
+    each = (
+        largest(config, shape, machine, stage, placement.vram_moments(found, config, shape, capability), found)
+        for found in counted(opened)
+    )
+    return max(each, key=lambda found: found.process_gib)
+
+
+def largest(
+    config: RunConfig,
+    shape: ModelShape,
+    machine: Machine,
+    stage: str,
+    moments: dict[str, dict[str, float]],
+    opened: placement.Placement | None = None,
+) -> Vram:
+    """The largest of a stage's moments (component -> bytes each), and what is taken beside the allocator's tensors."""
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = {name: size / GIB for name, size in moments[moment].items() if size}
     allocated = sum(parts.values())
     paged = vram.optimizer_states(shape, config)[1] / GIB if stage == "train" else 0.0
-    reserved = allocated + beyond_gib(config, shape, stage, allocated)
-    parts |= {"reserved beyond it": reserved - allocated} | ({"paged optimizer states": paged} if paged else {})
+    if opened:
+        beyond = placement.beyond_gib(opened, config, shape, allocated)
+    else:
+        beyond = beyond_gib(config, shape, stage, allocated)
+    parts |= {"reserved beyond it": beyond} | ({"paged optimizer states": paged} if paged else {})
     parts["CUDA context"] = machine.gpu.context_gib
     usable = planning.usable_gib(config, shape, machine, stage)
-    return Vram(allocated, reserved, sum(parts.values()), machine.vram_gib, usable, moment, parts)
+    return Vram(allocated, allocated + beyond, sum(parts.values()), machine.vram_gib, usable, moment, parts)
+
+
+def counted(opened: tuple[placement.Placement, ...]) -> tuple[placement.Placement, ...]:
+    """The models that are opened. A 16-bit model may be left out with a note; without any other, nothing fits."""
+    return tuple(found for found in opened if found.kind != "model" or not found.problem) or opened
 
 
 def beyond_gib(config: RunConfig, shape: ModelShape, stage: str, allocated_gib: float) -> float:
@@ -146,16 +190,42 @@ def beyond_gib(config: RunConfig, shape: ModelShape, stage: str, allocated_gib: 
     if stage == "train":
         return vram.beyond(shape, config) / GIB
     merge = 0.57 if host.merges_into_nf4(config) else 0.125  # NF4's row was measured before segments could grow
-    return allocated_gib * {"merge": merge, "quantize": 0.52, "inference": 0.055}[stage]
+    return allocated_gib * {"merge": merge, "quantize": 0.52}[stage]
+
+
+def ram_of(
+    config: RunConfig, shape: ModelShape, machine: Machine, stage: str, opened: tuple[placement.Placement, ...] = ()
+) -> dict[str, float]:
+    """Component -> GiB of host memory at a stage's peak, of an evaluation with the largest of the models opened."""
+    if stage != "inference":
+        return host.ram(config, shape, machine, stage)
+    each = (
+        host.ram(
+            config,
+            shape,
+            machine,
+            stage,
+            placement.vram_moments(found, config, shape),
+            placement.host_gib(found, shape),
+        )
+        for found in counted(opened)
+    )
+    return max(each, key=lambda parts: sum(parts.values()))
 
 
 def time_of(
-    config: RunConfig, shape: ModelShape, machine: Machine, stages: tuple[str, ...], tokens_in_dataset: int | None
+    config: RunConfig,
+    shape: ModelShape,
+    machine: Machine,
+    stages: tuple[str, ...],
+    tokens_in_dataset: int | None,
+    opened: tuple[placement.Placement, ...] = (),
 ) -> Time:
-    """Hours by part, and the sessions that they take."""
+    """Hours by part, and the sessions that they take; opened: the models of an evaluation, one after the other."""
     parts: dict[str, float] = {}
+    places = [found for found in opened if not found.problem]
     for stage in stages:
-        for name, hours in pace.stage_hours(config, shape, machine, stage, tokens_in_dataset).items():
+        for name, hours in pace.stage_hours(config, shape, machine, stage, tokens_in_dataset, places).items():
             parts[name] = max(parts.get(name, 0.0), hours) if name == "download" else parts.get(name, 0.0) + hours
     total = sum(parts.values())
     session_h = machine.host.session_h
@@ -177,6 +247,8 @@ def shortages(
             f"{work} needs a GPU for {shape.parameters / 1e9:.1f}e9 parameters, and {machine.name} has none: take one "
             "(in Colab: Runtime > Change runtime type > T4 GPU), or the profile tiny, made for a CPU"
         )
+    if machine.unusable:
+        reasons.append(f"{work} cannot run: {machine.unusable}")
     if machine.gpu and memory.process_gib > memory.usable_gib:
         remedy = planning.vram_remedy(config, shape, machine, stage, training_needs(shape, machine))
         near = memory.process_gib <= memory.limit_gib
@@ -196,6 +268,12 @@ def shortages(
             f"{work} needs {disk.peak_gib:.1f} GiB of disk, {machine.host.name} has {disk.limit_gib:.1f} free: "
             f"{planning.disk_remedy(config, disk.parts)}"
         )
+    written_gib, limit_gib = disk.peak_gib - disk.parts.get("base, 16 bits", 0.0), machine.host.kept_gib
+    if limit_gib is not None and written_gib > limit_gib:
+        reasons.append(
+            f"{work} writes {written_gib:.1f} GiB into the run's folder, and {machine.host.name} keeps {limit_gib:.1f} "
+            f"there: {planning.kept_remedy()}"
+        )
     return reasons
 
 
@@ -203,7 +281,29 @@ def plan(config: RunConfig, shape: ModelShape, machine: Machine) -> Plan:
     """The configuration that does the same and finishes first of those that fit (or, when none fits, comes nearest)."""
     refuse(config, shape, "train")
     chosen, reasons = planning.search(config, shape, machine, training_needs(shape, machine))
-    return Plan(chosen, budget(chosen, shape, machine), reasons)
+    said = families.fallbacks(shape.family, chosen)
+    return Plan(chosen, budget(chosen, shape, machine), (*reasons, *said))
+
+
+def plan_in(config: RunConfig, batch_size: int, shape: ModelShape, machine: Machine, continued: str) -> Plan:
+    """The plan in micro-batches of a given size, those of a checkpoint that is continued, as little recomputed as fits.
+
+    Where no way of computing them fits, the leanest, and its budget says by how much not.
+    """
+    refuse(config, shape, "train")
+    chosen = planning.in_batches(config, batch_size, shape, machine, training_needs(shape, machine))
+    split, found = (
+        f"micro-batches of {chosen.train.batch_size} × {chosen.train.accumulation}",
+        budget(chosen, shape, machine),
+    )
+    need, limit = found.vram.process_gib, found.vram.limit_gib
+    if machine.gpu and need > found.vram.usable_gib:
+        said = f"{continued} was made in {split}, which need at least {need:.1f} GiB of VRAM, this {machine.name} has"
+        remedy = "continue on a card with more, or start anew with resume='never'"
+        return Plan(chosen, replace(found, reasons=(f"{said} {limit:.1f}: {remedy}",)), ())
+    layers = f"{activations.checked_layers(shape, chosen)} of {shape.layers} layers are checkpointed"
+    memory = f", and {need:.1f} of {limit:.1f} GiB are needed" if machine.gpu else ""
+    return Plan(chosen, found, (f"{continued} was made in {split}, and training goes on in them: {layers}{memory}",))
 
 
 def requested(config: RunConfig, plan: Plan) -> RunConfig:
@@ -258,8 +358,6 @@ def against_measured(budget: Budget, measured: dict) -> list[dict]:
         "peak_allocated_gib": ("VRAM allocated, GiB", budget.vram.allocated_gib if on_gpu else 0.0, 1.0),
         "peak_reserved_gib": ("VRAM reserved, GiB", budget.vram.reserved_gib if on_gpu else 0.0, 1.0),
         "peak_anonymous_gib": ("RAM, GiB", budget.ram.peak_gib, 1.0),
-        "peak_host_gib": ("RAM, GiB", budget.ram.peak_gib, 1.0),
-        "peak_rss_gib": ("RAM with file pages, GiB", budget.ram.peak_gib, 1.0),
         "step_s": ("step, s", budget.time.step_s, 1.0),
         "train_s": ("training, s", 3600 * hours.get("training", 0.0), 1.0),
         "merge_s": ("merging, s", 3600 * hours.get("merging", 0.0), 1.0),
@@ -294,6 +392,7 @@ def to_json(budget: Budget, plan: Plan) -> dict:
         "time": asdict(budget.time),
         "fits": budget.fits,
         "reasons": list(budget.reasons),
+        "notes": list(budget.notes),
         "plan": asdict(plan.config),
         "plan_reasons": list(plan.reasons),
     }
@@ -310,6 +409,7 @@ def table(budget: Budget) -> str:
     lines.append(f"  {'RAM':<46}{budget.ram.peak_gib:6.2f} GiB of {budget.ram.limit_gib:.2f}")
     lines.append(f"  {'disk':<46}{budget.disk.peak_gib:6.2f} GiB of {budget.disk.limit_gib:.2f}")
     lines.append(f"  {'time':<46}{time_text(budget)}")
+    lines += [f"{note[0].upper()}{note[1:]}." for note in budget.notes]
     lines += [f"It does not fit: {reason}" for reason in budget.reasons] or ["It fits."]
     return "\n".join(lines)
 
@@ -327,7 +427,6 @@ STAGE_MOMENTS = {
     "train": vram.moments,
     "merge": vram.merging,
     "quantize": vram.quantization,
-    "inference": vram.inference,
 }
 STAGE_NAMES = {
     "train": "training",

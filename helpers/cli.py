@@ -5,19 +5,23 @@ Every field of RunConfig is a flag (`--rank 32`), on top of `--profile` and `--c
 """
 
 import argparse
+import ast
+import inspect
+import itertools
 import json
 import os
 import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 
-from helpers import budget, hardware, models
-from helpers.config import RunConfig, field_parts, load_yaml
-from helpers.workspace import Workspace, run_models
+from helpers import budget, choices, hardware, hub, models
+from helpers.config import DataConfig, RunConfig, field_parts, load_yaml
+from helpers.workspace import StorageError, Workspace, run_models
 
 DONE, FAILED, WRONG_REQUEST, DOES_NOT_FIT = 0, 1, 2, 3
 STAGE_HELP = {
@@ -29,6 +33,7 @@ STAGE_HELP = {
     "evaluate": "one table: base, fine-tuned, merged, GPTQ",
     "run": "all stages in order",
 }
+AFTER_TRAINING = ("merge", "quantize", "evaluate")
 OWN_FLAGS = {"quantize": {"model", "calibration"}, "merge": set()}
 """Fields of RunConfig whose flag a stage gives another meaning: there they name a folder or a file."""
 
@@ -39,11 +44,14 @@ def main(arguments: list[str] | None = None) -> int:
     with standard_output_for_result() as result_stream:
         try:
             status, result, text = STAGES[options.stage](options, configuration(options))
+        except StorageError as error:
+            print(f"{options.stage}: {error}", file=sys.stderr)
+            return FAILED
         except ValueError as error:
             print(f"{options.stage}: {error}", file=sys.stderr)
             if os.environ.get("RECIPES_DEBUG"):
                 traceback.print_exc()
-            return WRONG_REQUEST
+            return DOES_NOT_FIT if isinstance(error, budget.DoesNotFit) else WRONG_REQUEST
         except KeyboardInterrupt:
             print(f"{options.stage}: stopped; the same command continues where it can", file=sys.stderr)
             return FAILED
@@ -62,7 +70,7 @@ def standard_output_for_result() -> Iterator:
     saved = os.dup(1)
     os.dup2(2, 1)
     try:
-        with os.fdopen(os.dup(saved), "w", encoding="utf-8") as stream:
+        with os.fdopen(os.dup(saved), "w", encoding="utf-8") as stream, redirect_stdout(sys.stderr):
             yield stream
     finally:
         sys.stdout.flush()
@@ -82,14 +90,16 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="one JSON object on standard output, all else on stderr")
         if stage in ("budget", "finetune", "run"):
             sub.add_argument("--gpu", default="auto", help="auto (this machine), none, or a name: t4, l4, a100-40gb, …")
+        told = prepare_help() if stage == "prepare" else {}
         for field in setting_fields():
             if field.name in OWN_FLAGS.get(stage, set()) | {"profile"}:
                 continue
+            says = {"help": told.get(field.name, argparse.SUPPRESS)} if stage == "prepare" else {}
             flag = "--" + field.name.replace("_", "-")
             if field.type is bool:
-                sub.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+                sub.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, **says)
             else:
-                sub.add_argument(flag, default=None, metavar=field.name.upper())
+                sub.add_argument(flag, default=None, metavar=field.name.upper(), **says)
         for name, how in EXTRA_FLAGS[stage].items():
             sub.add_argument(name, **how)
     return top
@@ -101,7 +111,7 @@ EXTRA_FLAGS: dict[str, dict[str, dict]] = {
         "--verify": {"action": "store_true", "help": "run a few real steps on this GPU: predicted against measured"},
     },
     "prepare": {
-        "--input": {"help": "a file or hub dataset (default: the profile's)"},
+        "--input": {"help": "a file, a folder, a zip or a hub dataset (default: the profile's)"},
         "--output": {"type": Path, "help": "folder to write (default: the run's)"},
     },
     "finetune": {
@@ -128,6 +138,25 @@ EXTRA_FLAGS: dict[str, dict[str, dict]] = {
 }
 
 
+def prepare_help() -> dict[str, str]:
+    """Field -> help of the settings that prepare reads: the docstrings of DataConfig, and the tokenizer's two.
+
+    >>> prepare_help()["seq_len"]
+    'The context: tokens of one training sequence, at most.'
+    """
+    body = ast.parse(textwrap.dedent(inspect.getsource(DataConfig))).body[0].body
+    told = {
+        before.target.id: " ".join(after.value.value.split()).replace("%", "%%")
+        for before, after in itertools.pairwise(body)
+        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    }
+    return told | {
+        "model": "whose tokenizer: a hub id or a folder",
+        "revision": "of the model on the hub",
+        "seed": "of a sample, where max_conversations asks for one",
+    }
+
+
 def setting_fields() -> list:
     """All fields of RunConfig and its parts that are settings."""
     parts = {field.name: field.type for field in fields(RunConfig)}
@@ -138,18 +167,35 @@ def setting_fields() -> list:
 
 
 def configuration(options: argparse.Namespace) -> RunConfig:
-    """Profile, then YAML, then flags; in a run's folder the last stage's own configuration stands for the profile.
+    """Profile, then what was chosen last in the run's folder, then `--config`, then flags.
 
     Raises ValueError naming what is wrong.
     """
-    config = models.profile(options.profile or "mistral-7b")
-    if options.profile is None and options.workspace:
-        made = [options.workspace / stage / "config.yaml" for stage in ("finetune", "prepare")]
-        config = next((load_yaml(path) for path in made if path.is_file()), config)
+    config = starting_point(options)
     if options.config:
         config = load_yaml(options.config, start=config)
     given = {field.name: getattr(options, field.name, None) for field in setting_fields() if field.name != "profile"}
     return config.with_values(**{name: flag_value(value) for name, value in given.items() if value is not None})
+
+
+def starting_point(options: argparse.Namespace) -> RunConfig:
+    """The profile with what was chosen last in the run's folder; for what comes after training, what was trained with.
+
+    A folder in which nothing was chosen, and no profile named, starts as its last stage did. A budget is of no run
+    unless `--workspace` says so.
+    """
+    named = options.profile or "mistral-7b"
+    if options.workspace is None and options.stage == "budget":
+        return models.profile(named)
+    run = Workspace(options.workspace or Path("runs") / named)
+    chosen = choices.last(run)
+    stages = () if chosen else ("finetune", "prepare")
+    if options.stage in AFTER_TRAINING:
+        stages = ("finetune", *stages)
+    made = [path for path in (run.folder(stage) / "config.yaml" for stage in stages) if path.is_file()]
+    if made and options.profile is None:
+        return load_yaml(made[0])
+    return choices.start(run, models.profile(options.profile or chosen.get("profile", named)))
 
 
 def flag_value(text: str | bool) -> object:
@@ -181,7 +227,7 @@ Outcome = tuple[int, dict, str]
 
 def run_budget(options: argparse.Namespace, config: RunConfig) -> Outcome:
     """What it needs; exit 3 when it does not fit."""
-    shape, machine = models.shape(config.model.model), machine_of(options)
+    shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
     plan = budget.plan(config, shape, machine)
     estimate = budget.budget(budget.requested(config, plan), shape, machine, stage=options.budget_stage)
     result = budget.to_json(estimate, plan)
@@ -197,22 +243,30 @@ def run_budget(options: argparse.Namespace, config: RunConfig) -> Outcome:
 def run_prepare(options: argparse.Namespace, config: RunConfig) -> Outcome:
     from helpers import data
 
-    output = options.output or workspace_of(options, config).folder("prepare")
-    return done("prepare", output, data.prepare(config, output, source=options.input))
+    run = workspace_of(options, config)
+    output = options.output or run.folder("prepare")
+    made = data.prepare(config, output, source=options.input)
+    if options.output is None:
+        choices.keep(run, config, "by python -m helpers prepare")
+    lines = [f"  {what}: {value}" for what, value in data.summary(made)]
+    lines += [f"  finding: {row['sentence']}" for row in made["findings"]]
+    return DONE, {"output": str(output), **made}, "\n".join([f"prepare done: {output}", *lines])
 
 
 def run_finetune(options: argparse.Namespace, config: RunConfig) -> Outcome:
     from helpers import finetune
 
     run = workspace_of(options, config)
-    shape, machine = models.shape(config.model.model), machine_of(options)
-    plan = budget.plan(config, shape, machine)
+    shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
+    output = options.output or run.folder("finetune")
+    plan = finetune.plan(config, output, machine, options.resume)
     chosen = budget.requested(config, plan)
-    estimate = budget.budget(chosen, shape, machine)
+    estimate = plan.budget if chosen == plan.config else budget.budget(chosen, shape, machine)
     if not estimate.fits:
         return DOES_NOT_FIT, budget.to_json(estimate, plan), "\n".join(estimate.reasons)
-    output = options.output or run.folder("finetune")
     prepared = options.prepared or run.folder("prepare")
+    if options.output is None:
+        choices.keep(run, config, "by python -m helpers finetune")
     return done("finetune", output, finetune.finetune(chosen, prepared, output, resume=options.resume))
 
 
@@ -222,19 +276,24 @@ def run_merge(options: argparse.Namespace, config: RunConfig) -> Outcome:
     run = workspace_of(options, config)
     output = options.output or run.folder("merge")
     adapter = options.adapter or run.folder("finetune") / "adapter"
-    return done("merge", output, merge.merge(options.base or config.model.model, adapter, output, config.merge))
+    base = options.base or config.model.model
+    revision = options.revision or (config.model.revision if base == config.model.model else None)
+    return done("merge", output, merge.merge(base, adapter, output, config.merge, revision))
 
 
 def run_quantize(options: argparse.Namespace, config: RunConfig) -> Outcome:
     from helpers import quantize
 
     run = workspace_of(options, config)
-    if options.calibration in ("own", "general", "both"):
-        config = config.with_values(calibration=options.calibration)
-    own = options.calibration if options.calibration not in (None, "own", "general", "both") else run.folder("prepare")
     output = options.output or run.folder("quantize")
     merged = options.merged or run.folder("merge")
-    return done("quantize", output, quantize.quantize(merged, output, config.quantize, Path(own)))
+    if not merged.exists() and len(merged.parts) == 2 and not merged.is_absolute():
+        merged = hub.snapshot(str(merged), config.model.revision)
+    try:
+        figures = quantize.quantize(merged, output, config.quantize, run.folder("prepare"))
+    except quantize.BrokenResult as error:
+        return FAILED, {"failed": str(error)}, f"quantize: {error}"
+    return done("quantize", output, figures)
 
 
 def run_evaluate(options: argparse.Namespace, config: RunConfig) -> Outcome:
@@ -259,10 +318,12 @@ def name_and_folder(pair: str) -> tuple[str, str]:
 
 def run_all(options: argparse.Namespace, config: RunConfig) -> Outcome:
     """Every stage in order, each from the folder that the last one wrote."""
-    absent = dict.fromkeys(
-        ("input", "output", "prepared", "base", "adapter", "merged", "calibration", "models", "data")
-    )
+    absent = dict.fromkeys(("input", "output", "prepared", "base", "adapter", "merged", "models", "data"))
     options = argparse.Namespace(**(absent | vars(options)))
+    if config.quantize.calibration not in ("own", "general", "both"):
+        from helpers import quantize
+
+        quantize.calibration_sets(config.quantize, [])  # a file that is not there is missed now, not after the training
     outcome: Outcome = (DONE, {}, "")
     for stage in ("prepare", "finetune", "merge", "quantize", "evaluate"):
         print(f"== {stage}", file=sys.stderr, flush=True)

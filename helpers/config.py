@@ -22,7 +22,11 @@ from pydantic.dataclasses import dataclass
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 
+OWN_SOURCE, FIRST_RUN = "HuggingFaceH4/ultrachat_200k", 2000
+
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+CHOSEN = "chosen"
+"""In a file of settings: who chose them and when, no setting itself."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 
@@ -76,20 +80,39 @@ class AdapterConfig:
 class DataConfig:
     """Conversations in: from where, how long, what is held out."""
 
-    source: str = "HuggingFaceH4/ultrachat_200k"
-    """A file, a folder's file, or a hub dataset."""
+    source: str = OWN_SOURCE
+    """A file, a folder, a zip, or a hub dataset (owner/name, owner/name:configuration)."""
     source_split: str = "train_sft"
+    """Of a hub dataset, and of a folder whose files are named after splits; train where there is none of this name."""
     source_format: Literal[
-        "auto", "messages", "sharegpt", "alpaca", "prompt-completion", "flattened-text", "plain-text"
-    ] = "auto"
+        "auto", "messages", "sharegpt", "alternating", "alpaca", "prompt-completion", "flattened-text", "plain-text",
+        "preference", "export",
+    ] = "auto"  # fmt: skip
+    """How rows are read; auto: recognised by their fields."""
+    columns: str = ""
+    """Whose field is which: `user=Question,assistant=Answer,system=…`; also context, history, messages, text."""
+    use: Literal["auto", "chosen", "pairs"] = "auto"
+    """Of preference data: chosen trains on the better answers, pairs keeps both for a preference method."""
     seq_len: Annotated[int, Field(ge=16, le=1_048_576, strict=True)] = 1024
     """The context: tokens of one training sequence, at most."""
-    max_conversations: Count | None = None
+    max_conversations: Literal["auto", "all"] | Count | None = "auto"
+    """auto: 2,000 of the profile's own hub dataset, for a first run of an afternoon, and all of anything else."""
     heldout_fraction: Fraction = 0.02
+    """Share of the conversations that is not trained on, chosen by their content."""
     heldout_source: str | None = None
     """A file of its own for the held-out conversations; then heldout_fraction is not used."""
     on_finding: str = ""
     """What to do instead of the default about a finding of the checks: `near-duplicate=drop,leaked-template=keep`."""
+
+    def cap(self, source: str | None = None) -> int | None:
+        """How many conversations of a source are used, at most; None: all.
+
+        >>> DataConfig().cap(), DataConfig().cap("mine.jsonl"), DataConfig(max_conversations=50).cap("mine.jsonl")
+        (2000, None, 50)
+        """
+        if self.max_conversations == "auto":
+            return FIRST_RUN if (source or self.source) == OWN_SOURCE else None
+        return None if self.max_conversations == "all" else self.max_conversations
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -114,6 +137,8 @@ class TrainConfig:
     """Layers that recompute keep attention's result: 16 instead of 8 KiB a token at 7B, and it is never repeated."""
     offload_activations: bool = False
     """Keep the inputs of checkpointed layers in host memory."""
+    offload_gib: Annotated[float, Field(ge=0, le=1024)] = 6.0
+    """Host memory that these may take, at most; half of what is free where that is less. The rest stays on the card."""
     loss: Literal["chunked", "fused", "full"] = "chunked"
     kernels: Literal["own", "liger", "plain"] = "own"
     """own: helpers/layers.py where it can compute the model, else transformers' layers; liger, plain: those always."""
@@ -147,7 +172,8 @@ class QuantizeConfig:
     symmetric: bool = True
     act_order: bool = False
     """Quantize columns by falling activation size: a little better, slower to decode on old kernels."""
-    calibration: Literal["own", "general", "both"] = "own"
+    calibration: str = "own"
+    """own, general, both, or a file of conversations or text to use instead of the run's own."""
     calibration_samples: Count = 128
     calibration_tokens: Count = 512
 
@@ -211,6 +237,16 @@ def field_parts() -> dict[str, str]:
         else:
             parts[outer.name] = ""
     return parts
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Field name -> value, whatever its part.
+
+    >>> flat(RunConfig())["rank"]
+    16
+    """
+    tree = asdict(config)
+    return {name: (tree[part] if part else tree)[name] for name, part in field_parts().items()}
 
 
 def from_tree(tree: dict) -> RunConfig:
@@ -281,18 +317,33 @@ def load_yaml(path: Path | str, start: RunConfig | None = None) -> RunConfig:
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = yaml_tree(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         raise ValueError(f"there is no configuration file {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold settings as `name: value`, not a {type(tree).__name__}")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    return with_settings(tree, path, start or RunConfig())
+
+
+def with_settings(tree: dict[str, Any], path: Path, start: RunConfig) -> RunConfig:
+    """A configuration with what a YAML file holds. Raises ValueError naming the file and the field."""
     parts = {name for name in field_parts().values() if name}
     values: dict[str, Any] = {}
     for name, value in tree.items():
         values |= value if name in parts and isinstance(value, dict) else {name: value}
+    values.pop(CHOSEN, None)
     try:
-        return (start or RunConfig()).with_values(**values)
+        return start.with_values(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def yaml_tree(text: str, path: Path) -> dict[str, Any]:
+    """A YAML file's text as a dict. Raises ValueError naming the file."""
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold settings as `name: value`, not a {type(tree).__name__}")
+    return tree

@@ -2,8 +2,9 @@
 
 import os
 import statistics
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,16 @@ def disk_bytes(name: str | Path) -> int | None:
         return None
 
 
-def speed(loaded: Loaded) -> dict[str, float]:
+def speed(loaded: Loaded) -> dict[str, float | None]:
     """Greedy decoding of random prompts, which it may not end, and reading of prompts; medians of three.
 
     first_token_s: from the call to the first new token, prompt of prompt_tokens; decode: tokens after the first, of
-    all rows, a second; prompt_tokens_per_s: what the first token's time makes of the prompt.
+    all rows, a second; prompt_tokens_per_s: what the first token's time makes of the prompt. By the clock a fast card
+    waits for Python; gpu_ms_per_token is what its kernels take for a token of one answer (None without a GPU).
     """
     prompt = min(PROMPT_TOKENS, loaded.context // 2)
     new = min(NEW_TOKENS, loaded.context - prompt)
-    figures: dict[str, float] = {"prompt_tokens": prompt}
+    figures: dict[str, float | None] = {"prompt_tokens": prompt, "gpu_ms_per_token": gpu_ms_per_token(loaded, prompt)}
     for batch in BATCHES:
         decode_times(loaded, batch, prompt, 4)  # kernels are chosen and compiled at the first call
         runs = [decode_times(loaded, batch, prompt, new) for _ in range(REPEATS)]
@@ -47,6 +49,42 @@ def speed(loaded: Loaded) -> dict[str, float]:
         else:
             figures |= {f"tokens_per_s_batch_{batch}": rate}
     return figures
+
+
+def gpu_ms_per_token(loaded: Loaded, prompt: int, batch: int = 1) -> float | None:
+    """Milliseconds that the GPU's kernels take for one decoding step, without its waiting; None without a GPU.
+
+    Two answers that differ only in length are profiled: what a prompt costs, and starting, is in both.
+    """
+    import torch
+
+    if torch.device(loaded.model.device).type != "cuda":
+        return None
+    most = min(NEW_TOKENS, loaded.context - prompt)
+    few = max(1, most // 4)
+    decode_times(loaded, batch, prompt, few)  # kernels are chosen and compiled at the first call
+    busy_ms = {}
+    for new in (few, most):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            decode_times(loaded, batch, prompt, new)
+            wait(loaded.model.device)
+        busy_ms[new] = kernel_ms(profiler.events())
+    return (busy_ms[most] - busy_ms[few]) / (most - few) if most > few else None
+
+
+def kernel_ms(events: Iterable[Any]) -> float:
+    """Summed time of what ran on the GPU, without copies from and to the host, which run beside it.
+
+    Device time of profiler events is in microseconds.
+    """
+    import torch
+
+    return sum(
+        event.device_time / 1e3
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.name.startswith(("Memcpy HtoD", "Memcpy DtoH"))
+    )
 
 
 def decode_times(loaded: Loaded, batch: int, prompt: int, new: int) -> list[float]:
@@ -85,9 +123,11 @@ def wait(device: Any) -> None:
 
 @contextmanager
 def peak_memory() -> Iterator[dict[str, float]]:
-    """Peaks inside the block: of VRAM (peak_allocated_gib, peak_reserved_gib) and of this process (peak_host_gib).
+    """Peaks inside the block: of VRAM (peak_allocated_gib, peak_reserved_gib) and of this process.
 
-    The dict is filled when the block ends.
+    peak_anonymous_gib is what the system cannot take back, looked at twenty times a second; peak_host_gib counts pages
+    of files too, all of a model's among them, which it drops when memory is short. The dict is filled when the block
+    ends.
     """
     import torch
 
@@ -95,13 +135,36 @@ def peak_memory() -> Iterator[dict[str, float]]:
     reset_host_peak()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    ended, highest = threading.Event(), [anonymous_bytes()]
+    watch = threading.Thread(target=watch_anonymous, args=(ended, highest), daemon=True)
+    watch.start()
     try:
         yield found
     finally:
+        ended.set()
+        watch.join()
+        found["peak_anonymous_gib"] = max(highest[0], anonymous_bytes()) / GIB
         if torch.cuda.is_available():
             found["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
             found["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
         found["peak_host_gib"] = host_peak_bytes() / GIB
+
+
+def watch_anonymous(ended: threading.Event, highest: list[int]) -> None:
+    """Keep the highest anonymous memory in highest[0] until ended."""
+    while not ended.wait(0.05):
+        highest[0] = max(highest[0], anonymous_bytes())
+
+
+def anonymous_bytes() -> int:
+    """This process's memory that no file backs; elsewhere than on Linux all that is resident."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(status.split("RssAnon:")[1].split()[0])
+    except (OSError, IndexError):
+        import psutil
+
+        return psutil.Process(os.getpid()).memory_info().rss
 
 
 def reset_host_peak() -> None:

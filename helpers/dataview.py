@@ -32,6 +32,7 @@ def summary(made: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("source", made["source"]),
         ("format", formats),
+        ("fields read", ", ".join(made.get("fields", []))),
         ("template", made["template"]["shown"]),
         ("conversations in", f"{made['in']:,}"),
         ("kept", f"{made['kept']:,}"),

@@ -4,10 +4,12 @@
     print(table(report))
 
 One model is in memory at a time. Every figure is from the same held-out texts and questions for all of them, so that
-each pair of models is compared item by item.
+each pair of models is compared item by item; and each model is what its folder holds, never rounded again to fit a
+small card (helpers/placement.py). What cannot be opened so has no figures and no verdict, and a sentence says why.
 """
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,54 +17,71 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from helpers import cost, metrics, plots, vram
+from helpers import cost, hardware, host, metrics, pace, placement, plots
 from helpers import report as report_pages
+from helpers.card import free_memory, gives_back
 from helpers.config import RunConfig
+from helpers.hardware import Machine
 from helpers.inference import (
     GIB,
     Generation,
     Loaded,
+    base_of,
     batch_generate,
-    free_memory,
     kind,
     load,
     open_tokenizer,
+    pinned,
     read_config,
     stream,
 )
-from helpers.models import shape_from_config
-from helpers.perplexity import Perplexity, perplexity, read_items, read_jsonl
+from helpers.models import ModelShape, shape_from_config
+from helpers.perplexity import Perplexity, perplexity, read_items, read_jsonl, rows_in
+from helpers.placement import Evaluation, Placement
+from helpers.prepared import scored, with_own_questions
 from helpers.tasks import run_tasks
 from helpers.workspace import MANIFEST, building, read_manifest, write_text
 
-UNASKED_PROMPTS = 32
-"""Without questions, so many held-out conversations begin the generations."""
 
-
-def evaluate(models: dict[str, str | Path], config: RunConfig, data: Path, output: Path) -> dict[str, dict[str, Any]]:
+@gives_back
+def evaluate(
+    models: dict[str, str | Path], config: RunConfig, data: Path, output: Path, machine: Machine | None = None
+) -> dict[str, dict[str, Any]]:
     """Evaluate models by name (a folder or a hub id each) on held-out data; returns and writes report.json.
 
     data: a folder that prepare wrote (its held-out split), a JSONL of messages or text, or a text file. Questions come
     from config.evaluate.questions; without them the first turns of the held-out conversations are asked, and scored
     against what was answered there. An entry holds perplexity, bits_per_byte, exact_match (0..1; None without
     questions), f1, rouge_l, chrf, bleu, ended_share, size_bytes, load_s, first_token_s, tokens_per_s …, the 95%
-    `intervals`, and under `against` its comparison with every model before it.
+    `intervals`, how it was opened (`loaded_as`), what was predicted, and under `against` its comparison with every
+    model before it. An entry with `left_out` has no figures; that sentence says why.
+    machine: whose VRAM and RAM decide how models are opened; default this one.
     Raises ValueError with one sentence for what the reader can mend.
     """
-    data, asked = Path(data), config.evaluate
+    data, config = Path(data), with_own_questions(config, Path(data))
+    asked = config.evaluate
+    models = {name: pinned(path, config) for name, path in models.items()}
     check_models(models, config)
     questions = read_questions(asked.questions, asked.max_questions) if asked.questions else None
     tokenizer = open_tokenizer(next(iter(models.values())), config)
     items = read_items(data, tokenizer, asked.max_heldout)
     next(items)  # an empty file is found here, before anything is loaded
-    prompts = questions or conversation_starts(data, asked.max_questions or UNASKED_PROMPTS)
+    prompts = questions or conversation_starts(data, asked.max_questions or host.UNASKED_PROMPTS)
+    texts = min(rows_in(data, asked.eval_context), asked.max_heldout or 10**9)
+    planned = plan(models, config, machine or hardware.probe(), (texts, len(prompts)))
+    config, prompts = planned.config, prompts[: planned.config.evaluate.max_questions]
     report: dict[str, dict[str, Any]] = {}
     evidence: dict[str, Evidence] = {}
     named = {name: Path(path) for name, path in models.items()}
     with building(output, "evaluate", config, {**named, "data": data}) as stage:
         for name, path in (bar := tqdm(models.items(), unit="model")):
             bar.set_description(name)
-            report[name], evidence[name] = evaluate_one(path, config, data, prompts, exact=questions is not None)
+            place = planned.places[name]
+            if place.problem:
+                report[name] = left_out(path, place)
+                continue
+            some = prompts if place.answers else []
+            report[name], evidence[name] = evaluate_one(path, config, data, some, questions is not None, machine)
             report[name]["against"] = {
                 other: compare_models(evidence[name], evidence[other]) for other in evidence if other != name
             }
@@ -73,15 +92,49 @@ def evaluate(models: dict[str, str | Path], config: RunConfig, data: Path, outpu
         drawn = report_pages.figures(report, training_log(models))
         for name, figure in drawn.items():
             plots.save(figure, stage.folder / "plots" / f"{name}.png")
-        about = describe(report, data, len(prompts), asked.questions)
+        about = describe(report, data, len(prompts), asked.questions, planned.notes)
         report_pages.write_html(stage.folder / "report.html", report, generations, drawn, about)
     return report
+
+
+def plan(models: dict[str, str | Path], config: RunConfig, machine: Machine, counts: tuple[int, int]) -> Evaluation:
+    """How the models are opened and what is read; prints what is not as asked. Raises ValueError when none can be."""
+    planned = placement.plan(
+        config, {name: (kind(path), shape_of(path, config)) for name, path in models.items()}, machine, counts
+    )
+    if all(place.problem for place in planned.places.values()):
+        raise ValueError("; ".join(planned.notes))
+    for note in planned.notes:
+        print(f"{note}.")
+    return planned
+
+
+def shape_of(path: str | Path, config: RunConfig) -> ModelShape:
+    """The shape of a model, of an adapter its base's."""
+    source = base_of(Path(path), config) if kind(path) == "adapter" else path
+    return shape_from_config(read_config(source), str(source))
+
+
+def left_out(path: str | Path, place: Placement) -> dict[str, Any]:
+    """The entry of a model that is not evaluated."""
+    return {"path": str(path), "kind": place.kind, "loaded_as": "not evaluated", "left_out": place.problem}
+
+
+def best(models: dict[str, str | Path]) -> str | Path:
+    """The model to take home and to talk to: GPTQ, else the fine-tuned one, else the merged one.
+
+    Raises ValueError when there is only the base.
+    """
+    for name in ("gptq", "finetuned", "merged"):
+        if name in models:
+            return models[name]
+    raise ValueError("there is no model of yours yet, only the base: run notebook 03_qlora_finetuning.ipynb first")
 
 
 def write_cards(report: dict[str, dict[str, Any]], config: RunConfig, folder: Path) -> None:
     """A model card each: into folder, and as README.md beside the models that a run made; sizes count it."""
     folder.mkdir()
-    for name, entry in report.items():
+    for name, entry in report_pages.evaluated(report).items():
         made_with = run_configuration(Path(entry["path"])) or asdict(config)
         card = report_pages.model_card(name, entry, made_with)
         write_text(folder / f"{name}.md", card)
@@ -105,14 +158,17 @@ def training_log(models: dict[str, str | Path]) -> list[dict[str, Any]] | None:
     return next((json.loads(log.read_text(encoding="utf-8")) for log in logs if log.is_file()), None)
 
 
-def describe(report: dict[str, dict[str, Any]], data: Path, prompts: int, questions: str | None) -> str:
-    """How the figures came about, in two sentences."""
-    first = next(iter(report.values()))
+def describe(
+    report: dict[str, dict[str, Any]], data: Path, prompts: int, questions: str | None, notes: tuple[str, ...] = ()
+) -> str:
+    """How the figures came about, in two sentences, and what was not as asked, one sentence each."""
+    first = next(iter(report_pages.evaluated(report).values()))
     asked = f"the questions of {Path(questions).name}" if questions else f"the first turns of {data.name}"
-    return (
+    read = (
         f"Perplexity of {first['scored_tokens']:,} tokens of {first['scored_items']} texts ({data.name}), in windows "
         f"of {first['context']} tokens with stride {first['stride']}. {prompts} greedy answers, to {asked}."
     )
+    return " ".join([read, *(f"{note[0].upper()}{note[1:]}." for note in notes)])
 
 
 class Evidence(dict):
@@ -154,9 +210,7 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[dict[str,
 def conversation_starts(data: Path, limit: int) -> list[dict[str, Any]]:
     """First user turn and first answer of held-out conversations, as questions; none when data is plain text."""
     if data.is_dir():
-        from datasets import load_from_disk
-
-        rows = load_from_disk(str(data / "heldout" if (data / "heldout").is_dir() else data))
+        rows = scored(data)
     elif data.suffix in (".jsonl", ".json"):
         rows = read_jsonl(data)
     else:
@@ -172,28 +226,36 @@ def conversation_starts(data: Path, limit: int) -> list[dict[str, Any]]:
 
 
 def evaluate_one(
-    path: str | Path, config: RunConfig, data: Path, prompts: list[dict[str, Any]], exact: bool
+    path: str | Path,
+    config: RunConfig,
+    data: Path,
+    prompts: list[dict[str, Any]],
+    exact: bool,
+    machine: Machine | None = None,
 ) -> tuple[dict[str, Any], Evidence]:
-    """Load one model, measure everything, give its memory back."""
+    """Load one model, measure everything, give its memory back; without prompts no answers and no speed."""
     asked = config.evaluate
     entry: dict[str, Any] = {"path": str(path)}
     with cost.peak_memory() as peaks:
-        loaded = load(path, config)
+        loaded = load(path, config, machine)
+        started = time.perf_counter()
         read = perplexity(
             loaded,
             read_items(data, loaded.tokenizer, asked.max_heldout),
             min(asked.eval_context, loaded.context),
             min(asked.eval_stride, asked.eval_context),
-            asked.eval_batch_size,
+            loaded.placement.batch_size,
             config.seed,
         )
         answers = ask(loaded, prompts, config)
     entry |= {"kind": loaded.kind, "loaded_as": loaded.how, "load_s": loaded.load_s} | peaks
-    if "peak_allocated_gib" in peaks:
-        entry["predicted_allocated_gib"] = predicted_gib(loaded, config)
-    entry |= sizes(path, loaded) | cost.speed(loaded)
+    entry |= sizes(path, loaded) | (cost.speed(loaded) if prompts else {})
+    if loaded.placement.away:  # its copies from the host are no kernels, but nothing runs beside them
+        entry["gpu_ms_per_token"] = None
+    entry["evaluation_s"] = time.perf_counter() - started
+    entry |= predictions(loaded, config, machine or hardware.probe(), (len(read.losses), len(prompts)), peaks)
     if asked.tasks:
-        entry["tasks"] = run_tasks(loaded, asked.tasks, asked.eval_batch_size)
+        entry["tasks"] = run_tasks(loaded, asked.tasks, loaded.placement.batch_size)
     del loaded
     free_memory()
     evidence = Evidence(perplexity=read, answers=answers, references=[row["answer"] for row in prompts])
@@ -202,22 +264,32 @@ def evaluate_one(
     return entry, evidence
 
 
-def predicted_gib(loaded: Loaded, config: RunConfig) -> float:
-    """VRAM that the budget gives to evaluation of a model in the precision that it was opened in."""
-    weights = {"adapter": config.model.weights, "gptq": "nf4"}.get(loaded.kind, "nf4" if loaded.quantized else "fp16")
-    shape = shape_from_config(read_config(loaded.base), loaded.base)
-    moments = vram.inference(shape, config.with_values(weights=weights))
-    own = [
-        {k: v for k, v in parts.items() if loaded.kind == "adapter" or "LoRA" not in k} for parts in moments.values()
-    ]
-    return max(sum(parts.values()) for parts in own) / GIB
+def predictions(
+    loaded: Loaded, config: RunConfig, machine: Machine, counts: tuple[int, int], peaks: dict[str, float]
+) -> dict[str, float]:
+    """What the budget gives for a model as it was opened: `predicted_` and the name of the figure; VRAM with a card.
+
+    counts: texts read and answers written. No precision that it was opened in, or none of its shape: nothing.
+    """
+    place, shape = loaded.placement, shape_of(loaded.path, config)
+    moments = placement.vram_moments(place, config, shape, machine.gpu.capability if machine.gpu else (7, 5))
+    allocated = max(sum(parts.values()) for parts in moments.values()) / GIB
+    ram = host.ram(config, shape, machine, "inference", moments, placement.host_gib(place, shape))
+    found = {
+        "predicted_anonymous_gib": sum(ram.values()),
+        "predicted_evaluation_s": sum(pace.evaluation_s(config, shape, machine, place, counts).values()),
+    }
+    if "peak_allocated_gib" in peaks:
+        found["predicted_allocated_gib"] = allocated
+        found["predicted_reserved_gib"] = allocated + placement.beyond_gib(place, config, shape, allocated)
+    return found
 
 
 def ask(loaded: Loaded, prompts: list[dict[str, Any]], config: RunConfig) -> list[Generation]:
     """Greedy answers, each to its question in a conversation of its own."""
     asked = config.evaluate
     chats = [[{"role": "user", "content": row["question"]}] for row in prompts]
-    return batch_generate(loaded, chats, asked.max_new_tokens, asked.eval_batch_size) if chats else []
+    return batch_generate(loaded, chats, asked.max_new_tokens, loaded.placement.batch_size) if chats else []
 
 
 def sizes(path: str | Path, loaded: Loaded) -> dict[str, Any]:
@@ -276,18 +348,18 @@ def compare_models(one: Evidence, other: Evidence) -> dict[str, dict[str, Any]]:
     """Metric -> verdict, difference (one − other), its interval and p; of perplexity the difference is in log."""
     ours, theirs = one["perplexity"], other["perplexity"]
     found = {"perplexity": metrics.compare(ours.losses, theirs.losses, ours.weights, lower_is_better=True)}
-    for name in one.get("scores", {}):
+    for name in one.get("scores", {}).keys() & other.get("scores", {}).keys():
         found[name] = metrics.compare(one["scores"][name], other["scores"][name])
-    if "bleu" in one:
+    if "bleu" in one and "bleu" in other:
         found["bleu"] = metrics.compare_bleu(one["bleu"], other["bleu"])
     return {name: asdict(comparison) for name, comparison in found.items()}
 
 
 def write_generations(path: Path, prompts: list[dict[str, Any]], evidence: dict[str, Evidence]) -> list[dict[str, Any]]:
     """A line a prompt: question, answer, and under `models` each model's text, tokens, ended. Returns the rows."""
+    answers = {name: found["answers"] for name, found in evidence.items() if found["answers"]}
     rows = [
-        row | {"models": {name: asdict(found["answers"][i]) for name, found in evidence.items()}}
-        for i, row in enumerate(prompts)
+        row | {"models": {name: asdict(found[i]) for name, found in answers.items()}} for i, row in enumerate(prompts)
     ]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return rows

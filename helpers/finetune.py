@@ -31,7 +31,6 @@ from datasets import Dataset, load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -42,11 +41,25 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from helpers import attention, batches, budget, checkpoints, hardware, losses, workspace
+from helpers import (
+    activations,
+    attention,
+    batches,
+    budget,
+    card,
+    checkpoints,
+    families,
+    files,
+    hardware,
+    losses,
+    planning,
+    workspace,
+)
 from helpers import layers as decoder
 from helpers.config import RunConfig
 from helpers.models import shape
 from helpers.optimizers import FlatOptimizer
+from helpers.templates import load_tokenizer, save_tokenizer, tokenizer_identity
 from helpers.versions import forget_old_torchao
 
 GIB = 2**30
@@ -78,6 +91,7 @@ def precision(capability: tuple[int, int] | None = None) -> Precision:
     return Precision(torch.bfloat16, f"bf16: compute capability {major}.{minor} has it, and it needs no loss scaling")
 
 
+@card.gives_back
 def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "auto") -> dict[str, Any]:
     """Train an adapter on a prepared dataset: output/adapter and output/log.json; returns what was measured.
 
@@ -87,36 +101,79 @@ def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "aut
     prepared, output = Path(prepared), Path(output)
     if resume not in ("auto", "never"):
         raise ValueError(f"resume must be auto or never, not {resume!r}")
-    config = planned(config)
+    workspace.fetch(prepared)
     load_split(prepared, "train")  # a dataset that is not there is said before anything is loaded or written
-    with workspace.building(output, "finetune", config, {"prepared": prepared}, keep=resume == "auto") as stage:
+    check_tokenizer(prepared, config)
+    with workspace.building(output, "finetune", config, {"prepared": prepared}, keep=True) as stage:
+        for file in stage.folder.iterdir():  # of an end that failed
+            if file.name != workspace.SCRATCH:
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+        saves = stage.folder / workspace.SCRATCH
+        found = look(config, prepared, saves) if resume == "auto" else checkpoints.Found("none")
+        config = stage.config = planned(config, found.to_continue())
         with quiet(stage.folder / "libraries.log"):
             model, tokenizer = load_base(config)
             model = attach_adapter(model, config)
-            trainer = build_trainer(config, model, tokenizer, prepared, stage.folder / "checkpoints")
+            trainer = build_trainer(config, model, tokenizer, prepared, saves)
             stage.measurements.update(train(trainer, resume))
             save(trainer, stage.folder)
-        saves = stage.folder / "checkpoints"
-        lasting = checkpoints.lasting(saves)
-        shutil.rmtree(saves, ignore_errors=True)
-    checkpoints.clear(lasting)
     return stage.measurements
 
 
-def planned(config: RunConfig) -> RunConfig:
-    """The configuration with checkpointing="auto" made a number, by this machine's budget; others stay as they are.
+def look(config: RunConfig, prepared: Path, saves: Path) -> checkpoints.Found:
+    """The checkpoint that training goes on from, fetched. Raises checkpoints.ChangedRun for other settings or data."""
+    wanted = checkpoints.identity(config, workspace.identify(Path(prepared))["sha256"])
+    return checkpoints.fetch(checkpoints.lasting(saves), saves, wanted)
 
-    Raises budget.DoesNotFit (a ValueError) when no way of training fits.
+
+def plan(config: RunConfig, output: Path, machine: hardware.Machine | None = None, resume: str = "auto") -> budget.Plan:
+    """How training into output computes its steps on a machine (this one unless said).
+
+    As the checkpoint that it goes on from did, where there is one; else the fastest way that fits. So a run that began
+    on a T4 goes on on an L4, and is predicted as it runs.
     """
-    if config.train.checkpointing != "auto":
-        return config
-    plan = budget.plan(config, shape(config.model.model), hardware.probe())
-    budget.check(plan.budget)
-    return plan.config
+    saves = workspace.beside(Path(output), "partial") / workspace.SCRATCH
+    checkpoint = checkpoints.to_be_continued(saves, config) if resume == "auto" else None
+    return plan_from(config, checkpoint, machine or hardware.probe())
+
+
+def plan_from(config: RunConfig, checkpoint: Path | None, machine: hardware.Machine) -> budget.Plan:
+    """The plan in a checkpoint's own micro-batches: laid out otherwise, its next steps would be other steps."""
+    sizes = shape(config.model.model, config.model.revision)
+    made = checkpoints.split_of(checkpoint) if checkpoint else {}
+    if not made:
+        return budget.plan(config, sizes, machine)
+    return budget.plan_in(config, made["batch_size"], sizes, machine, checkpoint.name)
+
+
+def planned(config: RunConfig, checkpoint: Path | None = None) -> RunConfig:
+    """The configuration that trains: with a number for checkpointing="auto", in the micro-batches of a checkpoint.
+
+    Others stay as they are, but for host memory, of which no configuration gets more than half of what is free. Says
+    so when the micro-batches are others than the configuration's. Raises budget.DoesNotFit (a ValueError) when they do
+    not fit this machine however much is recomputed, or when no way of training fits.
+    """
+    machine = hardware.probe()
+    if machine.unusable:
+        raise ValueError(machine.unusable)
+    made = checkpoints.split_of(checkpoint) if checkpoint else {}
+    same = all(getattr(config.train, name) == value for name, value in made.items())
+    if same and config.train.checkpointing != "auto":
+        return planning.within_host(config, machine)
+    chosen = plan_from(config, checkpoint, machine)
+    budget.check(chosen.budget)
+    if not same:
+        print("; ".join(chosen.reasons))
+    return chosen.config
 
 
 def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen base in the configured weights, and its tokenizer. Nothing is upcast to fp32 unless config asks."""
+    """The frozen base in the configured weights, and its tokenizer. Nothing is upcast to fp32 unless config asks.
+
+    Raises ValueError, before anything is downloaded, for a model or targets that cannot be trained.
+    """
+    sizes = shape(config.model.model, config.model.revision)
+    families.refuse(sizes.family, sizes.name, config.adapter.target_modules)
     refuse_without_gpu(config)
     dtype = precision().dtype
     quantization = {
@@ -136,7 +193,7 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         quantization_config=quantization,
         device_map={"": 0} if torch.cuda.is_available() else "cpu",
         dtype=dtype,
-        attn_implementation=implementation[config.model.attention](),
+        attn_implementation=implementation[families.attention(sizes.family, config.model.attention).kernel](),
     )
     model.config.use_cache = False
     model.requires_grad_(False)
@@ -144,15 +201,27 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # answering once would repack the weights: no gradients after
     if config.model.upcast:
-        for parameter in model.parameters():
-            if parameter.dtype in (torch.float16, torch.bfloat16):
+        for name, parameter in model.named_parameters():
+            matrix = ".layers." in name and parameter.dim() > 1  # left in 16 bits where they are not quantized either
+            if parameter.dtype in (torch.float16, torch.bfloat16) and not matrix:
                 parameter.data = parameter.data.float()
-    return model, AutoTokenizer.from_pretrained(config.model.model, revision=config.model.revision)
+    return model, load_tokenizer(config.model.model, config.model.revision)
+
+
+def check_tokenizer(prepared: Path, config: RunConfig) -> None:
+    """Raise ValueError when the rows were written with another tokenizer or template than the adapter will carry."""
+    manifest = prepared / workspace.MANIFEST
+    made = workspace.read_manifest(prepared)["measurements"].get("tokenizer") if manifest.is_file() else None
+    if made not in (None, tokenizer_identity(load_tokenizer(config.model.model, config.model.revision))):
+        raise workspace.StaleArtifact(
+            f"{prepared} was written with another tokenizer or chat template than that of {config.model.model} now: "
+            f"run notebook {workspace.NOTEBOOKS['prepare']} again"
+        )
 
 
 def refuse_without_gpu(config: RunConfig) -> None:
     """Raise ValueError where a CPU would train for weeks."""
-    billions = shape(config.model.model).parameters / 1e9
+    billions = shape(config.model.model, config.model.revision).parameters / 1e9
     if billions > 1 and not torch.cuda.is_available():
         raise ValueError(
             f"{config.model.model} has {billions:.1f}e9 parameters and this machine has no GPU that PyTorch sees: "
@@ -173,6 +242,7 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig) -> PeftModel:
         use_dora=config.adapter.dora,
         bias="none",
         task_type="CAUSAL_LM",
+        revision=config.model.revision,
     )
     forget_old_torchao()
     model = get_peft_model(model, lora)
@@ -182,14 +252,14 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig) -> PeftModel:
 
 def check_targets(model: PreTrainedModel, config: RunConfig) -> None:
     """Raise ValueError for a target that the model lacks, or a rank larger than the smallest target."""
+    family = families.of(model.config.to_dict())
+    families.refuse(family, config.model.model, config.adapter.target_modules)
     linears: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and ".layers." in name:
             leaf = name.rsplit(".", 1)[-1]
             linears[leaf] = min(linears.get(leaf, math.inf), module.in_features, module.out_features)
     for target in config.adapter.target_modules:
-        if target not in linears:
-            raise ValueError(f"targets: this model has no linear layer {target!r}; it has {', '.join(sorted(linears))}")
         if config.adapter.rank > linears[target]:
             raise ValueError(
                 f"rank={config.adapter.rank} is larger than {target}, whose smaller side is {linears[target]}: "
@@ -228,7 +298,11 @@ def build_trainer(
     evaluates = asked.eval_steps is not None and len(heldout) > 0
     if asked.patience and not evaluates:
         raise ValueError("patience needs eval_steps and held-out conversations: set eval_steps, or leave patience out")
-    losses.install(model.get_base_model(), asked.loss)
+    base, dtype = model.get_base_model(), precision().dtype
+    sample = max(rows[:32]["input_ids"], key=len)
+    with losses.transformers_attention(base):
+        theirs = losses.own_forward_loss(base, sample, dtype)
+    losses.install(base, asked.loss)
     own_layers, layers_reason = choose_layers(model, config)
     arguments = training_arguments(config, saves, math.ceil(len(plan) / asked.accumulation), evaluates)
     arguments.activation_offloading = asked.offload_activations and not own_layers and torch.cuda.is_available()
@@ -245,13 +319,16 @@ def build_trainer(
             splits={"train": rows, "heldout": heldout},
             pad_id=tokenizer.pad_token_id or 0,
             packing=asked.packing,
-            by_bounds=config.model.attention == "efficient",
+            by_bounds=base.config._attn_implementation == attention.NAME,
         ),
     )
     trainable_to_fp32(trainer.model)
     if torch.cuda.is_available() and "8bit" in asked.optimizer:
         trainer.optimizer = eight_bit_optimizer(trainer.model, config)
     trainer.remove_callback(PrinterCallback)
+    trainer.loss_check = losses.check(theirs, losses.own_forward_loss(base, sample, dtype), dtype, len(sample))
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the two passes held is not training's
     trainer.recipe = config
     trainer.layers_reason = layers_reason
     trainer.token_counts = batches.token_counts(plan, lengths, asked.packing)
@@ -265,7 +342,7 @@ def build_trainer(
 def training_arguments(config: RunConfig, saves: Path, steps: int, evaluates: bool) -> SFTConfig:
     """The trainer's arguments for so many optimizer steps."""
     asked, dtype, on_gpu = config.train, precision().dtype, torch.cuda.is_available()
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(saves),
         per_device_train_batch_size=1,  # an item of the dataset is a micro-batch already
         per_device_eval_batch_size=1,
@@ -301,6 +378,10 @@ def training_arguments(config: RunConfig, saves: Path, steps: int, evaluates: bo
         report_to="none",
         max_length=None,
     )
+    # A process trains on one card, however many it sees: with more the Trainer would split batches over all of them
+    # (nn.DataParallel), which trl refuses. Setting CUDA_VISIBLE_DEVICES here would be too late in a notebook.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def load_split(prepared: Path, name: str) -> Dataset:
@@ -310,7 +391,12 @@ def load_split(prepared: Path, name: str) -> Dataset:
         raise workspace.MissingArtifact(f"{folder} is not there: run notebook {workspace.NOTEBOOKS['prepare']} first")
     if not any(folder.glob("*.arrow")):  # an empty one has no file, and load_from_disk cannot read it
         return Dataset.from_dict({"input_ids": [], "assistant_masks": []})
-    return load_from_disk(str(folder))
+    rows = load_from_disk(str(folder))
+    if "chosen_ids" in rows.column_names:
+        raise ValueError(
+            f"{prepared} holds pairs for a preference method: prepare again with use=chosen to train on them"
+        )
+    return rows
 
 
 def check_rows(rows: Dataset, config: RunConfig, model: PreTrainedModel) -> None:
@@ -382,18 +468,18 @@ def choose_layers(model: PeftModel, config: RunConfig) -> tuple[bool, str]:
     count = {"all": len(layers), "auto": len(layers), "none": 0}.get(wanted, wanted)  # auto: nobody planned
     if count > len(layers):
         raise ValueError(f"checkpointing={count} layers, but this model has {len(layers)}: choose 0 to {len(layers)}")
-    named = {"own": None, "liger": "Liger's kernels are asked for", "plain": "plain kernels are asked for"}
-    reason = named[config.train.kernels] or decoder.why_not(base)
-    if reason is None:
+    decided = families.layers(families.of(base.config.to_dict()), config)
+    if decided.computes == "own":
+        decoder.check(base)
         checked = "attention" if config.train.keep_attention else "input"
         keeps = [checked] * count + ["everything"] * (len(layers) - count)
-        decoder.install(base, keeps, config.train.offload_activations)
+        decoder.install(base, keeps, activations.host_room(config) if config.train.offload_activations else 0)
         return True, f"{count} of {len(layers)} layers recompute, through helpers.layers"
     if count:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         for place, layer in enumerate(layers):
             layer.gradient_checkpointing = place < count
-    return False, f"{count} of {len(layers)} layers recompute, through transformers' layers: {reason}"
+    return False, f"{count} of {len(layers)} layers recompute, through transformers' layers: {decided.reason}"
 
 
 class FineTuner(SFTTrainer):
@@ -401,6 +487,8 @@ class FineTuner(SFTTrainer):
 
     send = staticmethod(lambda checkpoint: None)
     """Called with each checkpoint that was written."""
+    origin: checkpoints.Origin | None = None
+    """Whose its checkpoints are."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss, summed over labels and divided by those of the whole step (held out: of the mean batch)."""
@@ -416,7 +504,9 @@ class FineTuner(SFTTrainer):
         """Whole or not there: transformers writes into the final place (trap 17)."""
         folder, best = Path(self.args.output_dir), self.state.best_global_step
         keep, spared = self.recipe.train.keep_checkpoints, [best] if best else []
-        with checkpoints.writing(folder, self.state.global_step, self.identity, keep, spared, self.send) as beside:
+        with checkpoints.writing(
+            folder, self.state.global_step, self.identity, keep, spared, self.send, origin=self.origin
+        ) as beside:
             self._beside = beside.parent
             try:
                 Trainer._save_checkpoint(self, model, trial)
@@ -507,15 +597,17 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
     """Train, from the newest whole checkpoint unless resume is "never"; returns what was measured.
 
     An interrupt (Ctrl-C, a notebook's stop button, SIGTERM) lets the step finish, saves a checkpoint and stops. Raises
-    NotTrained when the loss is NaN, no update was applied, or no adapter differs from its start.
+    NotTrained when the loss is NaN, no update was applied, or no adapter differs from its start; StorageError when
+    there may be a checkpoint and it cannot be read or fetched. Checkpoints of an earlier run, here and in the lasting
+    place, go when the first one of this run is whole there, not before.
     """
     folder, keep = Path(trainer.args.output_dir), trainer.recipe.train.keep_checkpoints
     lasting = checkpoints.lasting(folder)
-    checkpoint = checkpoints.fetch(lasting, folder, trainer.identity) if resume == "auto" else None
-    if checkpoint is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        checkpoints.clear(lasting)
-    else:
+    found = checkpoints.fetch(lasting, folder, trainer.identity) if resume == "auto" else checkpoints.Found("none")
+    checkpoint = found.to_continue()
+    with files.reached(lasting or folder, "nothing was changed or deleted"):
+        trainer.origin = checkpoints.origin(checkpoint, folder, lasting)
+    if checkpoint is not None:
         print(f"continuing from {checkpoint.name}")
     watch, on_gpu = trainer.watch, torch.cuda.is_available()
     if on_gpu:
@@ -540,6 +632,7 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
     return {
         "precision": precision().reason,
         "layers": trainer.layers_reason,
+        "loss_check": trainer.loss_check,
         "loss_first": losses[0],
         "loss_last": sum(losses[-10:]) / len(losses[-10:]),
         "steps": trainer.state.global_step,
@@ -555,6 +648,7 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
         "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3) if on_gpu else 0.0,
         "heldout_loss": trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None,
         "resumed_from_step": checkpoints.step_of(checkpoint) if checkpoint else 0,
+        "run": trainer.origin["run"],
         **checkpoints.summary(folder),
     }
 
@@ -584,14 +678,19 @@ def load_best(trainer: FineTuner) -> None:
     from safetensors.torch import load_file
 
     kept = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.best_global_step}"
-    if trainer.recipe.train.patience and kept.is_dir():
+    if not trainer.recipe.train.patience or trainer.state.best_global_step is None:
+        return
+    if kept.is_dir():
         set_peft_model_state_dict(trainer.model, load_file(str(kept / "adapter_model.safetensors")))
+    else:
+        print(f"{kept.name}, the best on held-out conversations, is no longer there: the last adapter is kept instead")
 
 
 def save(trainer: FineTuner, output: Path) -> Path:
-    """output/adapter (PEFT's format) and output/log.json (the trainer's log); returns the adapter's folder."""
+    """output/adapter (PEFT's format, its tokenizer) and output/log.json (the trainer's log); returns the adapter's."""
     output = Path(output)
     trainer.model.save_pretrained(str(output / "adapter"))
+    save_tokenizer(trainer.processing_class, output / "adapter")
     workspace.write_text(output / "log.json", json.dumps(trainer.state.log_history, indent=1))
     return output / "adapter"
 

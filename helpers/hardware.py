@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 GIB = 2**30
+KAGGLE_WORKING = Path("/kaggle/working")
+KAGGLE_KEEPS_GIB = 20e9 / GIB
+"""What that folder may hold; the disk itself shows more (Kaggle's own first cell of a notebook says so)."""
 SMALLEST_7B_GIB = 6.0
 """VRAM that QLoRA of a 7B needs with everything checkpointed and short contexts, a little room included."""
 
@@ -37,6 +40,9 @@ class GPU:
     """Share of the bandwidth that elementwise kernels and dequantization reach; measured where efficiency is."""
     count: int = 1
     """Cards of this kind in the machine; a run uses one."""
+    has_kernels: bool = True
+    """Whether PyTorch has kernels for it: the wheels that people get by default in the tables, the installed one's own
+    list in a probe."""
 
     @property
     def has_flash(self) -> bool:
@@ -51,12 +57,14 @@ class Host:
     name: str
     ram_gib: float
     disk_gib: float
-    """Free for a run."""
+    """Free for a run, and for what is downloaded."""
     cpus: int
     session_h: float | None = None
     """After so many hours the machine and its disk are gone; None: it stays."""
     download_mb_s: float = 60.0
     """10^6 bytes a second from a model hub."""
+    kept_gib: float | None = None
+    """What may be written into the run's folder, where that is less: in /kaggle/working. Downloads lie elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +93,29 @@ class Machine:
         """What is left for PyTorch's allocator."""
         return max(self.vram_gib - self.gpu.context_gib, 0.0) if self.gpu else 0.0
 
+    @property
+    def unusable(self) -> str:
+        """Why PyTorch cannot compute on this card, and what mends it; "" where it can, or there is none."""
+        if self.gpu is None or self.gpu.has_kernels:
+            return ""
+        major, minor = self.gpu.capability
+        return (
+            f"this PyTorch has no kernels for the {self.gpu.name}'s compute capability {major}.{minor}: take a card of "
+            "7.5 or above (on Kaggle: T4 x2), or install a build of PyTorch for CUDA 12.6, the last with 5.0 to 7.0"
+        )
+
+
+# PyTorch's wheels for CUDA 12.8 and later have nothing for Pascal, and since torch 2.11 nothing for Volta; those for
+# CUDA 12.6 still had both then (pytorch#172352). Colab's torch 2.11 is built for 12.8.
+OLDEST_KERNELS = (7, 5)
 
 # Rates and bandwidths: the makers' data sheets (NVIDIA T4, P100, L4, A100, H100, H200; GA102 and AD102 white papers,
 # whose "FP16 with FP32 accumulate" is what cuBLAS uses). Total memory: torch.cuda.get_device_properties on each.
 # T4 memory and context: measured, fitcheck's rows and GPTQModel#1486. H200's context: our rows.
 GPUS = {
     "t4": GPU("Tesla T4", 14.56, (7, 5), 65.0, 0.0, 320, context_gib=0.14, efficiency=0.21),
-    "p100": GPU("Tesla P100", 15.89, (6, 0), 18.7, 0.0, 732, context_gib=0.25, efficiency=0.50),
-    "v100": GPU("Tesla V100", 15.77, (7, 0), 112.0, 0.0, 900, context_gib=0.30),
+    "p100": GPU("Tesla P100", 15.89, (6, 0), 18.7, 0.0, 732, context_gib=0.25, efficiency=0.50, has_kernels=False),
+    "v100": GPU("Tesla V100", 15.77, (7, 0), 112.0, 0.0, 900, context_gib=0.30, has_kernels=False),
     "l4": GPU("NVIDIA L4", 22.03, (8, 9), 121.0, 121.0, 300, context_gib=0.25),
     "a10g": GPU("NVIDIA A10G", 22.06, (8, 6), 70.0, 70.0, 600, context_gib=0.25),
     "a100-40": GPU("NVIDIA A100 40 GB", 39.39, (8, 0), 312.0, 312.0, 1555),
@@ -115,7 +138,7 @@ ALIASES |= {"a100-40gb": "a100-40", "a100-80gb": "a100-80"}
 ALIASES |= {"3090": "rtx3090", "4070": "rtx4070", "4090": "rtx4090"}
 
 # Colab: FACTS §1's sources (colabtools#4134, the Colab FAQ); its disk differs, so the figure is on the safe side.
-# Kaggle: its documentation (30 GB RAM, 20 GB of /kaggle/working kept, about 57 GiB free beside it, 12 h a session).
+# Kaggle: its documentation (30 GB RAM, 12 h a session, about 57 GiB free in /kaggle/temp, where runs lie).
 HOSTS = {
     "colab": Host("free Colab", 12.67, 60.0, 2, session_h=12.0, download_mb_s=100.0),
     "kaggle": Host("Kaggle", 30.0, 57.0, 4, session_h=12.0, download_mb_s=100.0),
@@ -155,8 +178,10 @@ def probe(folder: Path | str = ".") -> Machine:
     in_colab = bool(os.environ.get("COLAB_RELEASE_TAG"))
     in_kaggle = bool(os.environ.get("KAGGLE_KERNEL_RUN_TYPE"))
     known = HOSTS["colab" if in_colab else "kaggle" if in_kaggle else "laptop"]
+    kept = in_kaggle and Path(folder).absolute().is_relative_to(KAGGLE_WORKING)
     host = replace(
         known,
+        kept_gib=max(KAGGLE_KEEPS_GIB - used_gib(KAGGLE_WORKING), 0.0) if kept else None,
         name=known.name if in_colab or in_kaggle else "this machine",
         ram_gib=free_ram_gib(),
         disk_gib=shutil.disk_usage(existing(Path(folder))).free / GIB,
@@ -164,6 +189,11 @@ def probe(folder: Path | str = ".") -> Machine:
         download_mb_s=known.download_mb_s if in_colab or in_kaggle else 30.0,
     )
     return Machine(gpu, host, free)
+
+
+def used_gib(folder: Path) -> float:
+    """What lies under a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink()) / GIB
 
 
 def describe(machine: Machine) -> list[tuple[str, str]]:
@@ -179,6 +209,7 @@ def describe(machine: Machine) -> list[tuple[str, str]]:
         bf16 = "bf16" if gpu.bf16_tflops else "fp16, which needs loss scaling: no bf16 hardware"
         rows = [
             ("GPU", gpu.name if gpu.count == 1 else f"{gpu.count} × {gpu.name}, of which a run uses one"),
+            *([("of no use here", machine.unusable)] if machine.unusable else []),
             ("VRAM", f"{machine.vram_gib:.2f} of {gpu.vram_gib:.2f} GiB free"),
             ("of which CUDA itself takes", f"{gpu.context_gib:.2f} GiB"),
             ("compute capability", f"{major}.{minor}"),
@@ -191,6 +222,7 @@ def describe(machine: Machine) -> list[tuple[str, str]]:
         ("host", host.name),
         ("RAM free", f"{host.ram_gib:.1f} GiB"),
         ("disk free", f"{host.disk_gib:.1f} GiB"),
+        *([("of which a run's folder may take", f"{host.kept_gib:.1f} GiB")] if host.kept_gib is not None else []),
         ("CPU cores", f"{host.cpus}"),
         ("session", session),
     ]
@@ -199,10 +231,10 @@ def describe(machine: Machine) -> list[tuple[str, str]]:
 def suggested_profile(machine: Machine) -> str:
     """mistral-7b where the GPU can train it, tiny elsewhere.
 
-    >>> suggested_profile(machine("t4")), suggested_profile(machine("none"))
-    ('mistral-7b', 'tiny')
+    >>> suggested_profile(machine("t4")), suggested_profile(machine("p100")), suggested_profile(machine("none"))
+    ('mistral-7b', 'tiny', 'tiny')
     """
-    return "mistral-7b" if machine.vram_gib >= SMALLEST_7B_GIB else "tiny"
+    return "mistral-7b" if machine.vram_gib >= SMALLEST_7B_GIB and not machine.unusable else "tiny"
 
 
 def existing(path: Path) -> Path:
@@ -214,7 +246,11 @@ def existing(path: Path) -> Path:
 
 
 def probe_gpu() -> tuple[GPU | None, float | None]:
-    """The first GPU and its free GiB, from torch where it is installed, else from nvidia-smi; (None, None): no GPU."""
+    """The first GPU and its free GiB, from torch where it is installed, else from nvidia-smi; (None, None): no GPU.
+
+    Free is also what this process's allocator has reserved and no tensor uses: the driver counts it as taken, but it
+    is the next run's. Without it, a run that was stopped and is started again would be planned for a smaller card.
+    """
     try:
         import torch
 
@@ -223,10 +259,32 @@ def probe_gpu() -> tuple[GPU | None, float | None]:
         free, total = torch.cuda.mem_get_info(0)
         # The context of this very process is not free, but its run will not pay for it again.
         known = gpu_named(torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0), total / GIB)
+        allocated = torch.cuda.memory_allocated(0)
+        free += torch.cuda.memory_reserved(0) - allocated
+        share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(0)
+        if share < 1:  # this process was given a part of the card
+            free = min(free, share * total - allocated)
         free_gib = min(free / GIB + known.context_gib, total / GIB)
-        return replace(known, count=torch.cuda.device_count()), free_gib
+        found = has_kernels(known.capability, torch.cuda.get_arch_list())
+        return replace(known, count=torch.cuda.device_count(), has_kernels=found), free_gib
     except ImportError:
         return probe_nvidia_smi()
+
+
+def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
+    """Whether a PyTorch built for these (torch.cuda.get_arch_list) runs on a card.
+
+    Machine code (sm_) runs on its generation from its minor version on, PTX (compute_) on all that came later.
+
+    >>> has_kernels((8, 9), ["sm_80", "sm_90"]), has_kernels((7, 0), ["sm_75"]), has_kernels((12, 1), ["compute_90"])
+    (True, False, True)
+    """
+    for kind, _, number in (name.partition("_") for name in built_for):
+        digits = number.rstrip("af")  # sm_90a and the like
+        built = (int(digits[:-1]), int(digits[-1])) if digits[:-1].isdigit() else (99, 0)
+        if built <= capability and (kind == "compute" or (kind == "sm" and built[0] == capability[0])):
+            return True
+    return not built_for
 
 
 def probe_nvidia_smi() -> tuple[GPU | None, float | None]:
@@ -259,7 +317,8 @@ def gpu_named(name: str, capability: tuple[int, int], total_gib: float) -> GPU:
         return replace(nearest, vram_gib=min(total_gib, nearest.vram_gib) if nearest.name == "Tesla T4" else total_gib)
     rate = {6: 15.0, 7: 50.0, 8: 50.0, 9: 700.0}.get(capability[0], 100.0)
     bf16 = rate if capability >= (8, 0) else 0.0
-    return GPU(name, total_gib, capability, rate, bf16, bandwidth_gb_s=300 if capability < (9, 0) else 3000)
+    built, bandwidth = capability >= OLDEST_KERNELS, 300 if capability < (9, 0) else 3000
+    return GPU(name, total_gib, capability, rate, bf16, bandwidth_gb_s=bandwidth, has_kernels=built)
 
 
 def free_ram_gib() -> float:

@@ -23,14 +23,25 @@ CUDA_HOST_GIB = {"train": 0.7, "merge": 0.36, "quantize": 0.25, "inference": 0.5
 """What CUDA's libraries take of the host's memory, beside that (merge, quantize: merge_quantize.csv)."""
 BITSANDBYTES_GIB = 0.55
 """What bitsandbytes takes beside them where nothing else has imported it (merge_quantize.csv)."""
+UNASKED_PROMPTS = 32
+"""Without questions, so many held-out conversations begin the answers of an evaluation."""
 KNOWN_CONVERSATIONS = {"HuggingFaceH4/ultrachat_200k": 207_865, "kaitchup/ultrachat-100k-flattened": 100_000}
 """Rows of data sets that people start with (their cards on the hub)."""
 
 
-def ram(config: RunConfig, shape: ModelShape, machine: Machine, stage: str) -> dict[str, float]:
+def ram(
+    config: RunConfig,
+    shape: ModelShape,
+    machine: Machine,
+    stage: str,
+    moments: dict[str, dict[str, float]] | None = None,
+    waiting_gib: float = 0.0,
+) -> dict[str, float]:
     """Component -> GiB of host memory that cannot be given back, at a stage's peak.
 
     Pages of memory-mapped files (safetensors, Arrow) are left out: the kernel drops them when memory is short.
+    moments: of an evaluated model (placement.vram_moments), default the adapter on its base; waiting_gib: of its
+    layers that are not on the card.
     """
     on_gpu = machine.gpu is not None
     parts = {"Python and libraries": LIBRARIES_GIB[stage] + (CUDA_HOST_GIB[stage] if on_gpu else 0.0)}
@@ -49,13 +60,14 @@ def ram(config: RunConfig, shape: ModelShape, machine: Machine, stage: str) -> d
         parts["calibration activations"] = wide * calibration_bytes(config, shape) / GIB
         return parts if on_gpu else parts | {"Hessians": gptq_hessian_bytes(shape) / GIB}
     if on_gpu:
-        parts["tensors on their way to the card"] = 4 * 2 * largest / GIB
+        at_once = 1 if stage == "inference" else 4  # measured: h200_evaluate_new.json
+        parts["tensors on their way to the card"] = at_once * 2 * largest / GIB
         if stage == "train":
             parts["adapters, for checkpoints"] = 2 * 4 * lora / GIB
             if config.train.offload_activations:
-                parts["offloaded activations"] = offloaded_bytes(config, shape) / GIB
-        return parts
-    moments = vram.moments(shape, config) if stage == "train" else vram.inference(shape, config)
+                parts["offloaded activations"] = activations.offloaded_bytes(shape, config) / GIB
+        return parts | ({"layers that wait for their turn": waiting_gib} if waiting_gib else {})
+    moments = moments or (vram.moments(shape, config) if stage == "train" else vram.inference(shape, config))
     fixed = {name for name in vram.weights(shape, config) if "16-bit" not in name}
     held = max(
         sum(size if name in fixed or "LoRA" in name or "optimizer" in name else 2 * size for name, size in m.items())
@@ -67,13 +79,6 @@ def ram(config: RunConfig, shape: ModelShape, machine: Machine, stage: str) -> d
 def merges_into_nf4(config: RunConfig) -> bool:
     """Whether the base is rounded to NF4 first: asked for, or (auto) because training saw it so."""
     return config.merge.merge_base == "nf4" or (config.merge.merge_base == "auto" and config.model.weights == "nf4")
-
-
-def offloaded_bytes(config: RunConfig, shape: ModelShape) -> float:
-    """Bytes of checkpointed layers' inputs in host memory."""
-    tokens = config.train.batch_size * config.data.seq_len
-    size = activations.checked_layers(shape, config) * tokens * shape.hidden * activations.stream_bytes(config)
-    return min(size, activations.HOST_BYTES) if activations.way(shape, config) == "own" else size
 
 
 def calibration_bytes(config: RunConfig, shape: ModelShape) -> float:
@@ -168,7 +173,26 @@ def conversations(config: RunConfig) -> int:
     known = KNOWN_CONVERSATIONS.get(data.source, 10_000)
     if Path(data.source).is_file():
         known = lines_and_mean_tokens(data.source)[0]
-    return min(known, data.max_conversations or known)
+    return min(known, data.cap() or known)
+
+
+def heldout_rows(config: RunConfig) -> int:
+    """How many held-out conversations are evaluated: those of a file, or the share that prepare splits off."""
+    named = config.data.heldout_source
+    rows = conversations(config) * config.data.heldout_fraction
+    if named and Path(named).is_file():
+        rows = lines_and_mean_tokens(named)[0]
+    return max(1, min(round(rows), config.evaluate.max_heldout or round(rows)))
+
+
+def questions(config: RunConfig) -> int:
+    """How many answers each model writes: to the lines of a questions file, else to held-out conversations."""
+    asked = config.evaluate
+    if asked.questions:
+        found = lines_and_mean_tokens(asked.questions)[0] if Path(asked.questions).is_file() else 200
+    else:
+        found = min(UNASKED_PROMPTS, heldout_rows(config))
+    return min(found, asked.max_questions or found)
 
 
 def mean_tokens(config: RunConfig) -> float:

@@ -8,29 +8,29 @@ model, config.json alone is a plain one.
 'model'
 """
 
-import contextlib
-import gc
 import json
-import logging
 import os
-import shutil
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helpers import families, hardware, parked, placement
+from helpers.card import gives_back
 from helpers.config import RunConfig
-from helpers.models import hub_config, shape_from_config
-from helpers.templates import Template, load_tokenizer
+from helpers.gptq_kernels import NAMES, compute_dtype, gptq_kernel
+from helpers.hardware import Machine
+from helpers.hub import snapshot
+from helpers.models import ModelShape, hub_config, shape_from_config
+from helpers.placement import Placement
+from helpers.quiet import quiet
+from helpers.templates import Template, ends, load_tokenizer
 from helpers.versions import forget_old_torchao
 
 GIB = 2**30
 ADAPTER, CONFIG = "adapter_config.json", "config.json"
-KERNELS = ("gptq_triton", "gptq_torch")
-"""GPTQModel's kernels for a GPU that need neither a download nor nvcc, the faster first; the last knows everything."""
 Messages = list[dict[str, str]]
 
 
@@ -48,6 +48,10 @@ class Loaded:
     base: str
     """What an adapter stands on; else the same as path."""
     load_s: float
+    placement: Placement | None = None
+    """Where its weights lie, and in what batches it reads."""
+    batch_tokens: int | None = None
+    """Tokens, prompts and answers, that a batch may have beside the weights; None: any number."""
 
     @property
     def quantized(self) -> bool:
@@ -84,6 +88,11 @@ def kind(name: str | Path) -> str:
     return "gptq" if method == "gptq" else "model"
 
 
+def kinds(models: dict[str, str | Path]) -> dict[str, str]:
+    """Name -> kind of each."""
+    return {name: kind(path) for name, path in models.items()}
+
+
 def read_config(name: str | Path) -> dict:
     """config.json of a folder or a hub model. Raises ValueError with one sentence."""
     folder = Path(name)
@@ -106,52 +115,74 @@ def read_config(name: str | Path) -> dict:
 def base_of(adapter: Path, config: RunConfig) -> str:
     """The base that an adapter belongs to: what its configuration names, or the run's model when that moved.
 
+    Of a hub model with a revision, which is the adapter's own or else the run's, the folder it was downloaded to.
     Raises ValueError when the adapter's configuration cannot be read.
     """
     try:
-        named = json.loads((Path(adapter) / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        settings = json.loads((Path(adapter) / ADAPTER).read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(f"{Path(adapter) / ADAPTER} is not JSON: make the adapter again") from None
+    named, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if revision and named and not Path(named).exists() and not Path(named).is_absolute():
+        return str(snapshot(named, revision))
     gone = not named or (Path(named).is_absolute() and not Path(named).is_dir())
-    return config.model.model if gone else named
+    return pinned(config.model.model if gone else named, config)
 
 
-def load(name: str | Path, config: RunConfig | None = None) -> Loaded:
+def pinned(name: str | Path, config: RunConfig) -> str:
+    """The run's own model, when it is on the hub and a revision is asked for, as the folder it was downloaded to.
+
+    Any other name stays as it is. So everything that opens, measures or reads a model takes the same files.
+    """
+    asked = config.model.revision and str(name) == config.model.model and not Path(name).exists()
+    return str(snapshot(str(name), config.model.revision) if asked else name)
+
+
+@gives_back
+def load(name: str | Path, config: RunConfig | None = None, machine: Machine | None = None) -> Loaded:
     """Open a base or merged model, an adapter on its base, or a GPTQ model, on the GPU when there is one.
 
-    On a CPU everything computes in float32. On a GPU below compute capability 8 in fp16, else in bf16; a 16-bit model
-    whose weights do not fit the free VRAM beside a batch's keys and values is opened in NF4, and `how` says so.
-    An adapter gets the base as its training saw it (config.model.weights, double_quant).
-    Raises ValueError with one sentence for what is not a model.
+    On a CPU everything computes in float32. On a GPU below compute capability 8 in fp16, else in bf16; a GPTQ model
+    that is stored in fp16 computes in fp16 (gptq_kernels.compute_dtype), and `how` names its kernel. A 16-bit model
+    stays one: layers that do not fit the VRAM beside a batch's keys and values wait in host memory or on disk, and
+    `how` says so. An adapter gets the base as its training saw it (config.model.weights, double_quant).
+    machine: whose VRAM and RAM decide that; default this one, as free as it is now.
+    Raises ValueError with one sentence for what is not a model, or does not fit in any way.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     config = config or RunConfig()
+    name = pinned(name, config)
     what = kind(name)
     source = base_of(Path(name), config) if what == "adapter" else str(name)
-    read_config(source)
+    shape = shape_from_config(read_config(source), source)
+    machine = machine or hardware.probe()
+    place = placement.place(what, config, shape, machine)
+    if place.problem:
+        raise ValueError(f"{name} cannot be opened: {place.problem}")
     dtype, placed = precision()
-    quantization: dict[str, Any] = {}  # an explicit None would make from_pretrained forget that a GPTQ model is one
-    how = f"{what} in {str(dtype).removeprefix('torch.')} on {placed}"
+    options: dict[str, Any] = {}  # an explicit quantization of None would make from_pretrained forget a GPTQ model's
     if what == "adapter" and config.model.weights != "fp16":
-        quantization = {"quantization_config": bitsandbytes_config(config, dtype)}
-        how = f"base in {config.model.weights} as in training, adapter in {str(dtype).removeprefix('torch.')}"
-    elif what == "model" and placed == "cuda" and (short := shortfall(source, config)):
-        quantization = {"quantization_config": bitsandbytes_config(config.with_values(weights="nf4"), dtype)}
-        how = f"nf4, because {short}"
-    started = time.perf_counter()
+        options = {"quantization_config": bitsandbytes_config(config, dtype)}
     if what == "gptq":
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its pools need two workers, also on two cores
-        quantization = gptq_kernel(source, dtype) if placed == "cuda" else {}
+        if placed == "cuda":
+            quantized = read_config(source)
+            dtype = compute_dtype(quantized, dtype)
+            options = gptq_kernel(quantized["quantization_config"], dtype)
+    started = time.perf_counter()  # a kernel's build, once a machine, is not the model's loading
     with quiet():
+        where = parked.device_map(source, place.away, placed) if place.away else {"": placed}
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
-            device_map={"": placed},
-            attn_implementation=attention_kernel(config),
-            **quantization,
+            device_map=where,
+            attn_implementation=attention_kernel(config, read_config(source)),
+            **options,
         )
+        if place.away_in == "host memory":
+            parked.wait_in_host_memory(model, place.away)
         if what == "adapter":
             from peft import PeftModel
 
@@ -161,7 +192,27 @@ def load(name: str | Path, config: RunConfig | None = None) -> Loaded:
         tokenizer = open_tokenizer(name, config)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return Loaded(model, tokenizer, what, how, str(name), source, time.perf_counter() - started)
+    load_s = time.perf_counter() - started
+    asked = config.evaluate
+    tokens = place.batch_size * (asked.eval_context + asked.max_new_tokens) if machine.gpu else None
+    kernel = getattr(options.get("quantization_config"), "backend", None) if what == "gptq" else None
+    how = in_words(place, shape, dtype, config, kernel)
+    return Loaded(model, tokenizer, what, how, str(name), source, load_s, place, tokens)
+
+
+def in_words(place: Placement, shape: ModelShape, dtype: Any, config: RunConfig, kernel: str | None = None) -> str:
+    """How a model was opened, for the table: precision, where its layers lie, and smaller batches than asked for.
+
+    kernel: GPTQModel's name of the one that computes a GPTQ model on a card.
+    """
+    bits = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}[str(dtype).removeprefix("torch.")]
+    words = {
+        "model": bits,
+        "adapter": f"base in {place.precision}, adapter in {bits}",
+        "gptq": f"gptq in {bits}" + (f", {NAMES.get(kernel, kernel)}" if kernel else ""),
+    }[place.kind]
+    less = f"batches of {place.batch_size}" if place.batch_size < config.evaluate.eval_batch_size else ""
+    return ", ".join(filter(None, [words, placement.in_words(place, shape), less]))
 
 
 def precision() -> tuple[Any, str]:
@@ -174,11 +225,18 @@ def precision() -> tuple[Any, str]:
     return (torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16), "cuda"
 
 
-def attention_kernel(config: RunConfig) -> str:
-    """The attention that training had: without grouped heads' materialised scores on a T4 unless the run chose so."""
+def attention_kernel(config: RunConfig, model: dict) -> str | None:
+    """The attention that training had, by transformers' name; None, its own choice, for a family unknown here.
+
+    model: config.json. Without grouped heads' materialised scores on a T4, unless the run or the family needs another.
+    """
     from helpers import attention
 
-    return {"efficient": attention.register, "eager": lambda: "eager", "math": lambda: "sdpa"}[config.model.attention]()
+    try:
+        kernel = families.attention(families.of(model), config.model.attention).kernel
+    except ValueError:
+        return None
+    return {"efficient": attention.register, "eager": lambda: "eager", "math": lambda: "sdpa"}[kernel]()
 
 
 def bitsandbytes_config(config: RunConfig, dtype: Any) -> Any:
@@ -195,109 +253,10 @@ def bitsandbytes_config(config: RunConfig, dtype: Any) -> Any:
     )
 
 
-def gptq_kernel(
-    source: str | Path, dtype: Any, device: str = "cuda", kernels: tuple[str, ...] = KERNELS
-) -> dict[str, Any]:
-    """What from_pretrained needs to compute a GPTQ model on a GPU at once.
-
-    Left alone, GPTQModel takes Machete on Hopper, which first downloads CUTLASS, and fails where nothing can be
-    downloaded; Marlin is compiled by nvcc, for minutes on every new machine (data/measurements/README.md). So Triton's
-    kernel is taken (needs a C compiler), or PyTorch's own operators where it does not know these bits or
-    cannot be built, which a sentence says.
-    """
-    from transformers import GPTQConfig
-
-    settings = read_config(source)["quantization_config"]
-    for kernel in kernels:
-        with quiet():
-            known, trouble = try_kernel(kernel, settings, dtype, device)
-        if known and not trouble:
-            break
-        if known:
-            print(f"GPTQ's kernel {kernel} cannot be built here ({trouble}): a slower one is used.")
-    return {"quantization_config": GPTQConfig(bits=settings["bits"], backend=kernel)}
-
-
-def try_kernel(kernel: str, settings: dict, dtype: Any, device: str) -> tuple[bool, str]:
-    """Whether a kernel of GPTQModel knows this kind of model, and why it cannot be built: "" when it can."""
-    from gptqmodel.utils.importer import hf_select_quant_linear_v2
-
-    try:
-        hf_select_quant_linear_v2(
-            bits=settings["bits"],
-            group_size=settings.get("group_size", 128),  # these three as transformers reads them
-            desc_act=settings.get("desc_act", False),
-            sym=settings.get("sym", True),
-            format=settings.get("checkpoint_format", "gptq"),
-            quant_method="gptq",
-            dtype=dtype,
-            device_map={"": device},
-            backend=kernel,
-            pack=False,
-        )
-    except ValueError as error:  # holds the reason as an exception of its own
-        missing = isinstance(error.args[0], ImportError)
-        return missing, first_line(error) if missing else ""
-    if kernel == "gptq_triton" and not (shutil.which("gcc") or shutil.which("clang")):
-        return True, "there is no C compiler"
-    return True, ""
-
-
-def first_line(error: object) -> str:
-    """A compiler's complaint, as far as a sentence has room for it."""
-    return next((line.strip()[:120] for line in str(error).splitlines() if line.strip()), "no reason given")
-
-
-def shortfall(source: str, config: RunConfig) -> str:
-    """Why a model's 16-bit weights do not fit this GPU, or "" when they do.
-
-    Beside the weights it needs keys and values of a batch, and half a GiB for activations and logits.
-    """
-    import torch
-
-    shape = shape_from_config(read_config(source), source)
-    asked = config.evaluate
-    tokens = asked.eval_batch_size * (asked.eval_context + asked.max_new_tokens)
-    needed_gib = (2 * shape.parameters + tokens * shape.kv_cache_bytes_per_token()) / GIB + 0.5
-    free_gib = torch.cuda.mem_get_info()[0] / GIB
-    return "" if needed_gib <= free_gib else f"16 bits need {needed_gib:.1f} GiB and {free_gib:.1f} are free"
-
-
 def open_tokenizer(name: str | Path, config: RunConfig) -> Any:
     """A model's tokenizer with pad token and chat template; of an adapter that brings none, its base's."""
     brings = any((Path(name) / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
     return load_tokenizer(base_of(Path(name), config) if kind(name) == "adapter" and not brings else name)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep banners, progress bars and warnings of the model libraries out of a notebook."""
-    import transformers
-
-    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere:  # noqa: PTH123 (os.devnull is no path)
-        warnings.simplefilter("ignore")
-        try:
-            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-                yield
-        finally:
-            logging.disable(disabled)
-            transformers.logging.set_verbosity(level)
-            if bars:
-                transformers.logging.enable_progress_bar()
-
-
-def free_memory() -> None:
-    """Give back what a model held; forget the model first."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def prompt_ids(tokenizer: Any, prompt: str | Messages) -> list[int]:
@@ -331,8 +290,11 @@ def batch_generate(
     answers: dict[int, Generation] = {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        while order:
+            most = batch_size
+            if loaded.batch_tokens:  # prompts longer than the budget's go in smaller batches
+                most = min(most, max(1, loaded.batch_tokens // (len(ids[order[0]]) + max_new_tokens)))
+            rows, order = order[:most], order[most:]
             batch = pad_left([ids[i] for i in rows], settings.pad_token_id, loaded.model.device)
             with torch.inference_mode():
                 output = loaded.model.generate(**batch, generation_config=settings)
@@ -360,7 +322,7 @@ def generation_config(loaded: Loaded, max_new_tokens: int, temperature: float, t
     from transformers import GenerationConfig
 
     own = getattr(loaded.model.generation_config, "eos_token_id", None)
-    stops = {loaded.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    stops = set(ends(own, loaded.tokenizer))
     pad = loaded.tokenizer.pad_token_id
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     return GenerationConfig(

@@ -12,8 +12,8 @@ kv = kv_heads × head_dim, intermediate f, heads n; and the share of the layer's
     "attention"    s·2h + 4n                        16,512 = 0.0157 MiB   all but down_proj (73%)
     "everything"   s·(4h + 2kv + 2f) + 4n           94,336 = 0.0900 MiB   none: only norms and SwiGLU products
 
-Offloaded, s·h of "input" and "attention" lie in pinned host memory instead (HOST_BYTES at most, or half of what is
-free; the rest stays on the GPU), and two layers' worth is on the GPU too.
+Offloaded, s·h of "input" and "attention" lie in pinned host memory instead (as much of it as the configuration allows;
+the rest stays on the GPU), and two layers' worth is on the GPU too.
 The MLP goes through MLP_TOKENS tokens at a time, so what is alive beside that, once, is at most
 
     one dequantized matrix, s·h·f (112 MiB)
@@ -29,13 +29,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
-from helpers import attention, kernels
-from helpers.activations import HOST_BYTES, MLP_TOKENS
+from helpers import activations, attention, families, kernels
+from helpers.activations import MLP_TOKENS
 
-FAMILIES = ("mistral", "llama", "qwen2")
+PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+"""What a decoder layer of these families is made of."""
 
 
 @dataclass
@@ -151,9 +151,10 @@ class Layer:
             (norm.weight, norm.variance_epsilon) for norm in (module.input_layernorm, module.post_attention_layernorm)
         ]
         self.head_dim = attend.head_dim
-        self.window = getattr(attend.config, "sliding_window", None)
-        if getattr(attend.config, "model_type", "") == "qwen2":
-            self.window = getattr(attend, "sliding_window", None)
+        self.window = {
+            "mistral": getattr(attend.config, "sliding_window", None),
+            "qwen2": getattr(attend, "sliding_window", None),  # not in every layer
+        }.get(attend.config.model_type)
         self.keeps, self.offload = keeps, offload
         self.wrapped = [part for part in module.modules() if hasattr(part, "disable_adapters")]
 
@@ -288,74 +289,108 @@ class Place:
     packing: attention.Packing | None
 
 
+class Arena:
+    """Pinned host memory in chunks, handed out from the bottom up and given back from the top down.
+
+    What is taken may lie across chunks, so that none has a gap; chunks are made when they are first reached and stay
+    for the next step. So what is pinned is the largest step's bytes in whole chunks, whatever the contexts were.
+    """
+
+    def __init__(self, room: int, pin: bool):
+        """room: bytes at most, whole chunks of it are used. pin: page-locked, which copies to and from a GPU want."""
+        self.size, self.pin = activations.CHUNK_BYTES, pin
+        self.room = room // self.size * self.size
+        self.chunks: list[torch.Tensor] = []
+        self.top = 0
+
+    def take(self, size: int) -> list[torch.Tensor] | None:
+        """The next so many bytes, as the parts of chunks that they lie in (uint8); None when there is no room."""
+        end = self.top + size
+        if end > self.room:
+            return None
+        while end > len(self.chunks) * self.size:
+            self.chunks.append(torch.empty(self.size, dtype=torch.uint8, pin_memory=self.pin))
+        parts = []
+        while self.top < end:
+            chunk, start = divmod(self.top, self.size)
+            parts.append(self.chunks[chunk][start : start + end - self.top])
+            self.top += len(parts[-1])
+        return parts
+
+    def give_back(self, size: int) -> None:
+        """The topmost so many bytes are free again."""
+        self.top -= size
+
+
 class Offload:
     """Layer inputs in host memory, copied while the GPU computes; the backward pass fetches one layer ahead."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, room: int):
+        """room: bytes of host memory at most."""
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.room = min(HOST_BYTES, psutil.virtual_memory().available // 2)
-        self.free: list[torch.Tensor] = []
+        self.arena = Arena(room, pin=self.stream is not None)
         self.stack: list[dict[str, Any]] = []
 
     def begin(self) -> None:
         """A new forward pass: whatever an unfinished one left is not needed any more."""
-        self.free += [slot["host"] for slot in self.stack if slot["host"] is not None]
+        self.arena.top = 0
         self.stack.clear()
 
     def put(self, x: torch.Tensor) -> dict[str, Any]:
         """Start copying x out; its GPU memory goes back once the next but one layer's input is on its way."""
-        host = self.buffer(x)
-        copied = None if host is None else self.copy(host[: x.numel()], x.view(-1))
-        slot = {"host": host, "shape": x.shape, "x": x, "copied": copied}
+        host = self.arena.take(x.nbytes)
+        slot = {"host": host, "shape": x.shape, "dtype": x.dtype, "x": x, "copied": None}
+        if host is not None:
+            slot["copied"] = self.copy(host, pieces_like(host, x))
         if len(self.stack) >= 2 and self.stack[-2]["host"] is not None:
             self.wait(self.stack[-2]["copied"])
             self.stack[-2]["x"] = None
         self.stack.append(slot)
         return slot
 
-    def buffer(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Host memory for x: a free buffer that is large enough, a new one, or None when the host has no more room."""
-        for at, buffer in enumerate(self.free):
-            if buffer.numel() >= x.numel():
-                return self.free.pop(at)
-        if self.free:  # too small: a longer batch takes its place
-            self.room += self.free.pop().nbytes
-        if x.nbytes > self.room:
-            return None
-        self.room -= x.nbytes
-        return torch.empty(x.numel(), dtype=x.dtype, pin_memory=self.stream is not None)
-
     def get(self, slot: dict[str, Any]) -> torch.Tensor:
-        """The input again, and the one below it on its way; the host's buffer is free for the next step."""
+        """The input again, and the one below it on its way; its host memory is free for the next step.
+
+        That one is written by the same stream which reads here, so no copy overtakes another.
+        """
         self.fetch(slot)
         self.wait(slot["copied"])
         self.stack.pop()  # the backward pass goes the other way: this is the last one put
         if self.stack:
             self.fetch(self.stack[-1])
-        self.free += [slot["host"]] if slot["host"] is not None else []
         x, slot["x"] = slot["x"], None
+        if slot["host"] is not None:
+            self.arena.give_back(x.nbytes)
         return x
 
     def fetch(self, slot: dict[str, Any]) -> None:
         """Start copying back, unless the input is on the GPU still or already."""
         if slot["x"] is None:
-            slot["x"] = torch.empty(slot["shape"], dtype=slot["host"].dtype, device=self.device)
-            slot["copied"] = self.copy(slot["x"].view(-1), slot["host"][: slot["x"].numel()])
+            slot["x"] = torch.empty(slot["shape"], dtype=slot["dtype"], device=self.device)
+            slot["copied"] = self.copy(pieces_like(slot["host"], slot["x"]), slot["host"])
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> Any:
+    def copy(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> Any:
         """Copy on the second stream, after what the first has been given; returns what `wait` waits for."""
         if self.stream is None:
-            return target.copy_(source)
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source)
+            return None
         self.stream.wait_event(torch.cuda.current_stream().record_event())
         with torch.cuda.stream(self.stream):
-            target.copy_(source, non_blocking=True)
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
             return self.stream.record_event()
 
     def wait(self, copied: Any) -> None:
         """Let the first stream wait until a copy is done."""
         if self.stream is not None and copied is not None:
             torch.cuda.current_stream().wait_event(copied)
+
+
+def pieces_like(parts: list[torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
+    """The bytes of x, which is contiguous, cut as the parts are."""
+    return list(x.view(-1).view(torch.uint8).split([len(part) for part in parts]))
 
 
 class LayerFunction(torch.autograd.Function):
@@ -391,34 +426,40 @@ class LayerFunction(torch.autograd.Function):
         return None if x_grad is None else x_grad.view(ctx.shape), None, None, *adapter_grads
 
 
-def why_not(model: torch.nn.Module) -> str | None:
-    """Why this model trains through transformers' own layers instead, or None when these functions can compute it."""
-    config = model.config
-    if config.model_type not in FAMILIES:
-        return f"layers of {config.model_type} are not those of {', '.join(FAMILIES)}"
-    if config.hidden_act != "silu" or config._attn_implementation != attention.NAME:
-        return "another activation or attention function is configured"
-    for name, module in model.named_modules():
-        if ".layers." not in name or not hasattr(module, "base_layer"):
-            continue
-        (adapter,) = module.active_adapters
-        if module.lora_variant or not isinstance(module.lora_dropout[adapter], torch.nn.Identity):
-            return "DoRA and LoRA dropout need PEFT's own layers"
-    linears = [
-        linear for layer in model.model.layers for group in Layer(layer, "input").groups for linear in group.linears
-    ]
-    if any(linear.weight.dtype == torch.int8 for linear in linears):
-        return "8-bit weights are multiplied by bitsandbytes' own layers"
-    return None
+def check(model: torch.nn.Module) -> None:
+    """Raise ValueError when a model that helpers/families.py gives to these layers is none that they compute.
+
+    That would be a fault of families.py, not of the reader: what it decides from a configuration is held here to the
+    modules that are there.
+    """
+    adapted = [part for name, part in model.named_modules() if ".layers." in name and hasattr(part, "base_layer")]
+    dropouts = [dropout for part in adapted for dropout in part.lora_dropout.values()]
+    layers = [Layer(layer, "input") for layer in model.model.layers]
+    weights = [linear.weight for layer in layers for group in layer.groups for linear in group.linears]
+    wrong = {
+        "a family of other layers": model.config.model_type not in families.OWN,
+        f"attention {model.config._attn_implementation!r}": model.config._attn_implementation != attention.NAME,
+        "another activation": any("SiLU" not in type(part.mlp.act_fn).__name__ for part in model.model.layers),
+        "DoRA": any(part.lora_variant for part in adapted),
+        "LoRA dropout": any(not isinstance(dropout, torch.nn.Identity) for dropout in dropouts),
+        "8-bit weights": any(weight.dtype == torch.int8 for weight in weights),
+        "more in a layer than two norms, attention and an MLP": any(
+            {name for name, _ in part.named_children()} != PARTS or hasattr(part.self_attn, "q_norm")
+            for part in model.model.layers
+        ),
+    }
+    for what in (words for words, found in wrong.items() if found):
+        raise ValueError(f"our own layers were chosen for a model that has {what}: set kernels=plain and report it")
 
 
-def install(model: torch.nn.Module, keeps: list[str], offload: bool = False) -> None:
+def install(model: torch.nn.Module, keeps: list[str], offload_bytes: int = 0) -> None:
     """Let the decoder layers of a causal LM train through `LayerFunction`, the i-th keeping keeps[i].
 
-    Without gradients, or with a key-value cache, they compute as before.
+    offload_bytes: of host memory, for layers' inputs. Without gradients, or with a key-value cache, layers compute as
+    before.
     """
     device = next(model.parameters()).device
-    host = Offload(device) if offload else None
+    host = Offload(device, offload_bytes) if offload_bytes else None
     places = Places(host)
     layers = [Layer(module, kept, host) for module, kept in zip(model.model.layers, keeps, strict=True)]
     linears = [linear for layer in layers for group in layer.groups for linear in group.linears]

@@ -18,8 +18,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpers.card import gives_back
 from helpers.config import MergeConfig, RunConfig, load_yaml
-from helpers.workspace import MANIFEST, building, checksum, exclusive, write_text
+from helpers.hub import snapshot
+from helpers.templates import brings_tokenizer, ends, hand_on
+from helpers.workspace import SCRATCH, building, checksum, empty_folder, exclusive, refuse_output, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -30,18 +33,6 @@ DISK_MARGIN_BYTES = GIB // 16
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "tokenizer.model.v3",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 # What PEFT can put into a LoRA adapter beside A, B and DoRA's magnitudes. Each changes the merge, so each is refused.
 OTHER_KINDS = (
     "fan_in_fan_out",
@@ -95,12 +86,14 @@ class Adapter:
     """Key in the adapter's file -> shape."""
 
 
-def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig) -> dict:
+@gives_back
+def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, revision: str | None = None) -> dict:
     """Write base + adapter as fp16 shards that transformers opens; returns the measurements.
 
-    base: a folder with config.json and safetensors, or a hub id. Goes on where a merge of the same inputs was
-    interrupted. Raises ValueError in one sentence, before anything is written, for an adapter of another kind or for
-    another base, a missing shard, a truncated file, too little disk, or an output folder that is in use.
+    base: a folder with config.json and safetensors, or a hub id. revision: of a hub id; without one, that which the
+    adapter was trained on. Goes on where a merge of the same inputs was interrupted. Raises ValueError in one sentence,
+    before anything is written, for an adapter of another kind or for another base, a missing shard, a truncated file,
+    too little disk, or an output folder that is in use.
     """
     start = time.monotonic()
     adapter, output = Path(adapter), Path(output)
@@ -108,7 +101,8 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig) ->
     loaded = read_adapter(adapter)
     trained = trained_config(adapter) or RunConfig()
     config = replace(config, merge_base=base_to_merge(adapter, config.merge_base))
-    base_folder = find_base(base, json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")))
+    revision = base_revision(base, adapter, revision)
+    base_folder = find_base(base, revision)
     refuse_output(output, [base_folder, adapter], "merge")
     with exclusive(work):
         earlier = read_state(progress)
@@ -120,11 +114,11 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig) ->
         identity = fingerprint(tensors, adapter, config, earlier.get("identity", {}).get("base", {}))
         finished = finished_shards(work, earlier, identity)
         check_disk(output, plan, set(finished), config.free_base)
-        run = trained.with_values(model=str(base), **asdict(config))
+        run = trained.with_values(model=str(base), revision=revision, **asdict(config))
         try:
-            with building(output, "merge", run, {"adapter": adapter.parent}, keep=True) as stage:
+            with building(output, "merge", run, {"adapter": adapter.parent}, keep=True, held=True) as stage:
                 for file in stage.folder.iterdir():
-                    if file.name not in finished:
+                    if file.name not in {*finished, SCRATCH}:
                         file.unlink()
                 state = {
                     "identity": identity,
@@ -132,6 +126,7 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig) ->
                     "finished": finished,
                 }
                 resumed = len(finished)
+                progress.parent.mkdir(exist_ok=True)
                 write_text(progress, json.dumps(state))
                 figures = write_shards(work, plan, state, progress, loaded, config, trained.model.double_quant)
                 write_rest(work, base_folder, adapter, plan)
@@ -147,10 +142,8 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig) ->
                 }
         except UnusableModel:
             if not config.free_base:  # what was freed is only there now
-                for file in (*work.iterdir(), progress):
-                    file.unlink()
+                empty_folder(work)
             raise
-        progress.unlink()
     return stage.measurements
 
 
@@ -225,21 +218,25 @@ def of_module(patterns: dict | None, module: str, default: float) -> float:
     return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
-def find_base(base: str | Path, adapter_settings: dict) -> Path:
-    """The folder of the base; a hub id is downloaded, safetensors only, at the revision that the adapter names."""
+def base_revision(base: str | Path, adapter: Path, asked: str | None) -> str | None:
+    """The revision of a hub base to merge into: the one asked for, else the one that training saw.
+
+    Says so when they differ: an adapter corrects the weights that it was trained on.
+    """
+    settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    trained = settings.get("revision") if settings.get("base_model_name_or_path") == str(base) else None
+    if None not in (asked, trained) and asked != trained:
+        print(f"{adapter} was trained on revision {trained} of {base} and is merged into revision {asked}")
+    return asked or trained
+
+
+def find_base(base: str | Path, revision: str | None) -> Path:
+    """The folder of the base; a hub id is downloaded, safetensors only."""
     if Path(base).is_dir():
         return Path(base)
     if str(base).count("/") != 1 or str(base).startswith((".", "/")):
         raise UnusableModel(f"base {base} is neither a folder nor a hub id")
-    from huggingface_hub import snapshot_download
-
-    return Path(
-        snapshot_download(
-            str(base),
-            revision=adapter_settings.get("revision"),
-            allow_patterns=["*.json", "*.jinja", "tokenizer.model*", "*.txt", "model*.safetensors"],
-        )
-    )
+    return snapshot(str(base), revision)
 
 
 def read_config(folder: Path) -> dict:
@@ -321,23 +318,6 @@ def check_fits_base(adapter: Adapter, tensors: list[Stored], base: str | Path) -
             )
 
 
-def refuse_output(output: Path, inputs: list[Path], stage: str) -> None:
-    """Raises ValueError when output holds something that this stage has not made, or one of the stage's inputs."""
-    here = output.resolve()
-    for source in (path.resolve() for path in inputs):
-        if source == here or here in source.parents or source in here.parents:
-            raise ValueError(f"output {output} and input {source} lie in each other: choose another output folder")
-    if output.is_file():
-        raise ValueError(f"output {output} is a file: choose a folder")
-    if output.is_dir() and any(output.iterdir()):
-        manifest = output / MANIFEST
-        made_by = json.loads(manifest.read_text(encoding="utf-8")).get("stage") if manifest.is_file() else None
-        if made_by != stage:
-            raise ValueError(
-                f"output {output} is in use by something else: choose an empty folder, nothing was changed"
-            )
-
-
 # ---- the plan --------------------------------------------------------------------------------------------------------
 
 
@@ -373,8 +353,8 @@ def finished_shards(work: Path, state: dict, identity: dict) -> dict[str, str]:
 
 
 def progress_file(output: Path) -> Path:
-    """What a merge knows of itself. It stays beside the folder until that is named: a freed base would be missed."""
-    return output.with_name(output.name + ".progress.json")
+    """What a merge knows of itself. It goes once the folder has its name, not before: a freed base would be missed."""
+    return output.with_name(output.name + ".partial") / SCRATCH / "progress.json"
 
 
 def read_state(progress: Path) -> dict:
@@ -567,23 +547,29 @@ class SafetensorsWriter:
 
 
 def write_rest(work: Path, base: Path, adapter: Path, plan: dict[str, list[Stored]]) -> None:
-    """Index, config, generation config, tokenizer: the adapter's own tokenizer where training saved one."""
+    """Index, tokenizer (the adapter's own where training saved one), config and generation config that agree with it.
+
+    Training pads with a token of its own, and a template may end answers with another token than eos: servers and
+    transformers read both from these files.
+    """
     settings = read_config(base)
-    write_text(work / "config.json", json.dumps(for_all_readers(settings), indent=2) + "\n")
     if len(plan) > 1:
         total = sum(2 * tensor.values for shard in plan.values() for tensor in shard)
         place = {tensor.name: name for name, shard in plan.items() for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
         write_text(work / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    generation = {"_from_model_config": True} | {
+        name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in settings
+    }
     if (base / "generation_config.json").is_file():
-        shutil.copyfile(base / "generation_config.json", work / "generation_config.json")
-    else:
-        tokens = {name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in settings}
-        write_text(work / "generation_config.json", json.dumps({"_from_model_config": True} | tokens, indent=2) + "\n")
-    source = adapter if (adapter / "tokenizer_config.json").is_file() else base
-    for file in (source / name for name in TOKENIZER_FILES):
-        if file.is_file():
-            shutil.copyfile(file, work / file.name)
+        generation = json.loads((base / "generation_config.json").read_text(encoding="utf-8"))
+    tokenizer = hand_on(adapter if brings_tokenizer(adapter) else base, work, base)
+    if tokenizer is not None:
+        settings["pad_token_id"] = generation["pad_token_id"] = tokenizer.pad_token_id
+        stops = ends(generation.get("eos_token_id"), tokenizer)
+        generation["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+    write_text(work / "config.json", json.dumps(for_all_readers(settings), indent=2) + "\n")
+    write_text(work / "generation_config.json", json.dumps(generation, indent=2) + "\n")
 
 
 def for_all_readers(settings: dict) -> dict:

@@ -8,10 +8,13 @@
 
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from helpers.config import ATTENTION_TARGETS, RunConfig
+from helpers import families
+from helpers.config import RunConfig
+from helpers.families import Family
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "tiny-mistral"
@@ -25,54 +28,87 @@ class ModelShape:
     layers: int
     hidden: int
     intermediate: int
+    """Of a mixture: one expert's."""
     heads: int
     kv_heads: int
     head_dim: int
     vocab: int
     max_context: int
+    family: Family
+    """What computes it, and what differs from Llama (helpers/families.py)."""
     sliding_window: int | None = None
     tied: bool = False
     """The output head is the embedding."""
-    attention_bias: bool = False
-    """Biases on q, k and v, as Qwen2 has."""
-    experts: int = 1
-    experts_per_token: int = 1
+    dense_intermediate: int = 0
+    """Of a mixture: the MLP of layers without experts."""
 
     @property
+    def model_type(self) -> str:
+        """transformers' name of the family."""
+        return self.family.model_type
+
+    @property
+    def experts(self) -> int:
+        """Experts of a layer; 1 without a mixture."""
+        return self.family.experts
+
+    @property
+    def experts_per_token(self) -> int:
+        """Experts that a token meets, shared ones aside."""
+        return self.family.experts_per_token
+
+    @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Linear layer of a decoder layer -> (in features, out features); each expert has its own MLP."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "q_proj": (self.hidden, queries),
-            "k_proj": (self.hidden, keys),
-            "v_proj": (self.hidden, keys),
-            "o_proj": (queries, self.hidden),
-            "gate_proj": (self.hidden, self.intermediate),
-            "up_proj": (self.hidden, self.intermediate),
-            "down_proj": (self.intermediate, self.hidden),
-        }
+        sizes = families.sizes_of(self.hidden, queries, keys, self.intermediate)
+        return {name: sizes[name] for name in self.family.linears}
 
     def copies(self, linear: str) -> int:
         """How many of a linear layer one decoder layer holds."""
-        return 1 if linear in ATTENTION_TARGETS else self.experts
+        return self.experts if linear in families.MLP else 1
 
     @property
     def layer_linear_parameters(self) -> int:
-        """Weights of one decoder layer that are quantized."""
-        return sum(inputs * outputs * self.copies(name) for name, (inputs, outputs) in self.linears.items())
+        """Weights of the linear layers of one decoder layer: of a mixture, one with experts."""
+        every = sum(inputs * outputs * self.copies(name) for name, (inputs, outputs) in self.linears.items())
+        return every + self.shared_parameters
 
     @property
     def active_linear_parameters(self) -> int:
-        """Weights of one decoder layer that a token meets: two experts of Mixtral's eight."""
-        return sum(
-            inputs * outputs * (1 if name in ATTENTION_TARGETS else self.experts_per_token)
+        """Those that a token meets: two experts of Mixtral's eight."""
+        return self.shared_parameters + sum(
+            inputs * outputs * (self.experts_per_token if name in families.MLP else 1)
             for name, (inputs, outputs) in self.linears.items()
         )
 
     @property
+    def shared_parameters(self) -> int:
+        """Weights of one layer's experts that every token meets."""
+        return 3 * self.hidden * self.family.shared_size
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights that transformers holds as one tensor a layer: bitsandbytes leaves them in 16 bits; 0 if dense."""
+        if self.experts == 1:
+            return 0
+        each = sum(inputs * outputs for name, (inputs, outputs) in self.linears.items() if name in families.MLP)
+        return (self.layers - self.family.dense_layers) * self.experts * each
+
+    @property
     def linear_parameters(self) -> int:
-        """Weights of all decoder layers that are quantized to 4 bits."""
-        return self.layers * self.layer_linear_parameters
+        """Weights of the linear layers of all decoder layers."""
+        return self.layers * self.layer_linear_parameters - self.family.dense_layers * (
+            self.layer_linear_parameters - self.dense_layer_parameters
+        )
+
+    @property
+    def dense_layer_parameters(self) -> int:
+        """Weights of the linear layers of one decoder layer without experts."""
+        attention = sum(
+            inputs * outputs for name, (inputs, outputs) in self.linears.items() if name not in families.MLP
+        )
+        return attention + 3 * self.hidden * self.dense_intermediate
 
     @property
     def embedding_parameters(self) -> int:
@@ -82,9 +118,10 @@ class ModelShape:
     @property
     def small_parameters(self) -> int:
         """Norms, biases and the router of a mixture of experts: never quantized."""
-        biases = (self.heads + 2 * self.kv_heads) * self.head_dim if self.attention_bias else 0
-        router = self.hidden * self.experts if self.experts > 1 else 0
-        return self.layers * (2 * self.hidden + biases + router) + self.hidden
+        family = self.family
+        router = self.hidden * (self.experts + family.shared_gate) if self.experts > 1 else 0
+        sparse = self.layers - family.dense_layers
+        return self.layers * family.layer_vectors + sparse * router + family.last_vectors
 
     @property
     def parameters(self) -> int:
@@ -94,6 +131,16 @@ class ModelShape:
         46.7
         """
         return self.linear_parameters + self.embedding_parameters + self.small_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that a token meets; all of them where there are no experts.
+
+        >>> round(shape("mixtral-8x7b").active_parameters / 1e9, 1)
+        12.9
+        """
+        resting = self.layer_linear_parameters - self.active_linear_parameters
+        return self.parameters - (self.layers - self.family.dense_layers) * resting
 
     def lora_parameters(self, rank: int, targets: tuple[str, ...]) -> int:
         """Weights of A (rank × in) and B (out × rank) over all layers (https://arxiv.org/abs/2106.09685).
@@ -110,37 +157,80 @@ class ModelShape:
         return 2 * self.layers * self.kv_heads * self.head_dim * bytes_per_value
 
 
-MISTRAL_V01 = ModelShape("mistral-7b-v0.1", 32, 4096, 14336, 32, 8, 128, 32000, 32768, sliding_window=4096)
+def shape_from_config(config: dict, name: str) -> ModelShape:
+    """The shape that a Hugging Face config.json describes. Raises ValueError naming what is missing or unknown."""
+    config = families.complete(config)
+    wanted = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    missing = [key for key in wanted if not isinstance(config.get(key), int) or config[key] < 1]
+    if missing or config.get("is_encoder_decoder"):
+        reason = f"its config.json has no positive {', '.join(missing)}" if missing else "it is an encoder-decoder"
+        raise ValueError(f"model {name} is not a Llama-like decoder: {reason}")
+    try:
+        family = families.of(config)
+    except ValueError as error:
+        raise ValueError(f"model {name} is not known here: {error}") from None
+    heads = config["num_attention_heads"]
+    windowed = families.KINDS[family.model_type].window and config.get("use_sliding_window", True)
+    return ModelShape(
+        name=name,
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        intermediate=family.expert_size or config["intermediate_size"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=families.head_dim(config),
+        vocab=config["vocab_size"],
+        max_context=config.get("max_position_embeddings") or 2048,
+        family=family,
+        sliding_window=config.get("sliding_window") if windowed else None,  # Qwen2 names one that it does not use
+        tied=bool(config.get("tie_word_embeddings", False)),
+        dense_intermediate=config["intermediate_size"],
+    )
+
+
+def known(name: str, model_type: str, sizes: tuple[int, ...], **more: Any) -> ModelShape:
+    """A shape from sizes alone: layers, hidden, intermediate, heads, kv heads, head_dim, words, context."""
+    fields = (
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "max_position_embeddings",
+    )
+    config = {"model_type": model_type, **dict(zip(fields, sizes, strict=True))}
+    return shape_from_config(config | {"sliding_window": None} | more, name)
+
+
+TIED = {"tie_word_embeddings": True}
+V01 = known("mistral-7b-v0.1", "mistral", (32, 4096, 14336, 32, 8, 128, 32000, 32768), sliding_window=4096)
+V02 = replace(V01, name="mistral-7b-v0.2", sliding_window=None)
+V03 = replace(V02, name="mistral-7b-v0.3", vocab=32768)
 KNOWN = {
-    "mistralai/Mistral-7B-v0.1": MISTRAL_V01,
-    "mistralai/Mistral-7B-Instruct-v0.1": MISTRAL_V01,
-    "mistralai/Mistral-7B-Instruct-v0.2": replace(MISTRAL_V01, name="mistral-7b-v0.2", sliding_window=None),
-    "mistralai/Mistral-7B-v0.3": replace(MISTRAL_V01, name="mistral-7b-v0.3", vocab=32768, sliding_window=None),
-    "mistralai/Mistral-7B-Instruct-v0.3": replace(
-        MISTRAL_V01, name="mistral-7b-v0.3", vocab=32768, sliding_window=None
-    ),
-    "mistralai/Mixtral-8x7B-v0.1": ModelShape(
-        "mixtral-8x7b", 32, 4096, 14336, 32, 8, 128, 32000, 32768, experts=8, experts_per_token=2
-    ),
-    "meta-llama/Llama-2-7b-hf": ModelShape("llama-2-7b", 32, 4096, 11008, 32, 32, 128, 32000, 4096),
-    "meta-llama/Llama-3.1-8B": ModelShape("llama-3.1-8b", 32, 4096, 14336, 32, 8, 128, 128256, 131072),
-    "meta-llama/Llama-3.2-1B": ModelShape("llama-3.2-1b", 16, 2048, 8192, 32, 8, 64, 128256, 131072, tied=True),
-    "meta-llama/Llama-3.2-3B": ModelShape("llama-3.2-3b", 28, 3072, 8192, 24, 8, 128, 128256, 131072, tied=True),
-    "Qwen/Qwen2.5-0.5B": ModelShape(
-        "qwen2.5-0.5b", 24, 896, 4864, 14, 2, 64, 151936, 32768, tied=True, attention_bias=True
-    ),
-    "Qwen/Qwen2.5-1.5B": ModelShape(
-        "qwen2.5-1.5b", 28, 1536, 8960, 12, 2, 128, 151936, 131072, tied=True, attention_bias=True
-    ),
-    "Qwen/Qwen2.5-7B": ModelShape("qwen2.5-7b", 28, 3584, 18944, 28, 4, 128, 152064, 131072, attention_bias=True),
-    "HuggingFaceTB/SmolLM2-1.7B": ModelShape("smollm2-1.7b", 24, 2048, 8192, 32, 32, 64, 49152, 8192, tied=True),
-    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": ModelShape("tinyllama-1.1b", 22, 2048, 5632, 32, 4, 64, 32000, 2048),
+    "mistralai/Mistral-7B-v0.1": V01,
+    "mistralai/Mistral-7B-Instruct-v0.1": V01,
+    "mistralai/Mistral-7B-Instruct-v0.2": V02,
+    "mistralai/Mistral-7B-v0.3": V03,
+    "mistralai/Mistral-7B-Instruct-v0.3": V03,
+    "mistralai/Mixtral-8x7B-v0.1": known("mixtral-8x7b", "mixtral", (32, 4096, 14336, 32, 8, 128, 32000, 32768)),
+    "meta-llama/Llama-2-7b-hf": known("llama-2-7b", "llama", (32, 4096, 11008, 32, 32, 128, 32000, 4096)),
+    "meta-llama/Llama-3.1-8B": known("llama-3.1-8b", "llama", (32, 4096, 14336, 32, 8, 128, 128256, 131072)),
+    "meta-llama/Llama-3.2-1B": known("llama-3.2-1b", "llama", (16, 2048, 8192, 32, 8, 64, 128256, 131072), **TIED),
+    "meta-llama/Llama-3.2-3B": known("llama-3.2-3b", "llama", (28, 3072, 8192, 24, 8, 128, 128256, 131072), **TIED),
+    "Qwen/Qwen2.5-0.5B": known("qwen2.5-0.5b", "qwen2", (24, 896, 4864, 14, 2, 64, 151936, 32768), **TIED),
+    "Qwen/Qwen2.5-1.5B": known("qwen2.5-1.5b", "qwen2", (28, 1536, 8960, 12, 2, 128, 151936, 131072), **TIED),
+    "Qwen/Qwen2.5-7B": known("qwen2.5-7b", "qwen2", (28, 3584, 18944, 28, 4, 128, 152064, 131072)),
+    "HuggingFaceTB/SmolLM2-1.7B": known("smollm2-1.7b", "llama", (24, 2048, 8192, 32, 32, 64, 49152, 8192), **TIED),
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": known("tinyllama-1.1b", "llama", (22, 2048, 5632, 32, 4, 64, 32000, 2048)),
 }
 
 
-def shape(name: str) -> ModelShape:
+def shape(name: str, revision: str | None = None) -> ModelShape:
     """The shape of a model: a hub id, a short name such as mistral-7b-v0.3, a config.json, or a folder that has one.
 
+    revision: of a hub id whose shape is not known here; no revision of the known ones ever changed it.
     Raises ValueError when it is none of these, or not a Llama-like decoder.
     """
     for hub_id, known in KNOWN.items():
@@ -154,20 +244,24 @@ def shape(name: str) -> ModelShape:
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise ValueError(f"model: {path} is not JSON") from None
     if name.count("/") == 1 and not name.startswith((".", "/")) and path.suffix != ".json":
-        return shape_from_config(hub_config(name), name)
+        return shape_from_config(hub_config(name, revision), name)
     raise ValueError(
         f"model must be a folder with config.json, a config.json, a hub id, or one of "
         f"{', '.join(sorted({known.name for known in KNOWN.values()}))}; {name!r} is none of these"
     )
 
 
-def hub_config(name: str) -> dict:
+def hub_config(name: str, revision: str | None = None) -> dict:
     """config.json of a hub model: a few kB, all that a budget downloads. Raises ValueError with the remedy."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
+        return json.loads(Path(hf_hub_download(name, "config.json", revision=revision)).read_text(encoding="utf-8"))
+    except RevisionNotFoundError:
+        raise ValueError(
+            f"model {name} has no revision {revision}: choose a branch, a tag or a commit of huggingface.co/{name}"
+        ) from None
     except GatedRepoError:
         raise ValueError(
             f"model {name} is gated: accept its terms at huggingface.co/{name} and set HF_TOKEN (in Colab: Secrets)"
@@ -181,42 +275,16 @@ def hub_config(name: str) -> dict:
         ) from None
 
 
-def shape_from_config(config: dict, name: str) -> ModelShape:
-    """The shape that a Hugging Face config.json describes. Raises ValueError naming what is missing."""
-    wanted = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    missing = [key for key in wanted if not isinstance(config.get(key), int) or config[key] < 1]
-    if missing or config.get("is_encoder_decoder"):
-        reason = f"its config.json has no positive {', '.join(missing)}" if missing else "it is an encoder-decoder"
-        raise ValueError(f"model {name} is not a Llama-like decoder: {reason}")
-    heads, model_type = config["num_attention_heads"], config.get("model_type", "")
-    windowed = config.get("use_sliding_window", True)  # Qwen2 names a window that it does not use
-    return ModelShape(
-        name=name,
-        layers=config["num_hidden_layers"],
-        hidden=config["hidden_size"],
-        intermediate=config["intermediate_size"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab=config["vocab_size"],
-        max_context=config.get("max_position_embeddings") or 2048,
-        sliding_window=config.get("sliding_window") if windowed else None,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        attention_bias=bool(config.get("attention_bias", model_type == "qwen2")),
-        experts=config.get("num_local_experts") or 1,
-        experts_per_token=config.get("num_experts_per_tok") or 1,
-    )
-
-
 def describe(model: ModelShape) -> dict[str, str]:
     """The configuration table of a model, in the words of the papers.
 
     >>> describe(shape("mistral-7b-v0.1"))["sliding window"]
     '4,096 tokens'
     """
+    active = f", of which a token meets {model.active_parameters:,}" if model.experts > 1 else ""
     return {
         "model": Path(model.name).name,
-        "parameters": f"{model.parameters:,}",
+        "parameters": f"{model.parameters:,}{active}",
         "decoder layers": f"{model.layers}",
         "hidden size": f"{model.hidden:,}",
         "MLP size": f"{model.intermediate:,}",
@@ -230,8 +298,8 @@ def describe(model: ModelShape) -> dict[str, str]:
 
 
 PROFILES: dict[str, dict[str, Any]] = {
-    # RunConfig's own defaults are chosen for a 7B on a T4; a first run takes an afternoon, not thirteen sessions.
-    "mistral-7b": {"max_conversations": 2000},
+    # RunConfig's own defaults are chosen for a 7B on a T4.
+    "mistral-7b": {},
     "tiny": {
         "model": str(TINY),
         "source": str(ROOT / "data" / "conversations.jsonl"),

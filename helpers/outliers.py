@@ -25,6 +25,9 @@ SURE = 0.7
 HEAD = 200
 """Characters of a conversation by which its language is told."""
 
+CLOSE = {"wuu": "zh", "yue": "zh", "pcm": "en"}
+"""Languages that short texts in another are taken for: of 24 flags on real data 15 were these."""
+
 SCRIPTS = (
     "none", "Latin", "Greek", "Cyrillic", "Armenian", "Hebrew", "Arabic", "Indic", "Thai or Lao", "Georgian", "Hangul",
     "Ethiopic", "Khmer", "Han or kana", "other",
@@ -70,6 +73,7 @@ def languages(texts: list[str]) -> list[int]:
     """The language that each text begins in, a number for `language_name`; NONE where that is not sure."""
     model = identifier()
     number = {label: place for place, label in enumerate(model.labels, 1)}
+    number |= {name: number[usual] for name, usual in CLOSE.items() if usual in number}
     return [number.get(model.classify(text[:HEAD])[0], NONE) for text in texts]
 
 

@@ -6,12 +6,17 @@ and where a card is so fast that it waits for Python, Python's time.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from helpers import activations, host, vram
 from helpers.config import RunConfig
-from helpers.hardware import Machine
+from helpers.hardware import GPU, Machine
 from helpers.models import ModelShape
+
+if TYPE_CHECKING:
+    from helpers.placement import Placement
 
 CPU_GFLOPS_PER_CORE = 45.0
 """fp32 products of a training step on one core of a server (the tiny profile's step of 0.17 s on two idle ones)."""
@@ -20,10 +25,26 @@ CPU_S_PER_LAYER = 0.004
 PYTHON_S_PER_LAYER = 0.0085
 """Python's and the driver's time for one decoder layer, forward and backward, with adapters on all linear layers."""
 PYTHON_S_PER_RECOMPUTED_LAYER = 0.008
-
-
 WIDE = 14336
 """From this MLP size on, products reach a card's full share."""
+READ_S_PER_GB = 6.0
+"""Reading a model's files, the safe side of what rented disks do."""
+UNPACKED = 4.5
+"""Bytes moved for a 4-bit weight that is written out in 16 bits and read again: half a byte, two and two."""
+DECODED = {"fp16": (2.0, 2.0), "int8": (1.0, 1.0), "nf4": (0.53, UNPACKED), "gptq": (0.53, 0.53)}
+"""Bytes moved for a weight and a new token: with one row, and with more. bitsandbytes has a fused product for one row
+only; GPTQ's here is ExLlamaV2's, fused up to 50 rows (MAX_Q_GEMM_ROWS in its sources), while Triton's and PyTorch's
+unpack for every token."""
+BUS_GB_S = {7: 10.0, 8: 20.0, 9: 40.0}
+"""Copies from page-locked memory to a card, by its generation: 40 on an H200 (h200_evaluate_new.json), and as large a
+share, 0.63, of PCIe 3 and 4 with 16 lanes."""
+SPEED_TOKENS = (148, 100)
+"""Tokens that helpers/cost.py decodes one by one, and several at once: three runs of 32, four to warm up, profiles."""
+PYTHON_S_PER_DECODED_LAYER = {
+    "fp16": (0.0008, 0.0008), "int8": (0.0017, 0.0021), "nf4": (0.0017, 0.0021), "gptq": (0.0009, 0.0009)
+}  # fmt: skip
+"""Python's time for a layer and a new token, with one row and with more; NF4 with PEFT's adapter (an H200's host:
+h200_decode.csv, h200_evaluate_new.json)."""
 
 
 @dataclass(frozen=True)
@@ -103,22 +124,31 @@ def steps(config: RunConfig, tokens_in_dataset: int | None = None) -> tuple[int,
 
 
 def stage_hours(
-    config: RunConfig, shape: ModelShape, machine: Machine, stage: str, tokens_in_dataset: int | None = None
+    config: RunConfig,
+    shape: ModelShape,
+    machine: Machine,
+    stage: str,
+    tokens_in_dataset: int | None = None,
+    places: Iterable["Placement"] = (),
 ) -> dict[str, float]:
-    """Part -> hours of one stage."""
+    """Part -> hours of one stage; places: of the models that an evaluation opens, one after the other."""
     base_gib = host.disk(config, shape, "inference").get("base, 16 bits", 0.0)
     parts = {"download": base_gib * host.GIB / 1e6 / machine.host.download_mb_s / 3600}
     gigabytes = 2 * shape.parameters / 1e9
     if stage == "train":
         count, mean = steps(config, tokens_in_dataset)
         each = step_s(config, shape, machine, mean)
-        parts |= {"loading": gigabytes * 6 / 3600, "training": count * each / 3600}
+        parts |= {"loading": gigabytes * READ_S_PER_GB / 3600, "training": count * each / 3600}
     elif stage == "merge":
         parts |= {"merging": gigabytes * 8 / 3600}
     elif stage == "quantize":
         parts |= {"GPTQ": gptq_s(config, shape, machine) / 3600}
     else:
-        parts |= {"loading": gigabytes * 6 / 3600, "evaluation": evaluation_s(config, shape, machine) / 3600}
+        found = list(places)
+        stored = {"gptq": host.quantized_bytes(config, shape) / 1e9}
+        read = sum(stored.get(one.kind, gigabytes) for one in found)
+        seconds = sum(sum(evaluation_s(config, shape, machine, one).values()) for one in found)
+        parts |= {"loading": read * READ_S_PER_GB / 3600, "evaluation": seconds / 3600}
     return {name: hours for name, hours in parts.items() if hours}
 
 
@@ -135,16 +165,65 @@ def gptq_s(config: RunConfig, shape: ModelShape, machine: Machine) -> float:
     return fixed + products / rate + (hessians + solving) / slow + columns * 1.0e-4
 
 
-def evaluation_s(config: RunConfig, shape: ModelShape, machine: Machine) -> float:
-    """Seconds to read the held-out conversations and to write the answers, for one model."""
+def evaluation_s(
+    config: RunConfig,
+    shape: ModelShape,
+    machine: Machine,
+    found: "Placement",
+    counts: tuple[int, int] | None = None,
+) -> dict[str, float]:
+    """Seconds of one model by part: reading the held-out texts, answers to the questions, measuring its speed.
+
+    Layers that are not on the card are copied to it once a batch while texts are read, and once a token of a batch
+    while answers are written. counts: texts and questions, default what the configuration's data has.
+    """
     asked = config.evaluate
-    rows = min(host.conversations(config) * config.data.heldout_fraction or 80, asked.max_heldout or 1e9)
-    reading = 2 * rows * asked.eval_context * shape.parameters
-    answers = asked.max_questions or 200
-    batches = math.ceil(answers / asked.eval_batch_size)
+    rows, answers = counts or (host.heldout_rows(config), host.questions(config))
+    answers = answers if found.answers else 0
+    tokens = rows * read_tokens(host.mean_tokens(config), asked.eval_context, asked.eval_stride)
+    reading = 2 * tokens * shape.parameters
+    batches = math.ceil(answers / found.batch_size)
     if machine.gpu is None:
         rate = 1e9 * CPU_GFLOPS_PER_CORE * machine.host.cpus
-        return (reading + 2 * answers * asked.max_new_tokens * shape.parameters) / rate + batches
-    token_s = max(2.5 * shape.parameters / (0.8e9 * machine.gpu.bandwidth_gb_s), shape.layers * 0.0012)
-    rate = 1e12 * machine.gpu.fp16_tflops * machine.gpu.efficiency
-    return reading / rate + batches * asked.max_new_tokens * token_s
+        writing = 2 * answers * asked.max_new_tokens * shape.parameters / rate
+        speed = 2 * (SPEED_TOKENS[0] + 8 * SPEED_TOKENS[1]) * shape.parameters / rate
+        speed += sum(SPEED_TOKENS) * shape.layers * CPU_S_PER_LAYER / 2
+        return {"reading": reading / rate, "answers": writing + batches, "speed": speed if answers else 0.0}
+    gpu = machine.gpu
+    unpacking = UNPACKED * shape.linear_parameters if found.precision in ("nf4", "gptq") else 0.0
+    away = away_s(shape, machine, found)
+    a_batch = unpacking / (1e9 * gpu.bandwidth_share * gpu.bandwidth_gb_s) + away
+    one, many = (token_s(shape, gpu, found.precision, rows, away) for rows in (1, found.batch_size))
+    return {
+        "reading": reading / (1e12 * gpu.fp16_tflops * gpu.efficiency) + math.ceil(rows / found.batch_size) * a_batch,
+        "answers": batches * asked.max_new_tokens * many,
+        "speed": SPEED_TOKENS[0] * one + SPEED_TOKENS[1] * many if answers else 0.0,
+    }
+
+
+def read_tokens(tokens: float, context: int, stride: int) -> float:
+    """Tokens that a model reads of a text in strided windows, those that it reads again included.
+
+    >>> read_tokens(1000, context=1024, stride=512), read_tokens(2048, context=1024, stride=512)
+    (1000, 3072)
+    """
+    return tokens if tokens <= context else context * (1 + math.ceil((tokens - context) / stride))
+
+
+def token_s(shape: ModelShape, gpu: GPU, precision: str, rows: int, away: float = 0.0) -> float:
+    """Seconds of one new token of each of `rows` answers: the weights pass through memory once, or Python is slower.
+
+    away: seconds of copying the layers that are not on the card, which the card waits for, but Python does not.
+    """
+    head = 2 * shape.vocab * shape.hidden
+    moved = DECODED[precision][rows > 1] * shape.layers * shape.active_linear_parameters + head
+    busy = moved / (0.8e9 * gpu.bandwidth_gb_s) + away
+    return max(busy, shape.layers * PYTHON_S_PER_DECODED_LAYER[precision][rows > 1])
+
+
+def away_s(shape: ModelShape, machine: Machine, found: "Placement") -> float:
+    """Seconds of copying the layers that are not on the card to it, once."""
+    gigabytes = 2 * found.away * shape.layer_linear_parameters / 1e9
+    if found.away_in == "disk":
+        return gigabytes * READ_S_PER_GB
+    return gigabytes / BUS_GB_S[min(max(machine.gpu.capability[0], 7), 9)]

@@ -46,7 +46,7 @@ padding: 0.3em 0.6em; text-align: left} img {max-width: 100%; height: auto} .bet
 <h1>Evaluation</h1><p>{{ about }}</p>
 <h2>The table</h2>
 <table><tr><th></th>
-{% for model in models %}<th>{{ model.name }}<br><small>{{ model.how }}</small></th>{% endfor %}</tr>
+{% for model in models %}<th>{{ model.name }}</th>{% endfor %}</tr>
 {% for title in columns %}{% set at = loop.index0 %}<tr><th>{{ title }}</th>
 {% for model in models %}<td>{{ model.cells[at] }}</td>{% endfor %}</tr>{% endfor %}</table>
 <p><small>95% confidence intervals in brackets: BCa bootstrap over conversations and answers; Wilson's for shares;

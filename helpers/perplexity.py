@@ -12,7 +12,7 @@ add_bos_token=False: else it puts bos before a text that its tokenizer began wit
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from helpers import families
 from helpers.inference import Loaded
 from helpers.metrics import Estimate, ratio_interval
+from helpers.prepared import scored
 from helpers.templates import Template
 
 LOGIT_ROWS = 256
@@ -97,6 +99,17 @@ def read_items(source: Path, tokenizer: Any, limit: int | None = None) -> Iterat
         raise ValueError(f"{source} holds nothing to score: give held-out conversations, or a text that is not empty")
 
 
+def rows_in(source: Path, context: int) -> int:
+    """How many texts a source holds, before it is read; of one long text: its windows, four bytes a token."""
+    source = Path(source)
+    if source.is_dir():
+        return len(scored(source))
+    if source.suffix in (".jsonl", ".json"):
+        with source.open("rb") as lines:
+            return sum(1 for line in lines if line.strip())
+    return math.ceil(source.stat().st_size / (4 * context))
+
+
 def read_any(source: Path, tokenizer: Any) -> Iterator[Item]:
     """Items of whatever source is. Raises ValueError when it is not there."""
     if source.is_dir():
@@ -111,11 +124,8 @@ def read_any(source: Path, tokenizer: Any) -> Iterator[Item]:
 
 def read_prepared(folder: Path, tokenizer: Any) -> Iterator[Item]:
     """The held-out split that prepare wrote: tokens and masks are in it."""
-    from datasets import load_from_disk
-
-    folder = folder / "heldout" if (folder / "heldout").is_dir() else folder
     try:
-        rows = load_from_disk(str(folder))
+        rows = scored(folder)
     except (FileNotFoundError, ValueError):
         raise ValueError(
             f"{folder} is not a prepared folder: run notebook 02_dataset_preparation.ipynb first"
@@ -234,12 +244,14 @@ def batches(stream: Iterator[Window], size: int) -> Iterator[list[Window]]:
 
 
 def window_losses(model: Any, batch: list[Window]) -> list[float]:
-    """Nats of each window's scored tokens. Logits exist for LOGIT_ROWS tokens at a time, and only for scored ones."""
+    """Nats of each window's scored tokens. Logits exist for LOGIT_ROWS tokens at a time, and only for scored ones.
+
+    Of a family that helpers/families.py does not know, the model's own forward makes the logits, of a whole batch.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder, head = plain.get_decoder(), plain.get_output_embeddings()
     longest = max(len(window.ids) for window in batch) - 1
     ids = torch.zeros(len(batch), longest, dtype=torch.long)  # (rows, seq); padding on the right, never attended to
     labels, real, counts = torch.zeros_like(ids), torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
@@ -253,15 +265,26 @@ def window_losses(model: Any, batch: list[Window]) -> list[float]:
             counts[row, :length] &= torch.tensor(window.scored[1:])
     device = model.device
     with torch.inference_mode():
-        hidden = decoder(
-            input_ids=ids.to(device), attention_mask=real.to(device), use_cache=False
-        ).last_hidden_state  # (rows, seq, hidden)
-        hidden, labels = hidden[counts.to(device)], labels[counts].to(device)  # (scored, hidden), (scored,)
+        inputs = {"input_ids": ids.to(device), "attention_mask": real.to(device), "use_cache": False}
+        values, logits = logits_of(plain, inputs)  # (rows, seq, hidden), or (rows, seq, vocab)
+        values, labels = values[counts.to(device)], labels[counts].to(device)  # (scored, …), (scored,)
         losses = torch.cat(
             [
-                cross_entropy(head(some).float(), wanted, reduction="none")  # logits: (LOGIT_ROWS, vocab)
-                for some, wanted in zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
+                cross_entropy(logits(some).float(), wanted, reduction="none")  # logits: (LOGIT_ROWS, vocab)
+                for some, wanted in zip(values.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
             ]
         ).double()
     owners = torch.arange(len(batch)).unsqueeze(1).expand_as(counts)[counts]
     return torch.zeros(len(batch), dtype=torch.double).index_add_(0, owners, losses.cpu()).tolist()
+
+
+def logits_of(model: Any, inputs: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
+    """(values of each token, what makes logits of some of them): hidden states and the head as its family has it."""
+    from helpers.losses import finished
+
+    try:
+        how = families.of(model.config.to_dict()).logits
+    except ValueError:  # nobody has looked at this family: its own logits are right
+        return model(**inputs).logits, lambda some: some
+    head = model.get_output_embeddings()
+    return model.get_decoder()(**inputs).last_hidden_state, lambda some: finished(head(some).float(), how)

@@ -28,6 +28,7 @@ def search(config: RunConfig, shape: ModelShape, machine: Machine, needs: Needs)
     and where that does not do, the rank.
     A configuration that says how many layers are checkpointed, and fits, stays as it is.
     """
+    config = within_host(config, machine)
     if machine.gpu is None:
         asked = config.train.checkpointing
         return (with_train(config, checkpointing="none") if asked == "auto" else config), (
@@ -46,6 +47,16 @@ def search(config: RunConfig, shape: ModelShape, machine: Machine, needs: Needs)
             return found, (f"{said}: no way of training more fits", *reasons(found, shape, machine, needs(found)))
     nearest = with_train(smallest(smaller), checkpointing="all", keep_attention=False)
     return nearest, ("nothing fits: this comes nearest",)
+
+
+def within_host(config: RunConfig, machine: Machine) -> RunConfig:
+    """With at most half of the machine's free RAM for offloaded inputs, in whole 1/16 GiB; layers keep to that number.
+
+    So it is settled once, when a run is planned: later the run itself has taken some of what is free now.
+    """
+    half = int(8 * machine.host.ram_gib) / 16
+    offloads = config.train.offload_activations and half < config.train.offload_gib
+    return with_train(config, offload_gib=half) if offloads else config
 
 
 def usable_gib(config: RunConfig, shape: ModelShape, machine: Machine, stage: str = "train") -> float:
@@ -91,6 +102,16 @@ def splits(config: RunConfig) -> Iterator[RunConfig]:
         yield with_batch(config, batch)
 
 
+def in_batches(config: RunConfig, batch_size: int, shape: ModelShape, machine: Machine, needs: Needs) -> RunConfig:
+    """The same steps in micro-batches of this size, with as little recomputed as fits; the leanest when none does."""
+    way = with_batch(config, batch_size)
+    if machine.gpu is None:
+        return with_train(way, checkpointing="none") if way.train.checkpointing == "auto" else way
+    way = with_train(way, keep_attention=True, offload_activations=False)  # chosen anew for this machine
+    leanest = within_host(with_train(way, checkpointing="all", **LEANEST), machine)
+    return least_recomputed(way, shape, machine, needs, usable_gib(way, shape, machine)) or leanest
+
+
 def batch_sizes(config: RunConfig) -> list[int]:
     """Micro-batches of at most 64 that make the same step; TrainConfig accumulates at most 4,096 of them."""
     rows = config.train.batch_size * config.train.accumulation
@@ -112,7 +133,7 @@ def least_recomputed(
     Copies to the host cost next to nothing beside the work of a layer; attention again costs 12 % at 16,384 tokens.
     """
     for more in ({}, {"offload_activations": True}, {"keep_attention": False}, LEANEST):
-        way = with_train(config, **more)
+        way = within_host(with_train(config, **more), machine)
         everything = with_train(way, checkpointing="all")
         in_ram = sum(host.ram(everything, shape, machine, "train").values()) <= machine.host.ram_gib
         if (in_ram or not way.train.offload_activations) and needs(everything) <= room_gib:
@@ -197,7 +218,7 @@ def vram_remedy(config: RunConfig, shape: ModelShape, machine: Machine, stage: s
         return "fewer calibration_samples need less"
     best, best_gib = "", needs(config)
     for words, candidate in single_changes(config, shape):
-        needed = needs(candidate)
+        needed = needs(within_host(candidate, machine))
         if needed <= usable_gib(candidate, shape, machine):
             return f"{words} fits, with {needed:.1f} GiB"
         if needed < best_gib:
@@ -214,6 +235,14 @@ def ram_remedy(parts: dict[str, float]) -> str:
     if "calibration activations" in parts:
         return "fewer calibration_samples need less"
     return "close what else runs, or take a smaller model"
+
+
+def kept_remedy() -> str:
+    """Where to put a run that is more than Kaggle keeps."""
+    return (
+        "give a workspace in /kaggle/temp, and set RECIPES_LASTING=/kaggle/working: checkpoints, adapter and GPTQ "
+        "model are kept there, the merged model is not"
+    )
 
 
 def disk_remedy(config: RunConfig, parts: dict[str, float]) -> str:

@@ -18,6 +18,7 @@ from helpers.workspace import MANIFEST, checksum, read_manifest, text_checksum, 
 MIB = 2**20
 Report = Mapping[str, Mapping[str, Any]]
 COLUMNS = {  # figure -> heading, how it is written
+    "loaded_as": ("opened as", "{}"),
     "perplexity": ("perplexity", "{:.3f}"),
     "bits_per_byte": ("bits/byte", "{:.3f}"),
     "exact_match": ("exact match", "{:.1%}"),
@@ -29,15 +30,26 @@ COLUMNS = {  # figure -> heading, how it is written
     "size_bytes": ("size MiB", "{:,.1f}"),
     "load_s": ("load s", "{:.1f}"),
     "peak_allocated_gib": ("VRAM GiB", "{:.2f}"),
-    "peak_host_gib": ("RAM GiB", "{:.2f}"),
+    "peak_anonymous_gib": ("RAM GiB", "{:.2f}"),
     "first_token_s": ("first token s", "{:.3f}"),
     "tokens_per_s": ("tokens/s", "{:,.1f}"),
+    "gpu_ms_per_token": ("GPU ms a token", "{:.2f}"),
     "tokens_per_s_batch_8": ("at batch 8", "{:,.1f}"),
     "prompt_tokens_per_s": ("prompt tokens/s", "{:,.0f}"),
 }
-NARROW = ("perplexity", "bits_per_byte", "exact_match", "f1", "rouge_l", "ended_share", "size_bytes", "tokens_per_s")
+NARROW = (
+    "perplexity", "bits_per_byte", "exact_match", "f1", "rouge_l", "ended_share", "size_bytes", "tokens_per_s",
+    "gpu_ms_per_token",
+)  # fmt: skip
+"""Of a table of text; how models were opened is its last column."""
 TESTED = ("perplexity", "exact_match", "f1", "rouge_l", "bleu", "chrf", "ended_share")
 SIDE_BY_SIDE_ROWS = 24
+PREDICTED = {  # predicted figure -> measured figure, what it is called
+    "predicted_allocated_gib": ("peak_allocated_gib", "VRAM allocated, GiB"),
+    "predicted_reserved_gib": ("peak_reserved_gib", "VRAM reserved, GiB"),
+    "predicted_anonymous_gib": ("peak_anonymous_gib", "RAM, GiB"),
+    "predicted_evaluation_s": ("evaluation_s", "evaluation, s"),
+}
 
 
 def cell(entry: Mapping[str, Any], column: str) -> str:
@@ -65,6 +77,32 @@ def with_interval(entry: Mapping[str, Any], column: str) -> str:
     return f"{cell(entry, column)} [{low}, {high}]"
 
 
+def evaluated(report: Report) -> dict[str, Mapping[str, Any]]:
+    """The entries with figures: not those that were left out."""
+    return {name: entry for name, entry in report.items() if "left_out" not in entry}
+
+
+def sentences(report: Report) -> list[str]:
+    """Which models have no figures, and why."""
+    return [f"{name} is not evaluated: {entry['left_out']}." for name, entry in report.items() if entry.get("left_out")]
+
+
+def against_measured(report: Report) -> list[dict[str, Any]]:
+    """Predicted beside measured, a row for each quantity of each model that was evaluated; VRAM only with a card."""
+    return [
+        {
+            "model": name,
+            "quantity": quantity,
+            "predicted": round(entry[predicted], 3),
+            "measured": round(entry[measured], 3),
+            "difference %": round(100 * (entry[predicted] / entry[measured] - 1), 1),
+        }
+        for name, entry in report.items()
+        for predicted, (measured, quantity) in PREDICTED.items()
+        if entry.get(predicted) and entry.get(measured)
+    ]
+
+
 def measured_columns(report: Report) -> list[str]:
     """Columns that at least one model has."""
     return [column for column in COLUMNS if any(entry.get(column) is not None for entry in report.values())]
@@ -82,13 +120,18 @@ def table(report: Report) -> Any:
 
 
 def text_table(report: Report) -> str:
-    """The most wanted figures as lines of text, and under them the verdicts."""
-    rows = [["", *(COLUMNS[column][0] for column in NARROW)]]
-    rows += [[name, *(cell(entry, column) for column in NARROW)] for name, entry in report.items()]
+    """The most wanted figures as lines of text, how each model was opened, and under them the verdicts."""
+    columns = (*NARROW, "loaded_as")
+    rows = [["", *(COLUMNS[column][0] for column in columns)]]
+    rows += [[name, *(cell(entry, column) for column in columns)] for name, entry in report.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(
-            [row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))]
+            [
+                row[0].ljust(widths[0]),
+                *(text.rjust(width) for text, width in zip(row[1:-1], widths[1:-1], strict=True)),
+                row[-1],
+            ]
         )
         for row in rows
     ]
@@ -97,7 +140,7 @@ def text_table(report: Report) -> str:
         for row in comparisons(report)
         if row["metric"] in ("perplexity", "exact match")
     ]
-    return "\n".join([*lines, "", *verdicts])
+    return "\n".join([*lines, "", *verdicts, *sentences(report)])
 
 
 def comparisons(report: Report) -> list[dict[str, str]]:
@@ -105,7 +148,7 @@ def comparisons(report: Report) -> list[dict[str, str]]:
 
     A difference is this model's figure less the other's; of perplexity it is a ratio, in per cent.
     """
-    rows, names = [], list(report)
+    rows, names = [], list(evaluated(report))
     for other, name in pairwise(names):
         found = report[name].get("against", {}).get(other, {})
         for metric in TESTED:
@@ -191,6 +234,7 @@ def marked(left: str | None, text: str) -> str:
 
 def figures(report: Report, log: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     """The report's figures by name: quality, size, speed; loss with a training log; memory where it was predicted."""
+    report = evaluated(report)
     drawn = {
         "quality": plots.quality(report),
         "size": plots.size_against_quality(report),
@@ -215,11 +259,7 @@ def write_html(
         about=about,
         columns=[COLUMNS[column][0] for column in columns],
         models=[
-            {
-                "name": name,
-                "cells": [with_interval(entry, column) for column in columns],
-                "how": entry.get("loaded_as", ""),
-            }
+            {"name": name, "cells": [with_interval(entry, column) for column in columns]}
             for name, entry in report.items()
         ],
         comparisons=comparisons(report),
@@ -286,7 +326,9 @@ def model_card(name: str, entry: Mapping[str, Any], config: Mapping[str, Any]) -
             **{key: value for part in config.values() if isinstance(part, dict) for key, value in part.items()}
         ),
         "rows": [
-            (COLUMNS[column][0], with_interval(entry, column)) for column in COLUMNS if entry.get(column) is not None
+            (COLUMNS[column][0], with_interval(entry, column))
+            for column in COLUMNS
+            if column != "loaded_as" and entry.get(column) is not None
         ],
         "config": config,
         "entry": entry,

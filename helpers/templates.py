@@ -10,7 +10,10 @@ itself would have to write after the prompt. (mistral-common tokenizes piece by 
 [('<s>[INST] Hi.[/INST]', False), (' Hello!</s>', True)]
 """
 
+import hashlib
+import json
 import re
+import shutil
 from bisect import bisect
 from functools import cache
 from pathlib import Path
@@ -22,11 +25,15 @@ MISTRAL_V1 = """\
 {{- bos_token }}
 {%- for message in messages %}
     {%- if message['role'] == 'user' %}
-        {{- ' [INST] ' + message['content'] + ' [/INST]' }}
+        {{- ' [INST] ' }}
+        {%- if loop.index0 == 1 and messages[0]['role'] == 'system' %}
+            {{- messages[0]['content'] + '\\n\\n' }}
+        {%- endif %}
+        {{- message['content'] + ' [/INST]' }}
     {%- elif message['role'] == 'assistant' %}
         {{- ' ' + message['content'] + eos_token }}
-    {%- else %}
-        {{- raise_exception('only user and assistant roles') }}
+    {%- elif not loop.first %}
+        {{- raise_exception('a system message comes first') }}
     {%- endif %}
 {%- endfor %}"""
 """v0.1 and v0.2: [INST] is text, a space before it; a system prompt stands at the head of the first user turn."""
@@ -55,7 +62,27 @@ MISTRAL_V3 = """\
 """v0.3: [INST] and [/INST] are tokens of their own; a system prompt stands at the head of the *last* user turn."""
 
 PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<unk>")
+EXCHANGE = [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+VOCABULARY_FILES = ("tokenizer.model", "tokenizer.model.v3")
+NOT_NEEDED = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
 MARK, MARKS = "\ue000{}\ue001", re.compile("\ue000([0-9]+)\ue001")  # private use characters: no template writes them
+
+
+PART = 2**18
+"""Letters of a text that the tokenizer gets at a time, at least."""
+BEFORE_SPACE = re.compile(r"\w(?= \w)")
 
 
 class Layout(NamedTuple):
@@ -91,9 +118,106 @@ def load_tokenizer(name: str | Path, revision: str | None = None, padding_side: 
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer of {name} has no end-of-sequence token: a model could never learn to stop")
     tokenizer.pad_token = pad_token(tokenizer)
-    if not tokenizer.chat_template:
+    mark_first_word_only(tokenizer)
+    tokenizer.brought_template = bool(tokenizer.chat_template)
+    if not tokenizer.brought_template:
         tokenizer.chat_template = MISTRAL_V3 if "[INST]" in added_tokens(tokenizer) else MISTRAL_V1
+    tokenizer.vocabulary_files = vocabulary_files(str(name), revision)
     return tokenizer
+
+
+def mark_first_word_only(tokenizer: Any) -> None:
+    """Put ▁ before a text's first word and nowhere else, as SentencePiece, mistral-common and newer files do.
+
+    Older files of Mistral v0.1, v0.2 and Llama 2 put it behind every special token too. `Template` tokenizes without
+    those; so that `apply_chat_template` of the saved tokenizer gives the ids of training, they go here.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    normalizer = backend and json.loads(backend.to_str())["normalizer"]
+    if normalizer and {"type": "Prepend", "prepend": "▁"} in normalizer.get("normalizers", []):
+        from tokenizers.pre_tokenizers import Metaspace
+
+        backend.normalizer = None
+        backend.pre_tokenizer = Metaspace(replacement="▁", prepend_scheme="first", split=False)
+
+
+def vocabulary_files(name: str, revision: str | None) -> list[Path]:
+    """SentencePiece's own files beside a tokenizer, fetched where they are on the hub."""
+    from transformers.utils import cached_file
+
+    found = [cached_file(name, file, revision=revision, **NOT_NEEDED) for file in VOCABULARY_FILES]
+    return [Path(file) for file in found if file]
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write what `load_tokenizer` gave, so that transformers 4 and 5, vLLM and llama.cpp read the same ids from it.
+
+    transformers 5 writes a class, a list and merges that version 4 does not know, keeps the template in a file that
+    older readers do not look for, and leaves out tokenizer.model, from which llama.cpp takes the words' scores.
+    """
+    tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").is_file():
+        merges_as_text(folder / "tokenizer.json")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("backend", "is_local", "local_files_only"):  # of this library and this machine
+        settings.pop(name, None)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if isinstance(tokenizer.chat_template, str):
+        settings["chat_template"] = tokenizer.chat_template
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    for file in getattr(tokenizer, "vocabulary_files", ()):
+        shutil.copyfile(file, folder / file.name)
+
+
+def merges_as_text(path: Path) -> None:
+    """Write BPE's merges as `a b`, which every version of tokenizers reads; not where a word holds a space."""
+    state = json.loads(path.read_text(encoding="utf-8"))
+    merges = state["model"].get("merges")
+    if merges and all(isinstance(pair, list) and not any(" " in word for word in pair) for pair in merges):
+        state["model"]["merges"] = [" ".join(pair) for pair in merges]
+        path.write_text(json.dumps(state, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def brings_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer: adapters of PEFT's own come without."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def hand_on(source: Path, folder: Path, base: Path | None = None) -> Any:
+    """Write the tokenizer of a model's folder into the one made of it, as `load_tokenizer` gives it; returns it.
+
+    base: where SentencePiece's files lie that the source has lost. Says so where the template is not the source's own.
+    None where there is no tokenizer, or one that no chat could use: then its files go on as they are.
+    """
+    if not brings_tokenizer(source):
+        return None
+    try:
+        tokenizer = load_tokenizer(source)
+    except ValueError:
+        for file in (source / name for name in TOKENIZER_FILES):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+        return None
+    tokenizer.vocabulary_files = tokenizer.vocabulary_files or (vocabulary_files(str(base), None) if base else [])
+    if not tokenizer.brought_template:
+        shown = Template(tokenizer).text(EXCHANGE)
+        print(
+            f"{source} has no chat template, so that training here would use Mistral's, and the result gets it: {shown}"
+        )
+    save_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """SHA-256 of what decides the ids of a conversation: words, template, pad token, and how a text is cut."""
+    words = sorted(tokenizer.get_vocab().items())
+    ids = tokenizer("Two  spaces, naïve 🙂\n\tand [INST] 1234.")["input_ids"]
+    state = [words, ids, tokenizer.chat_template, tokenizer.pad_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def pad_token(tokenizer: Any) -> str:
@@ -219,6 +343,38 @@ class Template:
             pass
         return [token for ids in self.tokens([chunks])[0] for token in ids]
 
+    @property
+    def end_id(self) -> int:
+        """The token that ends an answer: eos, or the template's own, such as <|im_end|>."""
+        ids, mask, _ = self.encode([EXCHANGE])[0]
+        return [token for token, trained in zip(ids, mask, strict=True) if trained][-1]
+
+    def served_otherwise(self) -> str:
+        """What a server, which renders the template itself, asks otherwise than training showed it, in one sentence.
+
+        "" where nothing differs: it never does for a template of this file.
+        """
+        question, answer = EXCHANGE
+        asked = {
+            "a question": [question],
+            "a second question": [question, answer, question],
+            "a system prompt": [{"role": "system", "content": "…"}, question],
+        }
+        differ = [what for what, messages in asked.items() if self.served(messages) != self.prompt(messages)]
+        if not differ:
+            return ""
+        return (
+            f"the model's own chat template, which servers use, writes {' and '.join(differ)} otherwise than training "
+            "shows it: ask through helpers.inference, or give the model's folder another chat_template.jinja"
+        )
+
+    def served(self, messages: list[dict[str, str]]) -> list[int] | None:
+        """Input ids that a server asks with; None when the template refuses these roles."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception:  # whatever a template raises
+            return None
+
     def encode(self, conversations: list[list[dict[str, str]]]) -> list[tuple[list[int], list[int], list[int]]]:
         """(input ids, mask, ends of the answers) of each conversation; one call of the tokenizer for all."""
         chunked = [self.chunks(messages) for messages in conversations]
@@ -240,8 +396,16 @@ class Template:
         if self.marks_again:
             return [[self.pieces(text) for text, _ in chunks] for chunks in chunked]
         texts = [(self.anchor if k else "") + text for chunks in chunked for k, (text, _) in enumerate(chunks)]
-        ids = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
-        return [[next(ids)[self.anchor_tokens if k else 0 :] for k in range(len(chunks))] for chunks in chunked]
+        usual = [text for text in texts if len(text) <= 2 * PART]
+        ids = iter(self.tokenizer(usual, add_special_tokens=False, verbose=False)["input_ids"] if usual else [])
+        return [
+            [
+                next(ids)[self.anchor_tokens if k else 0 :] if len(text) <= room else self.long_ids(text, behind=k > 0)
+                for k, (text, _) in enumerate(chunks)
+                for room in [2 * PART - (len(self.anchor) if k else 0)]
+            ]
+            for chunks in chunked
+        ]
 
     def pieces(self, text: str) -> list[int]:
         """Token ids of a chunk, its special tokens and the texts between them each by themselves."""
@@ -254,9 +418,9 @@ class Template:
                 ids += behind[self.anchor_tokens :]
         return ids
 
-    def fit(self, conversations: list[list[dict[str, str]]], seq_len: int) -> list[Encoded | None]:
-        """Conversations of at most seq_len tokens: the last exchanges go first, whole; None when not one fits."""
-        fitted: list[Encoded | None] = []
+    def fit(self, conversations: list[list[dict[str, str]]], seq_len: int) -> list[Encoded]:
+        """Conversations of at most seq_len tokens: the last exchanges go first, whole; empty when not one fits."""
+        fitted: list[Encoded] = []
         for messages, (ids, mask, ends) in zip(conversations, self.encode(conversations), strict=True):
             if len(ids) <= seq_len:
                 fitted.append(Encoded(messages, ids, mask, len(ids)))
@@ -270,13 +434,13 @@ class Template:
                 kept = first_answers(messages, answers)
                 fitted.append(Encoded(kept, *self.encode([kept])[0][:2], len(ids)))
             else:
-                fitted.append(None)
+                fitted.append(Encoded([], [], [], len(ids)))
         return fitted
 
     def fit_text(self, text: str, seq_len: int) -> list[Encoded]:
         """Plain text without roles: bos, text, eos, all of it trained but bos; as many rows as it takes."""
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + [self.tokenizer.eos_token_id]
+        ids = [*self.long_ids(text), self.tokenizer.eos_token_id]
         size = seq_len - len(bos)
         pieces = [ids[i : i + size] for i in range(0, len(ids), size)]
         if len(pieces) > 1 and len(pieces[-1]) == 1:  # an end without a text before it teaches nothing
@@ -290,6 +454,38 @@ class Template:
             )
             for piece in pieces
         ]
+
+    def long_ids(self, text: str, behind: bool = False) -> list[int]:
+        """Token ids of a text of any length, a part at a time: the tokenizer takes 60 to 200 bytes a letter.
+
+        Parts end before a space that follows a letter. No token of ours reaches over such a place, so the tokens are
+        those of the whole text; a part behind the first is tokenized behind the anchor. behind: the first too.
+        """
+        ids: list[int] = []
+        start = 0
+        while start < len(text) or not start:
+            end = len(text)
+            if end - start > PART:
+                end = next(
+                    (cut.start() + 1 for cut in BEFORE_SPACE.finditer(text, start + PART, start + 2 * PART)), end
+                )
+                end = min(end, start + 2 * PART)
+            part = (self.anchor if start or behind else "") + text[start:end]
+            found = self.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+            ids += found[self.anchor_tokens if start or behind else 0 :]
+            start = end or 1
+        return ids
+
+
+def ends(known: int | list[int] | None, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: those that the model's files name, eos, and what the template wrote in training.
+
+    >>> from helpers.models import TINY
+    >>> ends(None, load_tokenizer(TINY))
+    [2]
+    """
+    named = known if isinstance(known, list) else [known]
+    return sorted({*named, tokenizer.eos_token_id, Template(tokenizer).end_id} - {None})
 
 
 def first_answers(messages: list[dict[str, str]], answers: int) -> list[dict[str, str]]:

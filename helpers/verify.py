@@ -3,13 +3,14 @@
 import tempfile
 from pathlib import Path
 
-from helpers import budget, hardware
+from helpers import budget, card, hardware
 from helpers.config import RunConfig
 from helpers.models import shape
 
 STEPS = 3
 
 
+@card.gives_back
 def verify(config: RunConfig) -> list[dict]:
     """Train STEPS steps of full contexts; rows of quantity, predicted, measured and difference %.
 
@@ -17,7 +18,7 @@ def verify(config: RunConfig) -> list[dict]:
     """
     from helpers import finetune
 
-    sizes, machine = shape(config.model.model), hardware.probe()
+    sizes, machine = shape(config.model.model, config.model.revision), hardware.probe()
     few = config.with_values(
         max_steps=STEPS,
         epochs=1.0,

@@ -24,18 +24,24 @@ GIB = 2**30
 def weights(shape: ModelShape, config: RunConfig) -> dict[str, float]:
     """Bytes of the frozen base. NF4: half a byte a weight, and a scale for each block of 64 (QLoRA, section 3).
 
-    The scale is 4 bytes; with double quantization 1 byte, and 4 bytes for each 256 of those.
+    The scale is 4 bytes; with double quantization 1 byte, and 4 bytes for each 256 of those. The experts of a mixture
+    stay in 16 bits: transformers 5 holds a layer's in one tensor, and bitsandbytes takes linear layers only.
     """
     rest = shape.embedding_parameters + shape.small_parameters
+    experts = {"experts in 16 bits": shape.expert_parameters * HALF} if shape.experts > 1 else {}
     unquantized = {"32-bit weights" if config.model.upcast else "16-bit weights": rest * stream_bytes(config)}
     if config.model.weights == "fp16":
+        if config.model.upcast:
+            return {"16-bit weights": shape.linear_parameters * HALF, **unquantized}
         return {"16-bit weights": shape.parameters * HALF}
+    quantized = shape.linear_parameters - shape.expert_parameters
     if config.model.weights == "int8":  # a scale a row (LLM.int8(), https://arxiv.org/abs/2208.07339)
-        rows = shape.layers * sum(outputs * shape.copies(name) for name, (_, outputs) in shape.linears.items())
-        return {"8-bit weights": shape.linear_parameters, "quantization scales": rows * FULL, **unquantized}
-    blocks = shape.linear_parameters / 64
+        taken = [name for name in shape.linears if shape.copies(name) == 1]
+        rows = shape.layers * sum(shape.linears[name][1] for name in taken)
+        return {"8-bit weights": quantized, "quantization scales": rows * FULL, **unquantized, **experts}
+    blocks = quantized / 64
     scales = blocks * (1 + FULL / 256) if config.model.double_quant else blocks * FULL
-    return {"4-bit weights": shape.linear_parameters / 2, "quantization scales": scales, **unquantized}
+    return {"4-bit weights": quantized / 2, "quantization scales": scales, **unquantized, **experts}
 
 
 def lora_parameters(shape: ModelShape, config: RunConfig) -> int:
@@ -150,22 +156,32 @@ def beyond(shape: ModelShape, config: RunConfig, expandable: bool = True) -> flo
 
 
 def inference(
-    shape: ModelShape, config: RunConfig, capability: tuple[int, int] = (7, 5)
+    shape: ModelShape,
+    config: RunConfig,
+    capability: tuple[int, int] = (7, 5),
+    held: dict[str, float] | None = None,
+    unpacks: bool = True,
+    batch_size: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """Moments of evaluation: weights, adapters, keys and values, and one layer's MLP while a prompt is read.
 
-    An MLP holds its input, gate, its activation, up and their product in 16 bits.
+    An MLP holds its input, gate, its activation, up and their product in 16 bits; with an adapter on gate or up, PEFT's
+    product of it and that scaled are there in fp32 beside the gate and the base's product. held: component -> bytes of
+    the weights on the card, default the base as training saw it and its adapter; unpacks: 4-bit weights are, to 16
+    bits, one matrix at a time; batch_size: default the configuration's.
     """
     asked = config.evaluate
-    prompt = asked.eval_batch_size * asked.eval_context
+    rows = batch_size or asked.eval_batch_size
+    prompt = rows * asked.eval_context
     inner = shape.intermediate * shape.experts_per_token
-    base = weights(shape, config) | {
-        "LoRA weights": FULL * lora_parameters(shape, config),
-        "cuBLAS work space": workspace(capability) / 2,
-    }
+    adapted = weights(shape, config) | {"LoRA weights": FULL * lora_parameters(shape, config)}
+    base = (adapted if held is None else held) | {"cuBLAS work space": workspace(capability) / 2}
+    unpacked = activations.largest_weight(shape) if unpacks else 0.0
     mlp = prompt * (4 * inner + shape.hidden) * HALF
-    reading = max(mlp, prompt * 2 * inner * HALF + activations.largest_weight(shape))
-    tokens = asked.eval_batch_size * (asked.eval_context + asked.max_new_tokens)
+    if "LoRA weights" in base and {"gate_proj", "up_proj"} & set(config.adapter.target_modules):
+        mlp = prompt * (2 * inner * HALF + 2 * inner * FULL + shape.hidden * (2 * HALF + 2 * FULL))
+    reading = max(mlp, prompt * 2 * inner * HALF + unpacked)
+    tokens = rows * (asked.eval_context + asked.max_new_tokens)
     return {
         "reading the prompts": base
         | {"keys and values": prompt * shape.kv_cache_bytes_per_token(), "layer work": reading},
@@ -173,7 +189,7 @@ def inference(
         | {
             "keys and values": 2 * tokens * shape.kv_cache_bytes_per_token() / shape.layers
             + tokens * shape.kv_cache_bytes_per_token(),
-            "layer work": activations.largest_weight(shape),
+            "layer work": unpacked,
         },
     }
 

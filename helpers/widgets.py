@@ -10,7 +10,7 @@ True
 """
 
 import traceback
-from dataclasses import asdict
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from IPython.display import display
 from ipywidgets import Layout
 
 from helpers import budget
-from helpers.config import RunConfig, field_parts
+from helpers.config import RunConfig, flat
 from helpers.hardware import Machine
 from helpers.models import ModelShape
 
@@ -100,8 +100,11 @@ class Panel(ipywidgets.VBox):
     A class, because a widget decides by its own method how it is shown where nobody can move a slider.
     """
 
-    def __init__(self, config: RunConfig, shape: ModelShape, machine: Machine):
+    def __init__(
+        self, config: RunConfig, shape: ModelShape, machine: Machine, moved: Callable[[RunConfig], None] | None = None
+    ):
         self.base, self.shape, self.machine = config, shape, machine
+        self.moved: Callable[[RunConfig], None] | None = None  # nobody has moved anything yet
         values = values_of(config, shape)
         self.controls = {name: control(name, values[name], shape) for name in KNOBS}
         self.derived, self.picture, self.proposal = (ipywidgets.HTML() for _ in range(3))
@@ -124,6 +127,7 @@ class Panel(ipywidgets.VBox):
         self.listen(True)
         self.button.on_click(lambda _: self.show(self.plan.config))
         self.redraw()
+        self.moved = moved
 
     def listen(self, listening: bool) -> None:
         """Redraw when a control moves, or leave that for a while."""
@@ -163,6 +167,8 @@ class Panel(ipywidgets.VBox):
         self.button.disabled = not changes
         proposal = "; ".join(changes) + gain(needs, self.plan.budget) if changes else "The sliders show the proposal."
         self.proposal.value = f"<div style='line-height:1.4;margin-left:6px'>{escape(proposal)}</div>"
+        if self.moved is not None:
+            self.moved(config)
 
     def _ipython_display_(self, **_: Any) -> None:
         """Sliders where the front end can draw them, words where it cannot; ipywidgets 7 and 8 both call this."""
@@ -170,9 +176,14 @@ class Panel(ipywidgets.VBox):
         display({"application/vnd.jupyter.widget-view+json": view, "text/plain": self.words}, raw=True)
 
 
-def panel(config: RunConfig, shape: ModelShape, machine: Machine) -> Panel:
-    """The sliders, the budget and the proposal of a configuration; `config_of` reads it back."""
-    return Panel(config, shape, machine)
+def panel(
+    config: RunConfig, shape: ModelShape, machine: Machine, moved: Callable[[RunConfig], None] | None = None
+) -> Panel:
+    """The sliders, the budget and the proposal of a configuration; `config_of` reads it back.
+
+    moved: called with each configuration that somebody moves the sliders to.
+    """
+    return Panel(config, shape, machine, moved)
 
 
 def config_of(panel: Panel) -> RunConfig:
@@ -182,8 +193,7 @@ def config_of(panel: Panel) -> RunConfig:
 
 def values_of(config: RunConfig, shape: ModelShape) -> dict[str, Any]:
     """Field name -> value, whatever its part; no or all layers checkpointed go by that word."""
-    tree = asdict(config)
-    values = {name: (tree[part] if part else tree)[name] for name, part in field_parts().items()}
+    values = flat(config)
     count = values["checkpointing"]
     return values | {"checkpointing": {0: "none", shape.layers: "all"}.get(count, count)}
 

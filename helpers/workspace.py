@@ -19,19 +19,30 @@ A rented machine's disk vanishes with it, so a run there has a second, lasting f
 are copied to it, and a new machine fetches from it what it lacks.
 """
 
-import fcntl
+import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:
+    raise ImportError("the recipes need Linux or macOS: in Windows, run them in WSL 2") from None
+
+from helpers import files
 from helpers.config import RunConfig, from_tree, save_yaml
+from helpers.files import StorageError as StorageError
+from helpers.files import checksum as checksum
+from helpers.files import checksums as checksums
+from helpers.files import existing as existing
+from helpers.files import is_file, is_folder, reached
+from helpers.files import size_bytes as size_bytes
+from helpers.files import write_text as write_text
 from helpers.models import ROOT
 from helpers.versions import version_table as version_table
 from helpers.versions import versions
@@ -48,6 +59,9 @@ BEFORE = {"finetune": ("prepare",), "merge": ("finetune",), "quantize": ("merge"
 MANIFEST = "manifest.json"
 LASTING = "lasting.txt"
 """In a run's folder: the path of its lasting twin, when there is one."""
+SCRATCH = "checkpoints"
+"""In a work folder: what is there until the stage has its finished name, and is no part of it."""
+CARD = "README.md"
 DATA_FILES = (".safetensors", ".arrow", ".jsonl")
 """What makes an artifact what it is; logs, figures and notes beside it may differ."""
 GIB = 2**30
@@ -80,7 +94,7 @@ def open_run(config: RunConfig, workspace: str | Path | None = None) -> Workspac
     """The run's folder: `workspace`, or runs/<profile> on this machine's disk.
 
     On Colab with Drive mounted, or with RECIPES_LASTING=folder in the environment, the run also gets a lasting twin
-    there; says where both are.
+    there; says where both are. Finished stages that are not whole there yet are copied now.
     """
     run = Workspace(Path(workspace) if workspace else home() / "runs" / config.profile)
     run.root.mkdir(parents=True, exist_ok=True)
@@ -96,6 +110,9 @@ def open_run(config: RunConfig, workspace: str | Path | None = None) -> Workspac
         twin = store / "mistral-t4-recipes" / run.root.name
         write_text(run.root / LASTING, str(twin))
         print(f"{run.root}; finished stages and checkpoints are also kept in {twin}")
+        for stage in NOTEBOOKS:
+            if unkept(run.folder(stage)).is_file() and (run.folder(stage) / MANIFEST).is_file():
+                keep_copy(run.folder(stage))
     return run
 
 
@@ -107,24 +124,46 @@ def place() -> str:
 
 
 def home() -> Path:
-    """Where this machine keeps files: the repository, or the rented machine's working folder."""
-    return {"colab": Path("/content"), "kaggle": Path("/kaggle/working"), "own": ROOT}[place()]
+    """Where this machine keeps files: the repository, or the rented machine's disk.
+
+    On Kaggle not what it keeps, /kaggle/working: that holds 20 GB, and a 7B's run is more.
+    """
+    return {"colab": Path("/content"), "kaggle": Path("/kaggle/temp"), "own": ROOT}[place()]
 
 
 def lasting_store() -> Path | None:
-    """A folder that outlives this machine: RECIPES_LASTING, or Colab's mounted Drive; Kaggle keeps its own."""
-    named = os.environ.get("RECIPES_LASTING")
-    drive = Path(named) if named else Path("/content/drive/MyDrive")
-    return drive if drive.is_dir() and (named or place() == "colab") else None
+    """A folder that outlives this machine: RECIPES_LASTING, else Colab's mounted Drive, or what Kaggle keeps."""
+    store = lasting_place()
+    if store is None:
+        return None
+    with reached(store, "nothing was started"):
+        return store if is_folder(store) else None
+
+
+def lasting_place() -> Path | None:
+    """Where such a folder is on this machine, mounted or not."""
+    usual = {"colab": "/content/drive/MyDrive", "kaggle": "/kaggle/working"}.get(place())
+    named = os.environ.get("RECIPES_LASTING") or usual
+    return Path(named) if named else None
 
 
 def lasting_twin(folder: Path) -> Path | None:
-    """Where a stage's folder is kept for good, when its run has such a place."""
+    """Where a stage's folder is kept for good, when its run has such a place.
+
+    Raises StorageError when this machine had it mounted as the run was opened, and has no more: "there is nothing"
+    would be the wrong answer then.
+    """
     note = Path(folder).parent / LASTING
     if not note.is_file():
         return None
     run = Path(note.read_text(encoding="utf-8"))
-    return run / Path(folder).name if run.parent.parent.is_dir() else None  # else: noted on another machine
+    store = run.parent.parent
+    with reached(store, "nothing was changed"):
+        if is_folder(store):
+            return run / Path(folder).name
+        if store == lasting_place():
+            raise FileNotFoundError(errno.ENOENT, "it is no longer mounted", str(store))
+    return None  # noted on another machine
 
 
 def run_config(run: Workspace, stage: str) -> RunConfig:
@@ -152,41 +191,96 @@ class Building:
     """A stage under way: write into `folder`, put figures into `measurements`."""
 
     folder: Path
+    config: RunConfig | None = None
+    """What is written beside the result; a stage that settles a setting on its way puts the settled one here."""
     measurements: dict[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
 def building(
-    output: Path, stage: str, config: RunConfig | None = None, inputs: dict[str, Path] | None = None, keep: bool = False
+    output: Path,
+    stage: str,
+    config: RunConfig | None = None,
+    inputs: dict[str, Path] | None = None,
+    keep: bool = False,
+    held: bool = False,
 ) -> Iterator[Building]:
     """Yield a work folder beside output; on success write its manifest and rename it, on failure remove it.
 
     Inputs that another stage finished are checked first, every byte. keep: leave the work folder after a failure, for
-    stages that continue where they stopped. The former output stays until the new one is whole.
+    stages that continue where they stopped. The former output stays until the new one is whole. The work folder is
+    locked meanwhile (held: the caller has locked it). Raises ValueError when another process makes the same output, or
+    output holds something else; StorageError when the disk is full.
     """
     output, inputs = Path(output), inputs or {}
-    recover(output)
-    for path in inputs.values():
-        check_input(Path(path), output, config)
-    partial, former = beside(output, "partial"), beside(output, "former")
-    if not keep:
-        shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True, exist_ok=True)
-    work = Building(partial)
-    try:
-        yield work
-    except BaseException:
+    refuse_output(output, list(inputs.values()), stage)
+    partial = beside(output, "partial")
+    with nullcontext() if held else exclusive(partial):
+        recover(output)
+        for path in inputs.values():
+            check_input(Path(path), output, config)
         if not keep:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if config is not None:
-        save_yaml(config, partial / "config.yaml")
-    write_manifest(partial, stage, config, inputs, work.measurements)
-    if output.exists():
-        output.rename(former)
-    partial.rename(output)
-    shutil.rmtree(former, ignore_errors=True)
-    keep_copy(output)
+            empty_folder(partial)
+        work = Building(partial, config)
+        try:
+            with files.room_on_disk(partial, "it goes on where it stopped" if keep else "nothing half-written is left"):
+                yield work
+                if work.config is not None:
+                    save_yaml(work.config, partial / "config.yaml")
+                write_manifest(partial, stage, work.config, inputs, work.measurements)
+        except BaseException:
+            if not keep:
+                empty_folder(partial)
+            raise
+        if (output.parent / LASTING).is_file():
+            unkept(output).touch()
+        replace(partial, output)
+        files.remove(output / SCRATCH)
+        keep_copy(output)
+
+
+def refuse_output(output: Path, inputs: list[Path], stage: str) -> None:
+    """Raise ValueError, with nothing touched, for an output that would take something along that is not this stage's.
+
+    That is the folder one works in and those above it, a folder that holds an input or lies in one, and whatever
+    `refuse_foreign` finds.
+    """
+    here = output.resolve()
+    if here == Path.cwd() or here in Path.cwd().parents:
+        raise ValueError(f"output {output} holds the working folder: choose a folder of its own, nothing was changed")
+    for source in (Path(path).resolve() for path in inputs if Path(path).exists()):
+        if here == source or here in source.parents or (source.is_dir() and source in here.parents):
+            raise ValueError(f"output {output} and input {source} lie in each other: choose another output folder")
+    former = beside(here, "former")
+    if is_folder(former) and any(former.iterdir()) and not (former / MANIFEST).is_file():
+        raise ValueError(f"output {output} would be put aside as {former}, which no stage made: move that away")
+    try:
+        refuse_foreign(output, stage)
+        check_writable(here)
+    except OSError as error:
+        raise ValueError(f"output {output} cannot be written ({error.strerror}): choose another folder") from None
+
+
+def check_writable(folder: Path) -> None:
+    """Raise PermissionError for a folder that is not there and cannot be made."""
+    above = existing(folder)
+    if not os.access(above, os.W_OK | os.X_OK) or above.is_relative_to("/proc"):
+        raise PermissionError(errno.EACCES, "nothing can be made there", str(above))
+
+
+def refuse_foreign(output: Path, stage: str) -> None:
+    """Raise ValueError for an output folder that holds something else than this stage's former result."""
+    if output.is_file():
+        raise ValueError(f"output {output} is a file: choose a folder")
+    if output.is_dir() and any(output.iterdir()):
+        try:
+            made_by = read_manifest(output)["stage"] if (output / MANIFEST).is_file() else None
+        except DamagedArtifact:
+            made_by = stage  # this is how it is mended
+        if made_by != stage:
+            raise ValueError(
+                f"output {output} is in use by something else: choose an empty folder, nothing was changed"
+            )
 
 
 def beside(output: Path, what: str) -> Path:
@@ -194,32 +288,87 @@ def beside(output: Path, what: str) -> Path:
     return output.with_name(f"{output.name}.{what}")
 
 
+def unkept(output: Path) -> Path:
+    """The note that says: finished here, and not known to be whole in the lasting twin."""
+    return beside(output, "unkept")
+
+
 def recover(output: Path) -> None:
     """Finish what a kill between two renames left: the former output is still the output."""
-    former = beside(output, "former")
-    if former.exists() and not output.exists():
-        former.rename(output)
-    shutil.rmtree(former, ignore_errors=True)
+    files.recover(output)
+    if (output / MANIFEST).is_file():
+        files.remove(output / SCRATCH)
+
+
+def replace(new: Path, output: Path) -> None:
+    """Give a finished stage its name. A former one goes after that; one with files that no stage wrote is kept."""
+    files.recover(output)
+    if files.mode(output):
+        strange = strange_file(output)
+        if strange is not None:
+            files.set_aside(output, f"a new one takes its place, and no stage made {strange}")
+    files.publish(new, output)
+
+
+def strange_file(output: Path) -> str | None:
+    """What lies in a stage's folder and does not come from a stage; None when all of it does."""
+    if not is_folder(output):
+        return "it"
+    listed = {CARD, MANIFEST}
+    with suppress(DamagedArtifact):
+        listed |= set(read_manifest(output)["outputs"]) if is_file(output / MANIFEST) else set()
+    inside = (file.relative_to(output) for file in files.files_under(output))
+    return next((str(file) for file in inside if str(file) not in listed and file.parts[0] != SCRATCH), None)
 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold a work folder for this process alone; the lock ends with the process, however that ends.
 
-    Raises ValueError when another process holds it. Leaves no empty folder behind.
+    Raises ValueError when another process holds it. Leaves no empty folder behind. It holds among the processes of one
+    machine: two machines that share a Drive have work folders of their own, and checkpoints there say whose they are.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    handle = locked(folder)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is in use by another process: wait for it, or choose another output") from None
         yield
     finally:
-        os.close(handle)
         with suppress(OSError):  # not empty, or renamed to its finished place
             folder.rmdir()
+        os.close(handle)
+
+
+def locked(folder: Path) -> int:
+    """The handle of a folder that is locked for this process. Raises ValueError when another process holds it."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # another process is done with it at this moment
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOLCK):
+                return handle  # a file system without locks
+            os.close(handle)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise ValueError(f"{folder} is in use by another process: wait for it, or choose another output") from None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), folder.stat()):
+                return handle
+        os.close(handle)  # what was locked has its finished name by now
+
+
+def empty_folder(folder: Path) -> None:
+    """Delete what lies in a folder that this process holds."""
+    for name in files.names(folder):
+        path = folder / name
+        with suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                files.erase(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 # ---- manifests -------------------------------------------------------------------------------------------------------
@@ -227,7 +376,8 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 def write_manifest(folder: Path, stage: str, config: RunConfig | None, inputs: dict, measurements: dict) -> Path:
     """Configuration, versions, inputs and outputs by checksum, measurements, and its own checksum; written last."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST]
+    parts = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST]
+    parts = [file for file in parts if file.relative_to(folder).parts[0] != SCRATCH]
     manifest = {
         "stage": stage,
         "finished": True,
@@ -236,7 +386,7 @@ def write_manifest(folder: Path, stage: str, config: RunConfig | None, inputs: d
         "inputs": {name: {"path": str(path)} | identify(Path(path)) for name, path in inputs.items()},
         "outputs": {
             str(file.relative_to(folder)): {"size_bytes": file.stat().st_size, "sha256": sha256}
-            for file, sha256 in zip(files, checksums(files), strict=True)
+            for file, sha256 in zip(parts, checksums(parts), strict=True)
         },
         "measurements": measurements,
     }
@@ -248,7 +398,7 @@ def read_manifest(folder: Path) -> dict:
     """A finished stage's manifest. Raises DamagedArtifact when it is not what was written."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(files.read_text(path))
         sound = manifest.pop("sha256") == text_checksum(manifest)
     except (ValueError, KeyError, AttributeError):
         sound = False
@@ -277,18 +427,18 @@ def check_outputs(folder: Path) -> dict:
     """
     manifest = read_manifest(folder)
     known = manifest["outputs"]
-    files = [confined(folder, name) for name in known]
+    parts = [confined(folder, name) for name in known]
     total_gib = sum(entry["size_bytes"] for entry in known.values()) / GIB
     if total_gib > 1:
         print(f"checking {total_gib:.1f} GiB in {folder} against its checksums …")
     remedy = f"run notebook {NOTEBOOKS.get(manifest['stage'], 'that made it')} again"
-    for file, entry in zip(files, known.values(), strict=True):
+    for file, entry in zip(parts, known.values(), strict=True):
         if not file.is_file():
             raise DamagedArtifact(f"{file} is missing: {remedy}")
         if file.stat().st_size != entry["size_bytes"]:
             sizes = f"{file.stat().st_size} bytes and was written with {entry['size_bytes']}"
             raise DamagedArtifact(f"{file} has {sizes}: {remedy}")
-    for file, entry, sha256 in zip(files, known.values(), checksums(files), strict=True):
+    for file, entry, sha256 in zip(parts, known.values(), checksums(parts), strict=True):
         if sha256 != entry["sha256"]:
             raise DamagedArtifact(f"{file} has another checksum than when it was written: {remedy}")
     return manifest
@@ -325,6 +475,14 @@ def check_input(path: Path, output: Path, config: RunConfig | None) -> None:
                 f"{folder} was prepared with {changed} = {had[changed]} and this run says {wanted[changed]}: run "
                 f"notebook {NOTEBOOKS['prepare']} again with the new value, or set {changed} back"
             )
+        counted = manifest["measurements"]
+        cut = counted.get("cut_share", 0) or counted.get("dropped", {}).get("over-context", 0)
+        if cut and had["seq_len"] < wanted["seq_len"]:
+            raise StaleArtifact(
+                f"{folder} was cut to {had['seq_len']} tokens and training asks {wanted['seq_len']}: prepare again "
+                f"(python -m helpers prepare --workspace {folder.parent} --seq-len {wanted['seq_len']}, or notebook "
+                f"{NOTEBOOKS['prepare']}), or set seq_len={had['seq_len']}"
+            )
 
 
 def identify(path: Path) -> dict[str, Any]:
@@ -349,18 +507,6 @@ def text_checksum(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def checksum(file: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def checksums(files: list[Path]) -> list[str]:
-    """SHA-256 of many files, two at a time: a free Colab has two cores."""
-    with ThreadPoolExecutor(max_workers=2) as threads:
-        return list(threads.map(checksum, files))
-
-
 def confined(folder: Path, name: str) -> Path:
     """A file inside a folder by its listed name. Raises DamagedArtifact for a name that leads out of it."""
     path = folder / name
@@ -372,111 +518,93 @@ def confined(folder: Path, name: str) -> Path:
 # ---- the lasting twin ------------------------------------------------------------------------------------------------
 
 
-def keep_copy(folder: Path) -> None:
-    """Copy a finished stage to its lasting twin; says why when it cannot: a copy that fails ends nothing."""
+def keep_copy(folder: Path) -> bool:
+    """Copy a finished stage to its lasting twin; returns whether it is whole there.
+
+    Says so when it is not, and leaves a note for the next `open_run`: a copy that fails ends nothing. When an adapter
+    is whole there, its run's checkpoints there go.
+    """
+    twin = None
     try:
         twin = lasting_twin(folder)
         if twin is None:
-            return
-        if read_manifest(folder)["stage"] == "merge":
+            unkept(folder).unlink(missing_ok=True)
+            return False
+        manifest = read_manifest(folder)
+        if manifest["stage"] == "merge":
             print(f"{folder} stays here: {size_bytes(folder) / GIB:.1f} GiB that the adapter and its base make again")
-            return
+            unkept(folder).unlink(missing_ok=True)
+            return False
         copy_stage(folder, twin)
-    except OSError as error:
+        unkept(folder).unlink(missing_ok=True)
+    except (OSError, StorageError, files.Torn) as error:
         print(
-            f"{folder} could not be copied to the run's lasting folder ({error}): make room there (empty Drive's bin "
-            "too, deleted files go on using the quota), then copy it with helpers.share.to_folder"
+            f"NOT KEPT: {folder} is finished, but only on this machine. It could not be copied to "
+            f"{twin or 'the lasting folder'} ({files.reason(error)}): mount Drive again, or make room there (empty its "
+            "bin too, deleted files go on using the quota), and run the cell with open_run again, which copies it"
         )
+        return False
+    if manifest["stage"] == "finetune":
+        from helpers import checkpoints  # it is built on this file
+
+        with suppress(OSError):  # they are in nobody's way
+            checkpoints.clear(beside(twin, "partial") / SCRATCH, manifest["measurements"].get("run"))
+    return True
 
 
 def fetch(folder: Path) -> None:
-    """Copy a finished stage from its lasting twin when it is not here. Raises DamagedArtifact when it is not whole."""
+    """Copy a finished stage from its lasting twin when it is not here.
+
+    Raises DamagedArtifact when it is not whole there, StorageError when it cannot be read, or does not fit here.
+    """
+    if is_file(folder / MANIFEST):
+        return
     twin = lasting_twin(folder)
-    if twin is not None and not (folder / MANIFEST).is_file() and (twin / MANIFEST).is_file():
+    if twin is None:
+        return
+    with reached(twin, "nothing there or here was changed"):
+        files.recover(twin)
+        if not is_file(twin / MANIFEST):
+            return
         print(f"fetching {folder.name}, {size_bytes(twin) / GIB:.2f} GiB, from {twin}")
         try:
-            copy_stage(twin, folder)
-        except OSError as error:
+            with files.room_on_disk(folder, f"{twin} stays as it is"):
+                copy_stage(twin, folder)
+        except files.Torn as error:
             again = NOTEBOOKS.get(folder.name, "that makes it")
-            raise DamagedArtifact(f"{twin} could not be fetched ({error}): run notebook {again} again") from None
+            raise DamagedArtifact(f"{error}: run notebook {again} again") from None
 
 
 def copy_stage(source: Path, target: Path) -> Path:
-    """Copy a finished stage, its manifest last; goes on where an earlier copy broke off. Raises OSError.
+    """Copy a finished stage beside target, its manifest last, then give it that name. Raises OSError or files.Torn.
 
-    A file that is already there with the right checksum is not copied again; files of an older stage are removed.
+    What had the name stays until the copy is whole there. Goes on where an earlier copy broke off.
     """
+    files.recover(target)
     known = read_manifest(source)["outputs"]
-    lacking = [name for name, entry in known.items() if not same(confined(target, name), entry)]
-    needed = sum(known[name]["size_bytes"] for name in lacking)
-    free = shutil.disk_usage(existing(target)).free
+    mark = checksum(source / MANIFEST)
+    wanted = known | {MANIFEST: {"size_bytes": files.patiently((source / MANIFEST).stat).st_size, "sha256": mark}}
+    if all(same(confined(target, name), entry) for name, entry in reversed(wanted.items())):
+        return target
+    sending = beside(target, "sending")
+    lacking = [name for name, entry in wanted.items() if not same(confined(sending, name), entry)]
+    needed, free = sum(wanted[name]["size_bytes"] for name in lacking), files.free_bytes(target)
     if needed > free:
-        raise OSError(f"it needs {needed / GIB:.2f} GiB and {free / GIB:.2f} GiB is free")
-    target.mkdir(parents=True, exist_ok=True)
-    (target / MANIFEST).unlink(missing_ok=True)
-    for file in [path for path in target.rglob("*") if path.is_file()]:
-        if str(file.relative_to(target)) not in known:
-            empty(file)
-            file.unlink()
+        raise OSError(errno.ENOSPC, f"it needs {needed / GIB:.2f} GiB and {free / GIB:.2f} GiB is free")
+    for file in files.files_under(sending):
+        if str(file.relative_to(sending)) not in wanted:  # of another copy that broke off
+            files.empty(file)
+            files.patiently(lambda file=file: file.unlink(missing_ok=True))
     for name in lacking:
-        copy_verified(confined(source, name), target / name, known[name]["sha256"])
-    copy_verified(source / MANIFEST, target / MANIFEST, checksum(source / MANIFEST))
+        files.copy_verified(confined(source, name), sending / name, wanted[name]["sha256"])
+    replace(sending, target)
     return target
 
 
 def same(file: Path, entry: dict) -> bool:
     """Whether a file has the size and the checksum of a manifest's entry."""
-    return file.is_file() and file.stat().st_size == entry["size_bytes"] and checksum(file) == entry["sha256"]
-
-
-def copy_verified(source: Path, target: Path, sha256: str, tries: int = 3) -> None:
-    """Copy a file and read the copy back. Raises OSError after so many tries that failed: Drive's mount hiccups."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(1, tries + 1):
-        try:
-            shutil.copyfile(source, target)
-            if checksum(target) != sha256:
-                raise OSError(f"the copy of {source} has another checksum")
-            return
-        except OSError:
-            if attempt == tries or not source.is_file():
-                raise
-
-
-def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-
-
-def remove(folder: Path, marker: str = MANIFEST) -> None:
-    """Delete a folder, its marker first, so that a half-deleted one never looks whole.
-
-    Files are emptied before they are unlinked: Google Drive moves what is deleted to its bin, where it goes on using
-    the quota for 30 days (transformers#14922), and an empty file uses none of it.
-    """
-    (folder / marker).unlink(missing_ok=True)
-    for file in [path for path in folder.rglob("*") if path.is_file()]:
-        empty(file)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def empty(file: Path) -> None:
-    """Let a file that is about to be deleted use no space in Drive's bin; one with a second name keeps its bytes."""
-    if not file.is_symlink() and file.stat().st_nlink == 1:
-        with suppress(OSError):
-            os.truncate(file, 0)
-
-
-# ---- small things ----------------------------------------------------------------------------------------------------
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    return unfinished.replace(path)
-
-
-def size_bytes(folder: Path) -> int:
-    """Bytes of all files under a folder."""
-    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+    return (
+        is_file(file)
+        and files.patiently(file.stat).st_size == entry["size_bytes"]
+        and checksum(file) == entry["sha256"]
+    )

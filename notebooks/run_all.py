@@ -17,8 +17,6 @@ from traitlets.config import Config
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from helpers.evaluate import table  # noqa: E402 - the repository's root is on the path only now
-
 
 def run_all(profile: str, workspace: Path, names: list[str] | None = None) -> Path:
     """Execute the notebooks; returns the workspace. The executed copies lie in workspace/notebooks.
@@ -62,6 +60,8 @@ def main() -> int:
         print(f"failed in cell {error.cell_index}\n{error}", file=sys.stderr)
         return 1
     if (workspace / "report.json").is_file():
+        from helpers.evaluate import table  # not sooner: it brings PyTorch, and the kernels have their own
+
         print(f"\n{table(json.loads((workspace / 'report.json').read_text(encoding='utf-8')))}")
     print(f"\nIn {workspace}:")
     for path in sorted(workspace.iterdir()):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ["RECIPES_PATIENCE_S"] = "0"  # what may pass is tried as often, without pauses; processes inherit it
 ROOT = Path(__file__).resolve().parent.parent
 FAKE_TOKEN = "hf_" + "NotARealTokenButShapedLikeOne"[:34].ljust(34, "x")
 
@@ -16,8 +17,8 @@ FAKE_TOKEN = "hf_" + "NotARealTokenButShapedLikeOne"[:34].ljust(34, "x")
 def executed_run(tmp_path_factory) -> Path:
     """The workspace of the five notebooks on the tiny profile, with a fake hub token in the environment.
 
-    Each notebook has a process and an empty home of its own and shares nothing but the workspace, as in Colab, where
-    each badge opens another machine.
+    Each notebook has a process and an empty home of its own and shares nothing but the workspace, as on one's own
+    machine. In Colab each badge opens another machine, where not even that is shared: tests/test_road.py.
     """
     workspace = tmp_path_factory.mktemp("runs") / "tiny"
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):

@@ -1,14 +1,13 @@
-"""Training killed at random moments, and resumed, against the same training left alone.
+"""Training killed at counted moments, and resumed, against the same training left alone.
 
-    python tests/kill_and_resume.py FOLDER none=20 rot=20 disk=20 drive=20
+    python tests/kill_and_resume.py FOLDER
 
-Makes a tiny random model and a few rows of data in FOLDER, trains it once without a break, then kills (-9) the same
-training so many times, half of them inside a checkpoint write, and resumes it until it ends: without other trouble,
-with bits flipped in checkpoints, with a disk that is full at times, with a Drive that fails six of ten copies.
-Prints one JSON object: for each, the kills, where they resumed from, the largest difference of a loss and of an
-adapter weight, and how many checkpoints were skipped, not written, not sent, fetched.
+Makes a tiny random model and a few rows of data in FOLDER, and trains it once without a break. Then it trains again in
+many lives: each is killed (-9) at a named moment of writing, sending, fetching, forgetting, publishing or clearing, or
+its machine is lost with all but Drive, and the next one goes on. Prints one JSON object: for each life where it resumed
+from, the largest difference of a loss and of an adapter weight at the end, what was said.
 
-Libraries are imported once; every life of the training is a fork, so that 20 of them take a minute.
+Libraries are imported once; every life of the training is a fork.
 """
 
 import argparse
@@ -16,18 +15,19 @@ import contextlib
 import json
 import os
 import random
-import resource
 import shutil
-import signal
 import sys
 import threading
-import time
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # no thread for trl's telemetry in a process that forks
+os.environ["RECIPES_PATIENCE_S"] = "0"
 
+import faults  # noqa: E402
 import torch  # noqa: E402
 import tqdm  # noqa: E402
 from datasets import Dataset  # noqa: E402
@@ -36,9 +36,27 @@ from transformers import MistralConfig, MistralForCausalLM  # noqa: E402
 
 from helpers import checkpoints, finetune, models  # noqa: E402
 
-STEPS, SAVE_STEPS = 40, 2
-LIMIT_S = 600
-"""For the kills of one trouble; 20 take 10 s on an idle machine."""
+STEPS, SAVE_STEPS = 10, 2
+HERE = "here/run/finetune.partial/checkpoints"
+DRIVE = "drive/recipes/run/finetune.partial/checkpoints"
+# (operation, name: the life is killed at the first such, further faults), what happens before the next life.
+# The comment says what was whole then.
+LIVES: list[tuple[str, str, dict[str, Any], str]] = [
+    ("create", f"{HERE}/writing/*/optimizer.pt", {"raise_at": 1, "errno": 28, "kill_at": 2}, ""),  # nothing
+    ("rename", f"{HERE}/writing/checkpoint-2/whole.json", {}, ""),
+    ("rename", f"{HERE}/checkpoint-2", {}, ""),
+    ("rename", f"{HERE}/writing.deleting", {"kill_at": 2}, ""),  # 2, here and in Drive
+    ("write", f"{DRIVE}/writing/checkpoint-4-*/optimizer.pt", {}, "the machine is lost"),  # 2, in Drive
+    ("rename", f"{HERE}/checkpoint-2", {}, ""),  # being fetched
+    ("rename", f"{DRIVE}/checkpoint-4", {}, "the machine is lost"),  # 4 is not whole in Drive yet
+    ("truncate", f"{DRIVE}/checkpoint-2.deleting/optimizer.pt", {}, "the machine is lost"),  # 4 and 6 in Drive
+    ("unlink", f"{HERE}/checkpoint-6.deleting/optimizer.pt", {}, "a bit flips"),  # 8 and 10 here; 10 in Drive
+    ("write", "here/run/finetune.partial/adapter/.tmp*", {}, ""),
+    ("rename", "here/run/finetune", {}, ""),
+    ("rename", "drive/recipes/run/finetune", {}, "the machine is lost"),
+    ("rename", f"{DRIVE}/checkpoint-10.deleting", {}, "the machine is lost"),  # finished in Drive, where 10 lies too
+    ("stat", "no such name", {"seed": 1, "share": 1.0}, ""),  # every first try in Drive fails, and it ends
+]
 
 
 def make_inputs(folder: Path) -> tuple[Path, Path]:
@@ -60,50 +78,52 @@ def make_inputs(folder: Path) -> tuple[Path, Path]:
     return model, prepared
 
 
-def life(model: Path, prepared: Path, output: Path, trouble: str, seed: float) -> int:
-    """One life of the training, in a fork; returns its process id."""
+def life(act, log: Path) -> int:
+    """Do something in a fork, its words in a log; returns its exit status, negative for a signal."""
     process = os.fork()
     if process:
-        return process
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     status = 1
     try:
-        with (output.parent / "lives.log").open("a", encoding="utf-8") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-            make_trouble(trouble, random.Random(seed))
-            train(model, prepared, output)
-            status = 0
+        with log.open("a", encoding="utf-8") as words:
+            os.dup2(words.fileno(), 1)
+            os.dup2(words.fileno(), 2)
+        act()
+        status = 0
     except BaseException:
         import traceback
 
-        with (output.parent / "lives.log").open("a", encoding="utf-8") as log:
-            traceback.print_exc(file=log)
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
 
 
 def train(model: Path, prepared: Path, output: Path) -> None:
-    """The training: 40 steps of QLoRA with dropout, computed in fp32, a checkpoint every two."""
+    """The training: ten steps of QLoRA with dropout, computed in fp32, a checkpoint every two."""
     config = models.profile("tiny", model=str(model), rank=4, dropout=0.1, seq_len=32)
     steps = {"batch_size": 2, "accumulation": 2, "epochs": 1.0, "max_steps": STEPS, "save_steps": SAVE_STEPS}
-    finetune.finetune(config.with_values(**steps), prepared, output)
+    measured = finetune.finetune(config.with_values(**steps), prepared, output)
+    print(f"resumed from {measured['resumed_from_step']}")
 
 
-def make_trouble(kind: str, chance: random.Random) -> None:
-    """disk: no file grows beyond 20 kB, as on a full disk. drive: six of ten copies to Drive fail."""
-    if kind == "disk":
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    if kind == "drive":
-        copy = shutil.copyfile
+class AtOnce:
+    """A pool of threads that has none: copies to Drive are made between two steps, so that the order is one."""
 
-        def fails_at_times(source, target, **options):
-            if "drive_store" in str(target) and chance.random() < 0.6:
-                Path(target).write_bytes(Path(source).read_bytes()[: chance.randrange(1, 4000)])
-                raise OSError(5, "Input/output error")
-            return copy(source, target, **options)
+    def __init__(self, **options) -> None:
+        pass
 
-        shutil.copyfile = fails_at_times
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+    def submit(self, act, *arguments) -> Future:
+        done: Future = Future()
+        done.set_result(act(*arguments))
+        return done
 
 
 def calm(folder: Path) -> tuple[Path, Path, Path]:
@@ -119,91 +139,59 @@ def calm(folder: Path) -> tuple[Path, Path, Path]:
     return model, prepared, output
 
 
-def kill_and_resume(folder: Path, trouble: str, kills: int, undisturbed: tuple[Path, Path, Path]) -> dict:
-    """Train with so many kills, and compare with the undisturbed run."""
-    chance, began = random.Random(kills), time.monotonic()
+def kill_and_resume(folder: Path, undisturbed: tuple[Path, Path, Path]) -> dict:
+    """Train in as many lives as LIVES has, and compare with the undisturbed run."""
     model, prepared, expected = undisturbed
-    output = folder / trouble / "finetune"
-    output.parent.mkdir()
-    if trouble == "drive":
-        (folder / "drive_store" / "recipes").mkdir(parents=True)
-        (output.parent / "lasting.txt").write_text(str(folder / "drive_store" / "recipes" / "run"))
-    saves = output.with_name("finetune.partial") / "checkpoints"
-    resumed_from, differences, inside, log = [], [], 0, output.parent / "lives.log"
-    log.touch()
-    while len(resumed_from) < kills:
-        number = len(resumed_from)
-        whole = [path for path in checkpoints.all_of(saves) if checkpoints.problem(path) is None]
-        full = trouble == "disk" and number % 4 == 2
-        said = log.read_text().count("could not be written")
-        process = life(model, prepared, output, "none" if trouble == "disk" and not full else trouble, chance.random())
-        while full and not has_ended(process) and log.read_text().count("could not be written") == said:
-            time.sleep(0.01)
-        wait_for_moment(process, saves, number, chance)
-        in_a_write = (saves / checkpoints.BESIDE).exists()
-        os.kill(process, signal.SIGKILL)
-        _, status = os.waitpid(process, 0)
-        if os.WIFEXITED(status):  # it ended before the blow, which so does not count: compare, and train anew
-            assert status == 0, log.read_text()
-            differences.append(compare(expected, output))
-            shutil.rmtree(output)
-            shutil.rmtree(folder / "drive_store" / "recipes" / "run", ignore_errors=True)
-            continue
-        inside += in_a_write
-        resumed_from.append(checkpoints.step_of(whole[-1]) if whole else 0)
-        whole = [path for path in checkpoints.all_of(saves) if checkpoints.problem(path) is None]
-        if trouble == "rot" and len(whole) > 1 and chance.random() < 0.5:
-            flip_bit(chance.choice([file for file in whole[-1].iterdir() if file.stat().st_size]), chance)
-        if trouble == "drive" and chance.random() < 0.3:
-            shutil.rmtree(saves, ignore_errors=True)  # the machine is gone: only Drive is left
-    last = life(model, prepared, output, trouble if trouble == "drive" else "none", 1)
-    while not has_ended(last):
-        assert time.monotonic() - began < LIMIT_S, f"the last life of {trouble} does not end: {log.read_text()}"
-        time.sleep(0.01)
-    _, status = os.waitpid(last, 0)
-    said = log.read_text()
-    assert status == 0, said
-    differences.append(compare(expected, output))
+    road, log = folder / "road", folder / "lives.log"
+    output, drive = road / "here" / "run" / "finetune", road / "drive" / "recipes" / "run"
+    checkpoints.ThreadPoolExecutor = AtOnce
+    drive.parent.mkdir(parents=True)
+    resumed_from = []
+    for number, (operation, name, options, then) in enumerate(LIVES):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        (output.parent / "lasting.txt").write_text(str(drive))
+        log.write_text("")
+        last = number == len(LIVES) - 1
+        settings = {"counted": operation, "match": name, "kill_at": 1} | options
+
+        def act(where=road / "drive" if last else road, settings=settings) -> None:
+            with faults.injecting(where, **settings):
+                train(model, prepared, output)
+
+        status = life(act, log)
+        said = log.read_text(encoding="utf-8")
+        assert status == (0 if last else -9), f"life {number}, {operation} {name}: {status}\n{said}"
+        began = [line for line in said.splitlines() if line.startswith("continuing from checkpoint-")]
+        resumed_from.append(int(began[-1].rpartition("-")[2]) if began else 0)
+        with (folder / "all.log").open("a", encoding="utf-8") as words:
+            words.write(said)
+        if then == "the machine is lost":
+            shutil.rmtree(road / "here")
+        elif then == "a bit flips":
+            flip_bit(road / HERE / "checkpoint-10" / "optimizer.pt")
+    said = (folder / "all.log").read_text(encoding="utf-8")
+    loss, adapter = compare(expected, output)
+    compare(expected, drive / "finetune")
     return {
-        "kills": len(resumed_from),
-        "inside_a_write": inside,
+        "lives": len(LIVES),
         "resumed_from": resumed_from,
-        "skipped": said.count("is skipped"),
+        "set_aside": said.count("is kept as"),
         "not_written": said.count("could not be written"),
         "not_sent": said.count("was not copied"),
         "fetched": said.count("fetching checkpoint"),
-        "trainings_ended": len(differences),
-        "loss_difference": max(loss for loss, _ in differences),
-        "adapter_difference": max(adapter for _, adapter in differences),
-        "total_s": round(time.monotonic() - began, 1),
+        "left": {
+            str(place): sorted(path.name for path in (road / place).iterdir())
+            for place in ("here/run", "drive/recipes/run")
+        },
+        "loss_difference": loss,
+        "adapter_difference": adapter,
     }
 
 
-def wait_for_moment(process: int, saves: Path, number: int, chance: random.Random) -> None:
-    """Until a random moment of this life: inside a checkpoint write every second time, else anywhere."""
-    begin, patience_s = time.monotonic(), 20.0
-    writes, inside, enough = 0, False, chance.randrange(3)
-    while time.monotonic() - begin < patience_s and not has_ended(process):
-        was_inside, inside = inside, (saves / checkpoints.BESIDE).exists()
-        writes += inside and not was_inside
-        if number % 2 and inside and writes > enough:
-            time.sleep(chance.uniform(0, 0.02))
-            return
-        if not number % 2 and writes >= enough:
-            time.sleep(chance.uniform(0, 0.05))
-            return
-        time.sleep(0.0005)
-
-
-def has_ended(process: int) -> bool:
-    """Whether a child has ended; it stays to be waited for."""
-    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def flip_bit(file: Path, chance: random.Random) -> None:
-    """Change one bit of a file, in place."""
+def flip_bit(file: Path) -> None:
+    """Change one bit in the middle of a file, in place."""
     content = bytearray(file.read_bytes())
-    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
@@ -221,10 +209,6 @@ def compare(one: Path, other: Path) -> tuple[float, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("troubles", nargs="+", metavar="TROUBLE=KILLS", help="none, rot, disk or drive")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    alone = calm(options.folder)
-    wanted = dict(trouble.split("=") for trouble in options.troubles)
-    results = {name: kill_and_resume(options.folder, name, int(kills), alone) for name, kills in wanted.items()}
-    print(json.dumps(results, indent=1))
+    print(json.dumps(kill_and_resume(options.folder, calm(options.folder)), indent=1))

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.models import TINY
 from helpers.quantize import dequantized
+from helpers.templates import Template, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements-autogptq.txt"
@@ -75,3 +76,14 @@ def test_autogptq_computes_the_same_logits(autogptq_python, gptq_model, tmp_path
     torch.testing.assert_close(theirs, exact, atol=1e-3, rtol=1e-4)
     # transformers runs GPTQModel's 4-bit CPU kernel, which computes in bf16: two digits of the logits
     assert (theirs - ours).abs().max() < 0.02 * theirs.abs().max()
+
+
+def test_its_transformers_writes_prompts_as_training_does(autogptq_python, gptq_model):
+    """Version 4.44 reads neither the class nor the template nor the merges as version 5 saves them."""
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Two  spaces?"}]
+    ask = "from transformers import AutoTokenizer; import json, sys; t = AutoTokenizer.from_pretrained(sys.argv[1]); "
+    ask += "print(t.apply_chat_template(json.loads(sys.argv[2]), add_generation_prompt=True), t.pad_token_id)"
+    command = [autogptq_python, "-c", ask, str(gptq_model), json.dumps(messages)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    template = Template(load_tokenizer(TINY))
+    assert done.stdout.split("\n")[-2] == f"{template.prompt(messages)} 0", done.stderr

@@ -201,6 +201,73 @@ FOUND = {
         "a.jsonl line 2",
         3,
     ),
+    "pictures": (
+        "a.jsonl",
+        among(line({"prompt": "<image>Who?", "completion": "Ann.", "images": ["ann.png"]})),
+        "media",
+        "a.jsonl line 2",
+        2,
+    ),
+    "a label": (
+        "a.jsonl",
+        among(line({"text": "I lost my card", "label": "lost"})),
+        "classification",
+        "a.jsonl line 2",
+        2,
+    ),
+    "a better and a worse answer": (
+        "a.jsonl",
+        among(line({"prompt": "x", "chosen": "y", "rejected": "z"})),
+        "preference-data",
+        "a.jsonl line 2",
+        2,
+    ),
+    "a field that nothing reads": (
+        "a.jsonl",
+        among(line(GOOD | {"lesson": "geography"})),
+        "unused-fields",
+        "a.jsonl line 2",
+        3,
+    ),
+    "thoughts beside the answer": (
+        "a.jsonl",
+        among(
+            line(
+                {"messages": [GOOD["messages"][0], {"role": "assistant", "content": "Up.", "reasoning_content": "Hm."}]}
+            )
+        ),
+        "reasoning",
+        "a.jsonl line 2",
+        3,
+    ),
+    "answers asked for again": (
+        "a.jsonl",
+        among(
+            line(
+                {
+                    "message_tree_id": "t",
+                    "prompt": {
+                        "role": "prompter",
+                        "text": "Hi",
+                        "replies": [
+                            {"role": "assistant", "text": "No", "rank": 1, "replies": []},
+                            {"role": "assistant", "text": "Ho", "rank": 0, "replies": []},
+                        ],
+                    },
+                }
+            )
+        ),
+        "other-branches",
+        "a.jsonl line 2",
+        3,
+    ),
+    "UTF-8 read as Latin-1": (
+        "a.jsonl",
+        among(talk(("user", "x"), ("assistant", "Wait \xe2\x80\x94 there"))),
+        "mojibake",
+        "a.jsonl line 2",
+        3,
+    ),
     "null": ("a.jsonl", among(b"null\n"), "unknown-fields", "a.jsonl line 2", 2),
     "null messages": ("a.jsonl", among(line({"messages": None})), "wrong-type", "a.jsonl line 2", 2),
     "nested nulls": (
@@ -370,7 +437,7 @@ def test_the_corpus_is_large_enough():
     assert len(REFUSED) + len(FOUND) >= 60
     assert {kind for *_, kind, _, _ in FOUND.values()} | {"unknown-fields", "over-context"} >= set(CHECKS) - {
         "edge-spaces", "near-duplicate", "also-held-out", "length-outlier", "script-outlier", "language-outlier",
-        "cut-to-context",
+        "cut-to-context", "rejected-answer", "repeated-piece",
     }  # fmt: skip
 
 

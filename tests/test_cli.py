@@ -38,7 +38,7 @@ def test_budget_json_has_the_promised_keys_and_nothing_else_on_standard_output()
 
 
 def test_what_does_not_fit_exits_with_3_and_says_the_number(capfd):
-    assert main(["budget", "--model", "mixtral-8x7b", "--gpu", "t4", "--seq-len", "4096"]) == 3
+    assert main(["budget", "--model", "mixtral-8x7b", "--targets", "attention", "--gpu", "t4"]) == 3
     assert "GiB" in capfd.readouterr().out
 
 

@@ -4,8 +4,12 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
+import subprocess
+import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -16,9 +20,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers import cost, evaluate, inference, judge, metrics, perplexity, report, tasks
-from helpers.models import ROOT, TINY, profile
+from helpers import (
+    budget,
+    cost,
+    evaluate,
+    hardware,
+    inference,
+    judge,
+    metrics,
+    pace,
+    perplexity,
+    placement,
+    report,
+    tasks,
+)
+from helpers.models import ROOT, TINY, profile, shape
 from helpers.perplexity import Item, read_items
+from helpers.placement import Placement
 from helpers.workspace import building, require
 
 CONFIG = profile("tiny")
@@ -308,6 +326,7 @@ def test_every_entry_has_what_a_report_promises(finished):
     for entry in found.values():
         assert entry["perplexity"] > 1 and 0 <= entry["exact_match"] <= 1 and entry["answers"] == 24
         assert entry["tokens_per_s"] > 0 and entry["tokens_per_s_batch_8"] > 0 and entry["first_token_s"] > 0
+        assert (entry["gpu_ms_per_token"] is None) == (not torch.cuda.is_available())
         assert entry["size_bytes"] == sum(file.stat().st_size for file in Path(entry["path"]).rglob("*"))
         for metric, (low, high) in entry["intervals"].items():
             assert low <= entry[metric] <= high
@@ -375,6 +394,229 @@ def test_without_questions_the_conversations_begin_the_answers():
     assert len(starts) == 3
     assert starts[0] == {"question": first[0]["content"], "answer": first[1]["content"]}
     assert evaluate.conversation_starts(TEXT, limit=3) == []
+
+
+# ---- a card on which 16 bits do not fit ------------------------------------------------------------------------------
+
+SEVEN, T4 = shape("mistral-7b-v0.3"), hardware.machine("t4")
+SEVEN_B = profile("mistral-7b")
+
+
+def card_that_keeps_away(layers: int, config, sizes, ram_gib: float = 100.0) -> hardware.Machine:
+    """A card with just so much memory that a 16-bit model leaves that many layers away, and not one less."""
+    found = Placement("model", "fp16", config.evaluate.eval_batch_size, layers)
+    needed_gib = placement.needed_gib(found, config, sizes, T4) / (1 - placement.planning.MARGIN["other"])
+    gpu = replace(T4.gpu, vram_gib=needed_gib * 1.00001, context_gib=0.0)
+    return hardware.Machine(gpu, replace(T4.host, ram_gib=ram_gib))
+
+
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory) -> Path:
+    """Twelve layers, so that the name of one begins with another's; in the precision of most bases, bf16."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    folder = tmp_path_factory.mktemp("twelve")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(vocab_size=2048, num_hidden_layers=12, **sizes))
+    save(model.to(torch.bfloat16), AutoTokenizer.from_pretrained(TINY), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "away", "away_in"), [("tiny", 2, "host memory"), ("twelve", 9, "host memory"), ("twelve", 12, "disk")]
+)
+def test_a_16_bit_model_computes_the_same_bits_wherever_its_layers_lie(twelve, name, away, away_in):
+    folder = {"tiny": TINY, "twelve": twelve}[name]
+    config = CONFIG.with_values(eval_batch_size=2, eval_context=64, eval_stride=64, max_new_tokens=8)
+    card = card_that_keeps_away(away, config, shape(str(folder)), 100.0 if away_in == "host memory" else 0.0)
+    whole, parted = inference.load(folder, config), inference.load(folder, config, card)
+    assert (whole.how, parted.how) == ("fp32", f"fp32, {away} of {shape(str(folder)).layers} layers from {away_in}")
+    assert parted.model.device.type == "cpu" and not parted.quantized
+    waiting = parted.model.get_decoder().layers[-away:]
+    places = {layer.mlp.up_proj.weight.data_ptr() for layer in waiting}  # one place for all of them, or none (meta)
+    here = {layer.mlp.up_proj.weight.data_ptr() for layer in parted.model.get_decoder().layers[:-away]}
+    assert len(places) == 1 and len(here - places) == shape(str(folder)).layers - away
+    ids = torch.randint(3, 2000, (3, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(whole.model(ids).logits, parted.model(ids).logits)
+    items = list(read_items(HELDOUT, whole.tokenizer, limit=4))
+    losses = [perplexity.perplexity(one, items, 64, 64, 2).losses for one in (whole, parted)]
+    assert np.array_equal(*losses)
+    assert inference.batch_generate(whole, PROMPTS, 8, 2) == inference.batch_generate(parted, PROMPTS, 8, 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    vram_gib=st.floats(3, 40), ram_gib=st.floats(2, 64), batch=st.integers(1, 16), context=st.sampled_from([256, 2048])
+)
+def test_on_no_card_is_a_16_bit_model_rounded_and_what_is_opened_fits(vram_gib, ram_gib, batch, context):
+    config = SEVEN_B.with_values(eval_batch_size=batch, eval_context=context)
+    card = hardware.Machine(replace(T4.gpu, vram_gib=vram_gib), replace(T4.host, ram_gib=ram_gib))
+    found = placement.place("model", config, SEVEN, card)
+    assert found.precision == "fp16"
+    if found.problem:
+        leanest = Placement("model", "fp16", 1, SEVEN.layers)
+        assert not placement.fits(leanest, config, SEVEN, card) and "GiB of VRAM" in found.problem
+        return
+    assert placement.fits(found, config, SEVEN, card)
+    assert found.away == 0 or not placement.fits(replace(found, away=found.away - 1), config, SEVEN, card)
+    assert placement.host_gib(found, SEVEN) <= ram_gib / 2
+
+
+def test_a_merged_7b_and_its_base_are_evaluated_whole_in_16_bits_on_a_t4():
+    found = budget.budget(SEVEN_B, SEVEN, T4, "inference")
+    assert found.fits and found.vram.process_gib > 13
+    assert [note.split(",")[0] for note in found.notes] == ["base is read in 16 bits", "merged is read in 16 bits"]
+    assert found.ram.parts["layers that wait for their turn"] < 4
+    assert budget.budget(SEVEN_B, SEVEN, hardware.machine("4090"), "inference").notes == ()
+
+
+def test_a_model_that_would_take_too_long_makes_all_answer_fewer_questions_or_has_no_verdict():
+    many = SEVEN_B.with_values(max_new_tokens=512, max_heldout=None)
+    models = {name: (kind, SEVEN) for name, kind in placement.EVALUATED.items()}
+    slow = hardware.Machine(replace(T4.gpu, vram_gib=7.0), replace(T4.host, ram_gib=64.0))
+    cut = placement.plan(many, models, slow, (400, 400))
+    fewer = cut.config.evaluate.max_questions
+    assert fewer < 400 and cut.config == many.with_values(max_questions=fewer)
+    assert all(place.answers for place in cut.places.values())
+    assert f"all models answer {fewer} of 400 questions: with all of them base would take" in cut.notes[-1]
+    taken = sum(pace.evaluation_s(many, SEVEN, slow, cut.places["merged"], (400, fewer)).values())
+    assert 0.9 * placement.LONGEST_S < taken < 1.05 * placement.LONGEST_S
+    assert placement.plan(many, models, slow, (400, 16)).config == many
+    from_disk = hardware.Machine(slow.gpu, replace(T4.host, ram_gib=4.0))
+    for texts, left_out in ((40, False), (4000, True)):
+        found = placement.plan(many, models, from_disk, (texts, 400))
+        assert found.config == many  # who is left out costs the others no question
+        assert not found.places["merged"].answers and found.places["finetuned"].answers
+        assert ("layers from disk: take a card with more" in found.places["merged"].problem) == left_out
+
+
+def test_the_merge_shows_no_difference_where_rounding_it_again_showed_one(executed_run, tmp_path):
+    """On a small card: the tiny run's own models, which a T4 once compared after rounding the merged one to NF4."""
+    run_config = evaluate.run_configuration(executed_run / "finetune")
+    config = CONFIG.with_values(max_questions=8, max_new_tokens=4, **run_config["adapter"])
+    models = {"finetuned": executed_run / "finetune" / "adapter", "merged": executed_run / "merge"}
+    models["gptq"] = executed_run / "quantize"
+    card = card_that_keeps_away(2, config, shape(str(TINY)))
+    found = evaluate.evaluate(models, config, executed_run / "prepare", tmp_path / "evaluate", card)
+    assert found["merged"]["loaded_as"] == "fp32, 2 of 4 layers from host memory"
+    pairs = (("merged", "finetuned"), ("gptq", "merged"))
+    assert {found[a]["against"][b]["perplexity"]["verdict"] for a, b in pairs} == {"no difference shown"}
+
+    whole = inference.load(models["finetuned"], config)
+    items = list(read_items(executed_run / "prepare", whole.tokenizer))
+    trained = perplexity.perplexity(whole, items, 192, 96, 32)
+    rounded = AutoModelForCausalLM.from_pretrained(
+        models["merged"], dtype=torch.float32, quantization_config=inference.bitsandbytes_config(config, torch.float32)
+    )
+    again = perplexity.perplexity(replace(whole, model=rounded), items, 192, 96, 32)
+    assert metrics.compare(again.losses, trained.losses, again.weights, lower_is_better=True).verdict == "worse"
+
+
+def test_a_model_that_cannot_be_opened_has_dashes_a_sentence_and_no_verdict(folders, tmp_path, monkeypatch):
+    config = CONFIG.with_values(eval_batch_size=1, max_questions=4, max_heldout=8, max_new_tokens=4)
+    card = card_that_keeps_away(2, config, shape(str(TINY)))
+    models = {"base": folders["plain"], "finetuned": folders["adapter"], "merged": TINY}  # the first two have one layer
+    monkeypatch.setattr(placement, "LONGEST_S", 0.0)
+    found = evaluate.evaluate(models, config, HELDOUT, tmp_path / "evaluate", card)
+    assert "perplexity" not in found["merged"] and "would take" in found["merged"]["left_out"]
+    assert "perplexity" in found["finetuned"] and list(found["finetuned"]["against"]) == ["base"]
+    assert {(row["model"], row["against"]) for row in report.comparisons(found)} == {("finetuned", "base")}
+    assert set(report.table(found)["merged"]) == {"not evaluated", "–"}
+    for text in (report.text_table(found), (tmp_path / "evaluate" / "report.html").read_text(encoding="utf-8")):
+        assert "erged is not evaluated: it would take" in text
+    monkeypatch.setattr(placement, "without_answers", lambda found, *_: replace(found, answers=False))
+    silent = evaluate.evaluate(models, config, HELDOUT, tmp_path / "silent", card)
+    assert silent["merged"]["perplexity"] > 1 and silent["merged"]["answers"] == 0
+    assert set(silent["merged"]["against"]["finetuned"]) == {"perplexity"}
+    rows = (tmp_path / "silent" / "generations.jsonl").read_text(encoding="utf-8").splitlines()
+    assert list(json.loads(rows[0])["models"]) == ["base", "finetuned"]
+
+
+def test_how_each_model_was_opened_is_in_every_table(finished):
+    root, found = finished
+    ways = {"base": "fp32", "again": "fp32", "gptq": "gptq in fp32", "noisy": "fp32"}
+    assert {name: entry["loaded_as"] for name, entry in found.items()} == ways
+    assert report.table(found).loc["opened as"].to_dict() == ways
+    assert "opened as" in report.text_table(found).splitlines()[0]
+    assert "<th>opened as</th>" in (root / "evaluate" / "report.html").read_text(encoding="utf-8")
+
+
+def test_prompts_longer_than_the_budget_counts_on_go_in_smaller_batches(base, monkeypatch):
+    sizes = []
+    pad = inference.pad_left
+    monkeypatch.setattr(inference, "pad_left", lambda rows, *_: (sizes.append(len(rows)), pad(rows, *_))[1])
+    long = "Mira lives in " * 20
+    prompts = [long, long, *PROMPTS]
+    tight = replace(base, batch_tokens=4 * (len(base.tokenizer(PROMPTS[2])["input_ids"]) + 4))
+    assert inference.batch_generate(tight, prompts, 4, 8) == inference.batch_generate(base, prompts, 4, 8)
+    assert sizes[:2] == [1, 1] and len(sizes) < len(prompts) + 1 and max(sizes) <= 8
+
+
+# ---- a machine that lacks a model, and what evaluation costs ---------------------------------------------------------
+
+
+def test_notebook_5_runs_on_a_machine_where_the_merged_model_is_not(executed_run, tmp_path):
+    run = tmp_path / "tiny"
+    shutil.copytree(executed_run, run, ignore=shutil.ignore_patterns("merge", "evaluate", "report.json", "notebooks"))
+    command = ["notebooks/run_all.py", "--workspace", str(run), "--only", "05_evaluation.ipynb"]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(json.loads((run / "report.json").read_text(encoding="utf-8"))) == ["base", "finetuned", "gptq"]
+    executed = (run / "notebooks" / "05_evaluation.ipynb").read_text(encoding="utf-8")
+    assert "merged is left out" in executed and "04_gptq_quantization.ipynb makes it" in executed
+
+
+def test_one_talks_to_the_best_model_that_there_is():
+    models = {"base": "b", "finetuned": "f", "merged": "m", "gptq": "g"}
+    assert evaluate.best(models) == "g"
+    assert evaluate.best({name: models[name] for name in ("base", "finetuned", "merged")}) == "f"
+    with pytest.raises(ValueError, match=r"only the base: run notebook 03_qlora_finetuning\.ipynb first"):
+        evaluate.best({"base": "b"})
+
+
+def test_the_time_of_an_evaluation_is_that_of_all_its_models():
+    each = {
+        name: budget.budget(SEVEN_B, SEVEN, T4, "inference", evaluated={name: kind}).time.parts
+        for name, kind in placement.EVALUATED.items()
+    }
+    for stage in ("inference", "run"):
+        found = budget.budget(SEVEN_B, SEVEN, T4, stage).time.parts
+        assert found["evaluation"] == pytest.approx(sum(parts["evaluation"] for parts in each.values()))
+    assert each["merged"]["evaluation"] > each["finetuned"]["evaluation"] > each["gptq"]["evaluation"]
+    assert sum(parts["loading"] for parts in each.values()) > 3 * each["base"]["loading"]
+
+
+def test_a_row_more_makes_nf4_unpack_and_fused_kernels_not():
+    gpu = replace(T4.gpu, bandwidth_gb_s=1.0)  # so slow that nothing waits for Python
+    one, eight = ({name: pace.token_s(SEVEN, gpu, name, rows) for name in pace.DECODED} for rows in (1, 8))
+    assert one["nf4"] == one["gptq"] == eight["gptq"] < eight["fp16"] == one["fp16"] < eight["nf4"]
+    assert eight["nf4"] * 0.8e9 == pytest.approx(4.5 * SEVEN.linear_parameters, rel=0.02)
+    away = [Placement("model", "fp16", 8, layers, "host memory") for layers in (0, 4)]
+    none, four = (pace.evaluation_s(SEVEN_B, SEVEN, T4, place) for place in away)
+    bus_s = 4 * 2 * SEVEN.layer_linear_parameters / 10e9
+    assert four["answers"] - none["answers"] == pytest.approx(4 * 128 * bus_s)
+
+
+def test_notebook_5_says_what_the_budget_says():
+    text = (ROOT / "notebooks" / "05_evaluation.ipynb").read_text(encoding="utf-8")
+    minutes, gib = re.search(r"Free T4, Mistral 7B: (\d+) minutes and ([\d.]+) GiB", text).groups()
+    found = budget.budget(SEVEN_B, SEVEN, T4, "inference")
+    assert (int(minutes), float(gib)) == (round(60 * found.time.total_h), round(found.vram.process_gib, 1))
+
+
+def test_pages_of_files_are_no_memory_that_a_user_is_running_out_of(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(b"x" * (96 * 2**20))
+    with cost.peak_memory() as peak:
+        before = cost.anonymous_bytes() / inference.GIB
+        mapped = np.memmap(file, mode="r")
+        assert int(mapped[::4096].sum(dtype=int)) > 0
+        kept = np.ones(32 * 2**17)  # 32 MiB, there until the block ends: none is missed between two looks
+    del kept
+    assert 32 / 1024 <= peak["peak_anonymous_gib"] - before < 80 / 1024
+    assert peak["peak_host_gib"] - peak["peak_anonymous_gib"] > 90 / 1024
 
 
 # ---- tasks and judge -------------------------------------------------------------------------------------------------

@@ -8,12 +8,16 @@ import importlib.util
 import json
 import random
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import faults
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,7 +28,19 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from helpers import activations, batches, config, finetune, kernels, layers, losses
+from helpers import (
+    activations,
+    batches,
+    budget,
+    checkpoints,
+    config,
+    finetune,
+    hardware,
+    kernels,
+    layers,
+    losses,
+    workspace,
+)
 from helpers.models import TINY, profile, shape
 from helpers.optimizers import FlatOptimizer
 
@@ -320,6 +336,146 @@ def test_progress_is_not_told_at_every_step(small, prepared, tmp_path, capsys):
     assert states.count("\r") < STEPS / 2
 
 
+# ---- what goes on ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(small, prepared, tmp_path_factory) -> tuple[Path, Path]:
+    """A run of 8 steps stopped after 5 on a machine that is gone: (Drive, the whole run's output left alone)."""
+    folder = tmp_path_factory.mktemp("stopped")
+    settings = small_config(small, **LONG)
+    finetune.finetune(settings, prepared, folder / "calm" / "finetune")
+    (folder / "drive").mkdir()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("RECIPES_LASTING", str(folder / "drive"))
+        run = workspace.open_run(settings, folder / "gone" / "run")
+        stop = finetune.Watch.on_step_end
+
+        def stop_at_5(watch, args, state, control, **kwargs):
+            watch.interrupted = 2 if state.global_step == 5 else None
+            stop(watch, args, state, control, **kwargs)
+
+        patched.setattr(finetune.Watch, "on_step_end", stop_at_5)
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 5"):
+            finetune.finetune(settings, prepared, run.folder("finetune"))
+    shutil.rmtree(folder / "gone")
+    return folder / "drive", folder / "calm" / "finetune"
+
+
+LONG = {"batch_size": 4, "accumulation": 2, "max_steps": 8, "save_steps": 2}
+
+
+@pytest.fixture
+def another_machine(stopped, small, tmp_path, monkeypatch):
+    """(the run's folder on it, a copy of Drive, the whole run's output left alone)."""
+    shutil.copytree(stopped[0], tmp_path / "drive")
+    monkeypatch.setenv("RECIPES_LASTING", str(tmp_path / "drive"))
+    run = workspace.open_run(small_config(small, **LONG), tmp_path / "new" / "run")
+    return run.folder("finetune"), tmp_path / "drive", stopped[1]
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def same_training(one: Path, other: Path) -> None:
+    """The same losses, step by step, and the same adapter."""
+    logs = [json.loads((folder / "log.json").read_text()) for folder in (one, other)]
+    losses = [{entry["step"]: entry["loss"] for entry in log if "loss" in entry} for log in logs]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    first, second = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, other))
+    assert max((first[name] - second[name]).abs().max().item() for name in first) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [{"counted": "open", "match": "*-5/whole.json", "raise_at": 1, "errno": 5}, {"seed": 1, "share": 1.0}],
+    ids=["one read error", "every first try fails"],
+)
+def test_errors_of_drive_that_pass_do_not_send_training_back(trouble, another_machine, small, prepared, capsys):
+    output, drive, calm = another_machine
+    with faults.injecting(drive, log=output.parent / "faults.log", **trouble):
+        measured = finetune.finetune(small_config(small, **LONG), prepared, output)
+    assert faults.injected(output.parent / "faults.log")
+    assert measured["resumed_from_step"] == 5
+    same_training(output, calm)
+    twin = drive / "mistral-t4-recipes" / "run"
+    assert workspace.check_outputs(twin / "finetune") and not (twin / "finetune.partial").exists()
+
+
+def test_an_error_of_drive_that_stays_is_a_sentence_and_changes_nothing(another_machine, small, prepared):
+    output, drive, _ = another_machine
+    before = bytes_of(drive)
+    assert len({Path(name).parent.name for name in before}) == 2, "two checkpoints"
+    for broken in ("read", "list", "open"):
+        with (
+            faults.injecting(drive / "mistral-t4-recipes", broken=broken, errno=5),
+            pytest.raises(workspace.StorageError, match="Input/output error, also after a minute of trying") as caught,
+        ):
+            finetune.finetune(small_config(small, **LONG), prepared, output)
+        assert "\n" not in str(caught.value) and "nothing was changed" in str(caught.value)
+        assert bytes_of(drive) == before
+
+
+def test_what_does_not_reach_drive_at_the_end_leaves_its_checkpoints(another_machine, small, prepared, capsys):
+    output, drive, calm = another_machine
+    lying = drive / "mistral-t4-recipes" / "run" / "finetune.partial" / "checkpoints"
+    with faults.injecting(drive, counted="mkdir,create", match="*/run/finetune.sending*", broken="all", broken_from=1):
+        finetune.finetune(small_config(small, **LONG), prepared, output)
+    same_training(output, calm)
+    assert "NOT KEPT" in capsys.readouterr().out
+    assert checkpoints.newest(lying).name == "checkpoint-8"
+    workspace.open_run(small_config(small, **LONG), output.parent)
+    assert workspace.check_outputs(lying.parent.parent / "finetune") and not lying.exists()
+
+
+def test_a_fresh_start_leaves_what_is_in_drive_until_its_first_checkpoint_is_there(
+    another_machine, small, prepared, monkeypatch
+):
+    output, drive, _ = another_machine
+    lying = drive / "mistral-t4-recipes" / "run" / "finetune.partial" / "checkpoints"
+    before = bytes_of(lying)
+    monkeypatch.setattr(finetune.FineTuner, "training_step", lambda *inputs, **named: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finetune.finetune(small_config(small, **LONG), prepared, output, resume="never")
+    assert bytes_of(lying) == before
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"batch_size": 2, "accumulation": 4, "checkpointing": "auto"},
+        {"batch_size": 8, "accumulation": 1, "checkpointing": 1, "keep_attention": False},
+    ],
+    ids=str,
+)
+def test_on_another_card_training_goes_on_in_the_checkpoints_split(values, another_machine, small, prepared, capsys):
+    output, _, calm = another_machine
+    other = small_config(small, **(LONG | values))
+    assert finetune.plan(other, output).config.train.batch_size == 4
+    measured = finetune.finetune(other, prepared, output)
+    assert measured["resumed_from_step"] == 5
+    assert "checkpoint-5 was made in micro-batches of 4 × 2, and training goes on in them" in capsys.readouterr().out
+    same_training(output, calm)
+    written = config.load_yaml(output / "config.yaml").train
+    assert (written.batch_size, written.accumulation) == (4, 2)
+
+
+def test_a_disk_that_is_full_at_the_end_is_a_sentence_and_only_the_end_is_repeated(small, prepared, tmp_path):
+    settings = small_config(small, max_steps=2, save_steps=2)
+    for full in ("adapter", "log.json", "manifest.json"):
+        counted = {"counted": "mkdir,create", "match": f"*finetune.partial/{full}*"}
+        with (
+            faults.injecting(tmp_path, **counted, broken="write", broken_from=1, errno=28),
+            pytest.raises(workspace.StorageError, match=r"GiB free\): delete what is not needed") as caught,
+        ):
+            finetune.finetune(settings, prepared, tmp_path / "finetune")
+        assert "\n" not in str(caught.value) and "No space left on device" in str(caught.value)
+        assert not (tmp_path / "finetune").exists()
+    assert finetune.finetune(settings, prepared, tmp_path / "finetune")["resumed_from_step"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["finetune"]
+
+
 # ---- what cannot be trained ------------------------------------------------------------------------------------------
 
 
@@ -329,7 +485,7 @@ def test_progress_is_not_told_at_every_step(small, prepared, tmp_path, capsys):
         ({"rank": 33}, "rank=33 is larger than k_proj, whose smaller side is 32: choose a rank of at most 32"),
         (
             {"targets": "q_proj,query"},
-            "no linear layer 'query'; it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+            "up_proj, down_proj, all-linear or attention for",
         ),
         ({"seq_len": 129}, "seq_len=129 is more than the 128 tokens that this model was made for"),
         ({"seq_len": 16}, "has 39 tokens, more than seq_len=16: prepare again"),
@@ -490,8 +646,8 @@ def test_a_layer_keeps_what_the_budget_says(values, small):
 
 
 def test_host_memory_that_is_full_leaves_inputs_on_the_device(small, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(layers, "HOST_BYTES", 20_000)
-    values = {"checkpointing": "all", "max_steps": 3}
+    monkeypatch.setattr(activations, "CHUNK_BYTES", 3_000)  # an input lies across several
+    values = {"checkpointing": "all", "max_steps": 3, "offload_gib": 20_000 / 2**30}
     kept, offloaded = (
         our_trainer(small_config(small, offload_activations=offload, **values), prepared, tmp_path)
         for offload in (False, True)
@@ -499,6 +655,40 @@ def test_host_memory_that_is_full_leaves_inputs_on_the_device(small, prepared, t
     kept.train()
     offloaded.train()
     assert logged_losses(offloaded) == pytest.approx(logged_losses(kept), abs=1e-6)
+
+
+@pytest.mark.parametrize("room", [1_000, 50_000, 10**9])
+def test_offloaded_inputs_come_back_and_take_what_is_counted(room, monkeypatch):
+    monkeypatch.setattr(activations, "CHUNK_BYTES", 4096)
+    sizes, offload = shape("mistral-7b-v0.3"), layers.Offload(torch.device("cpu"), room)
+    draw, most = random.Random(room), 0
+    for turn in range(12):
+        tokens, depth = draw.randrange(16, 700), draw.randrange(1, 6)
+        offload.begin()
+        inputs = [torch.randn(1, tokens, 8) for _ in range(depth)]
+        slots = [offload.put(x.clone()) for x in inputs]
+        assert all(slot["x"] is None for slot in slots[:-2] if slot["host"] is not None)
+        if turn % 5:  # now and then a forward pass has no backward pass
+            for x, slot in zip(reversed(inputs), reversed(slots), strict=True):
+                assert torch.equal(offload.get(slot), x)
+            assert offload.arena.top == 0 and not offload.stack
+        step = replace(sizes, hidden=16, layers=depth)  # 16 values of 2 bytes are 8 of 4
+        settings = profile("mistral-7b", seq_len=tokens, batch_size=1, checkpointing="all", offload_activations=True)
+        settings = settings.with_values(offload_gib=room / 2**30)
+        most = max(most, activations.offloaded_bytes(step, settings))
+        assert len(offload.arena.chunks) * 4096 == most <= room
+
+
+def test_offloading_is_held_to_one_number_of_the_machine():
+    t4 = hardware.machine("t4")
+    small_host = replace(t4, host=replace(t4.host, ram_gib=9.9))
+    asked = profile("mistral-7b", seq_len=24576, batch_size=1, accumulation=1)
+    for found, gib in ((t4, 6.0), (small_host, 4.9375)):
+        plan = budget.plan(asked, shape("mistral-7b-v0.3"), found)
+        assert plan.config.train.offload_activations and plan.config.train.offload_gib == gib
+        assert gib - 0.25 < plan.budget.ram.parts["offloaded activations"] <= gib
+        assert activations.host_room(plan.config) == gib * 2**30
+        assert plan.budget.fits
 
 
 def test_one_flat_optimizer_is_bitsandbytes_on_each_matrix():
@@ -531,7 +721,7 @@ def test_one_flat_optimizer_is_bitsandbytes_on_each_matrix():
 
 def test_a_kernel_that_unpacks_other_weights_is_not_trained_with(small, monkeypatch):
     model = adapted(small, weights="nf4")
-    assert layers.why_not(model) is None
+    layers.check(model)
     weight = model.model.layers[0].self_attn.q_proj.base_layer.weight
     assert kernels.dequantizer(weight) is kernels.dequantize
     right, used = kernels.dequantize, []

@@ -168,7 +168,8 @@ def expected(tmp_path_factory):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_format_gives_the_same_tokens_and_masks(name, tmp_path, expected):
-    rows, made = prepared(write(name, tmp_path), tmp_path / "out")
+    use = "chosen" if name == "preference.jsonl" else "auto"
+    rows, made = prepared(write(name, tmp_path), tmp_path / "out", use=use)
     assert rows == expected
     assert made["dropped"] == {} and made["in"] == made["kept"] == 20
 
@@ -246,7 +247,7 @@ def test_an_answer_that_looks_like_a_list_stays_a_text():
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content must be text, not 5"),
         ({"messages": [{"role": "user", "content": float("nan")}]}, "messages[0].content must be text, not nan"),
         ({"messages": [{"content": "x"}]}, "messages[0].role is missing"),
-        ({"messages": [None]}, "messages[0] must be text, not null"),
+        ({"messages": [None]}, "messages[0] must be an object with role and content, not null"),
         ({"messages": "hello"}, "messages must be text"),
         ({"messages": {"role": "user"}}, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "the role 'wizard'"),

@@ -3,13 +3,12 @@
 import doctest
 import hashlib
 import json
-import multiprocessing
-import random
 import shutil
 import struct
-import time
 from pathlib import Path
 
+import faults
+import kill_at
 import pytest
 import torch
 from hypothesis import given, settings
@@ -340,42 +339,43 @@ def test_refuses_values_that_fp16_cannot_hold(base, adapters, tmp_path):
 # ---- what it survives ------------------------------------------------------------------------------------------------
 
 
-def test_killed_at_ten_random_moments_it_ends_in_the_same_bytes(base, adapters, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["helpers.merge", "torch", "safetensors.torch", "tqdm.auto"])
+@pytest.mark.parametrize("free_base", [False, True])
+def test_killed_at_each_kind_of_moment_it_ends_in_the_same_bytes(free_base, base, adapters, tmp_path):
+    """Each operation on each kind of file, at its first and at its last; with a base that is freed, at its deletions.
 
-    def start(number: int) -> multiprocessing.Process:
-        config = MergeConfig(shard_gib=0.001, free_base=number % 2 == 1)
-        folder, output = tmp_path / f"base{number}", tmp_path / f"merged{number}"
-        process = context.Process(target=merge, args=(folder, adapters["dora"], output, config))
-        process.start()
-        return process
+    Of the small files beside the shards no write: that they are half-written is as good as that they lack their name.
+    """
+    scene, config = tmp_path / "scene", MergeConfig(shard_gib=0.001, free_base=free_base)
+    output = scene / "merged"
 
-    def result(number: int) -> dict[str, str]:
-        """Everything but the configuration, which says which base and whether it was freed."""
-        return {
-            name: digest for name, digest in contents(tmp_path / f"merged{number}").items() if name != "config.yaml"
-        }
+    def act() -> dict:
+        torch.set_num_threads(1)  # a fork has no thread but one
+        return merge(scene / "base", adapters["dora"], output, config)
 
-    for number in range(12):
-        copied(base, tmp_path / f"base{number}")
-    start(10).join()  # the first pays for the server's imports
-    began = time.monotonic()
-    start(11).join()
-    took_s = time.monotonic() - began
-    for number in range(10):
-        output = tmp_path / f"merged{number}"
-        process = start(number)
-        process.join(random.uniform(0.1, 1.0) * took_s)
-        process.kill()
-        process.join()
+    def result() -> dict[str, str]:
+        """Everything but the configuration, which says whether the base was freed."""
+        return {name: digest for name, digest in contents(output).items() if name != "config.yaml"}
+
+    threads = torch.get_num_threads()
+    copied(base, scene / "base")
+    counted = "write,fsync,rename,unlink,mkdir"
+    assert not kill_at.is_killed(act, scene, 10**9, counted=counted, log=tmp_path / "log")
+    whole = result()
+    resumed = []
+    moments = [one for one in faults.moments(tmp_path / "log") if one.operation != "write" or "safetensors" in one.path]
+    moments = [moment for moment in moments if not free_base or moment.path.startswith("base/")]
+    for moment in kill_at.each_kind(moments):
+        shutil.rmtree(scene)
+        copied(base, scene / "base")
+        assert kill_at.is_killed(act, scene, moment.value, counted=counted), moment
         if not output.exists():
-            again = start(number)
-            again.join()
-            assert again.exitcode == 0
-        assert require(output, "merge")
-        assert result(number) == result(11)
-    assert not [*tmp_path.glob("*.partial"), *tmp_path.glob("*.progress.json")]
+            resumed.append(act()["shards_resumed"])
+        assert require(output, "merge"), moment
+        assert result() == whole, moment
+        assert {path.name for path in scene.iterdir()} <= {"base", "merged", "merged.partial"}
+        assert not [path for path in scene.rglob("*") if "progress" in path.name or "partial" in path.name]
+    torch.set_num_threads(threads)
+    assert max(resumed) > 0 and len(resumed) >= (2 if free_base else 15)
 
 
 def test_what_an_interrupted_merge_left_is_trusted_only_when_whole(base, adapters, tmp_path):
@@ -393,6 +393,7 @@ def test_what_an_interrupted_merge_left_is_trusted_only_when_whole(base, adapter
         identity = helpers.merge.fingerprint(helpers.merge.stored_tensors(base), adapters["plain"], config, {})
         finished = {name: hashlib.sha256(data).hexdigest() for name, data in good.items()}
         state = {"identity": identity, "tensors": [], "finished": finished}
+        helpers.merge.progress_file(output).parent.mkdir()
         helpers.merge.progress_file(output).write_text(json.dumps(state))
         assert merge(base, adapters["plain"], output, SMALL_SHARDS)["shards_resumed"] == resumed
         assert contents(output) == contents(whole)

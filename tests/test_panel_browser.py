@@ -123,13 +123,13 @@ def wait_for(condition, complaint=lambda: ""):
 # What a person does with the notebook.
 
 
-def run_all(browser):
-    """Run > Run All Cells, once the kernel stands by."""
+def run_all(browser, said):
+    """Run > Run All Cells, once the kernel stands by; until something is said."""
     wait_for(lambda: browser.find_elements(By.CSS_SELECTOR, ".jp-CodeCell"), lambda: browser.title)
     wait_for(lambda: browser.execute_script(KERNEL_STATUS) == "idle")
     browser.find_element(By.XPATH, "//*[contains(@class,'lm-MenuBar-itemLabel')][text()='Run']").click()
     wait_for(lambda: browser.find_element(By.CSS_SELECTOR, "[data-command='runmenu:run-all']")).click()
-    wait_for(lambda: "read: 16 1,024 end" in page_text(browser), lambda: page_text(browser))
+    wait_for(lambda: said in page_text(browser), lambda: page_text(browser))
 
 
 def control(browser, name):
@@ -171,7 +171,7 @@ def picture(browser, name):
 def test_run_all_drag_and_take_the_proposal(lab, browser):
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     browser.get(lab)
-    run_all(browser)
+    run_all(browser, "read: 16 1,024 end")
     assert element_text(browser, ".needs .verdict").startswith("✓ It fits")
     before, label = bar(browser), element_text(browser, ".needs .line")
     picture(browser, "1-run-all")
@@ -204,6 +204,10 @@ def test_run_all_drag_and_take_the_proposal(lab, browser):
     browser.find_elements(By.CSS_SELECTOR, ".jp-CodeCell .jp-InputArea-editor")[-1].click()
     ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
     wait_for(lambda: f"read: {values['rank r']} {values['context']} end" in page_text(browser))
+
+    run_all(browser, "as chosen in notebook 1")
+    wait_for(lambda: {name: shown(browser, name) for name in values} == values)
+    picture(browser, "7-run-all-again")
 
     browser.execute_script("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
     wait_for(lambda: browser.find_elements(By.CSS_SELECTOR, "body[data-jp-theme-light='false']"))

@@ -3,42 +3,67 @@
 import doctest
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
+import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
 
+import faults
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 import helpers.quantize
+from helpers.cli import configuration, main, parser
 from helpers.config import QuantizeConfig
-from helpers.inference import KERNELS, gptq_kernel
+from helpers.gptq_kernels import KERNELS, gptq_kernel
+from helpers.inference import read_config
 from helpers.models import TINY, shape
 from helpers.quantize import (
+    BLOCK_TEXTS,
+    PERPLEXITY_BOUND,
+    PERPLEXITY_LIMIT,
     calibration_rows,
     dequantized,
+    loss_of,
     pack,
     quantize,
+    remedies,
     rounded,
     run_gptq,
     standing_out,
+    texts_at,
     unpack,
     worker_settings,
 )
 from helpers.workspace import exclusive, require
 
 ROOT = Path(__file__).resolve().parent.parent
-KILLS = int(os.environ.get("RECIPES_KILLS", "3"))
+SPOILER = """
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+import helpers.workspace
+
+def spoil(path, text, write=helpers.workspace.write_text):
+    if path.name == "quantize_config.json":  # the last file of the result, before it is checked
+        for file in path.parent.glob("*.safetensors"):
+            tensors = load_file(file)
+            codes = {name: ~value if name.endswith("qweight") else value for name, value in tensors.items()}
+            save_file(codes, file, {"format": "pt"})
+    return write(path, text)
+
+helpers.workspace.write_text = spoil
+"""
+"""In the process that quantizes: turns every code over before the result is checked."""
 GENERAL_SET = QuantizeConfig(calibration="general", calibration_tokens=192)
 
 
@@ -108,13 +133,12 @@ def test_transformers_computes_what_the_checkpoint_says(gptq_model):
     assert torch.equal(got.argmax(-1), wanted.argmax(-1))
 
 
-def test_kernel_is_one_that_needs_neither_download_nor_nvcc_and_reaches_the_layers(gptq_model, capsys):
-    # on a CPU Triton cannot be used, and the last of the list is left; on a GPU it comes first
-    chosen = gptq_kernel(gptq_model, torch.float32, device="cpu")
-    assert chosen["quantization_config"].backend == KERNELS[-1] == "gptq_torch"
+def test_the_kernel_that_is_chosen_reaches_the_layers(gptq_model, capsys):
+    settings = read_config(gptq_model)["quantization_config"]
+    chosen = gptq_kernel(settings, torch.float32, device="cpu")  # only the last of the list is for a CPU
     if not torch.cuda.is_available():
-        gptq_kernel(gptq_model, torch.float32, device="cpu", kernels=("gptq_marlin", "gptq_torch"))
-        assert "kernel gptq_marlin cannot be built here (Marlin kernel requires CUDA.)" in capsys.readouterr().out
+        gptq_kernel(settings, torch.float32, device="cpu", kernels=("gptq_marlin", "gptq_torch"))
+        assert "gptq_marlin cannot be had: Marlin kernel requires CUDA." in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(gptq_model, dtype=torch.float32, **chosen)
     assert {type(module).__name__ for name, module in model.named_modules() if name.endswith("q_proj")} == {
         "TorchLinear"
@@ -204,6 +228,40 @@ def test_calibration_takes_own_general_or_both(tmp_path):
     assert AutoTokenizer.from_pretrained(TINY).decode(row).startswith("<s>[INST] Hello[/INST]")
 
 
+def test_calibration_is_drawn_from_all_of_a_long_split_without_reading_it(tmp_path):
+    """40 MB in lists; drawn, what grows with the split is 8 bytes a text."""
+    rows, tokens = 20_000, 60
+    ids = np.arange(rows * tokens, dtype=np.int32) // tokens + 1000  # every token says which row it is of
+    column = pa.ListArray.from_arrays(np.arange(0, rows * tokens + 1, tokens, dtype=np.int32), ids)
+    Dataset(pa.table({"input_ids": column})).save_to_disk(tmp_path / "train")
+    config = QuantizeConfig(calibration_samples=8, calibration_tokens=128)
+    calibration_rows(TINY, config, [tmp_path], 768)  # imports and the tokenizer
+    tracemalloc.start()
+    try:
+        drawn, check = calibration_rows(TINY, config, [tmp_path], 768)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 10e6
+    assert [len(row) for row in drawn] == [128] * 8
+    sources = {token for row in drawn for token in row}
+    assert min(sources) < 1000 + rows // 4 and max(sources) > 1000 + 3 * rows // 4
+    assert not sources & {token for row in check for token in row}
+
+
+def test_calibration_reads_a_long_file_block_by_block(tmp_path):
+    own = tmp_path / "own.jsonl"
+    with own.open("w") as stream:
+        for number in range(3000):
+            stream.write(json.dumps({"text": f"Pony {number} eats oats."}) + "\n")
+    tokenized = []
+    texts = texts_at([own], [3000], lambda text: tokenized.append(text) or [len(tokenized)], range(2999, -1, -1))
+    next(texts)
+    assert len(tokenized) == BLOCK_TEXTS  # so many, not all
+    assert len(list(texts)) == 2999
+    assert len(tokenized) == 3000
+
+
 def test_a_module_whose_error_stands_out_is_named():
     modules = [{"layer": layer, "module": "mlp.up_proj", "error": 1.0 + layer} for layer in range(8)]
     assert standing_out(modules) == []
@@ -249,7 +307,7 @@ def test_refuses_a_model_that_is_not_whole(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "has 0 tokens and needs at least 768"),
+        ("", "own.jsonl is empty"),
         ('{"text": "too short"}\n', "needs at least 768, one for each input of the widest layer"),
         ('{"text": 7}\n', "with messages or text"),
         ('{"question": "?"}\n', "with messages or text"),
@@ -263,6 +321,11 @@ def test_refuses_calibration_text(text, words, tmp_path):
 
 
 def test_refuses_missing_calibration_and_too_few_samples(tmp_path):
+    named = QuantizeConfig(calibration="genral")
+    assert "genral is neither own, general or both, nor a file" in refusal(tmp_path, TINY, tmp_path / "out", named)
+    picture = tmp_path / "own.txt"
+    picture.write_bytes(b"\xff\xfe\x00\x81")
+    assert "not text in UTF-8" in refusal(tmp_path, TINY, tmp_path / "out", QuantizeConfig(), picture)
     assert "neither a file" in refusal(tmp_path, TINY, tmp_path / "out", QuantizeConfig(), tmp_path / "no.jsonl")
     assert "calibration=general" in refusal(tmp_path, TINY, tmp_path / "out", QuantizeConfig())
     few = QuantizeConfig(calibration="general", calibration_samples=2, calibration_tokens=128)
@@ -310,24 +373,107 @@ def one_layer(tmp_path) -> Path:
     return folder
 
 
-def test_killed_at_random_moments_the_next_run_finishes(one_layer, gptq_model, tmp_path):
+def test_the_command_calibrates_a_foreign_folder_with_a_file(one_layer, tmp_path, capfd):
+    talk = [{"from": "human", "value": "What does a pony eat?"}, {"from": "gpt", "value": "Oats, and hay. " * 40}]
+    own = tmp_path / "chats.json"
+    own.write_text(json.dumps([{"conversations": talk}] * 40))
+    (one_layer / "chat_template.jinja").unlink()
     output = tmp_path / "out"
+    command = ["quantize", "--model", str(one_layer), "--output", str(output), "--bits", "4", "--group-size", "128"]
+    assert configuration(parser().parse_args([*command, "--calibration", "general"])).quantize.calibration == "general"
+    missing = tmp_path / "missing.json"
+    assert main([*command, "--calibration", str(missing), "--json"]) == 2
+    assert f"{missing} is neither own, general or both, nor a file" in capfd.readouterr().err
+    assert main([*command, "--calibration", str(own), "--calibration-tokens", "192", "--json"]) == 0
+    answer = json.loads(capfd.readouterr().out)
+    assert answer["calibration"] == str(own)
+    assert answer["calibration_tokens"] >= 768
+    assert require(output, "quantize")["config"]["quantize"]["calibration"] == str(own)
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(f"calibration: {own}\n")
+    assert configuration(parser().parse_args([*command, "--config", str(settings)])).quantize.calibration == str(own)
+
+
+def test_a_run_misses_its_calibration_file_before_it_trains(tmp_path, capfd):
+    assert main(["run", "--profile", "tiny", "--workspace", str(tmp_path / "run"), "--calibration", "chats.json"]) == 2
+    assert "chats.json is neither own, general or both, nor a file" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_result_takes_no_place_and_is_kept_beside(gptq_model, tmp_path, monkeypatch, capfd):
+    output = Path(shutil.copytree(gptq_model, tmp_path / "out"))
+    before = tree(output)
+    spoilt = tmp_path / "spoilt"
+    spoilt.mkdir()
+    (spoilt / "sitecustomize.py").write_text(SPOILER)
+    monkeypatch.setenv("PYTHONPATH", str(spoilt))
+    command = ["quantize", "--model", str(TINY), "--output", str(output), "--calibration", "general"]
+    assert main([*command, "--calibration-tokens", "192"]) == 1
+    sentence = capfd.readouterr().out
+    assert "that is broken" in sentence and "% of perplexity" in sentence and "act_order" in sentence
+    assert tree(output) == before
+    rejected = tmp_path / "out.rejected"
+    assert f"lies in {rejected}" in sentence
+    assert require(rejected, "quantize")["measurements"]["within_bound"] is False
+    shutil.rmtree(output)
+    rejected.rename(output)  # what the sentence says
+    assert require(output, "quantize")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "spoilt"}
+
+
+def test_a_result_that_is_worse_than_usual_says_what_to_try():
+    figures = {"perplexity_merged": 5.0, "perplexity_gptq": 5.2, "perplexity_ratio": 1.04, "standing_out": []}
+    assert figures["perplexity_ratio"] > PERPLEXITY_BOUND[4]
+    assert "4.0 % of perplexity (5.000 before, 5.200 after" in loss_of(QuantizeConfig(), figures)
+    assert (
+        remedies(QuantizeConfig())
+        == "calibration_samples=256, calibration=both, act_order, group_size=64 or 8 bits do better"
+    )
+    assert all(PERPLEXITY_BOUND[bits] < PERPLEXITY_LIMIT[bits] <= 1.5 for bits in (8, 4, 3))
+
+
+def test_killed_at_counted_moments_the_next_run_finishes(one_layer, tmp_path):
+    output, folder = tmp_path / "run" / "out", tmp_path / "run"
+    folder.mkdir()
     command = [sys.executable, "-m", "helpers", "quantize", "--model", str(one_layer), "--output", str(output)]
     command += ["--calibration", "general", "--calibration-tokens", "192", "--profile", "tiny", "--json"]
 
-    def start() -> subprocess.Popen:
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    def run(**options) -> subprocess.CompletedProcess:
+        environment = os.environ | (faults.environment(folder, **options) if options else {})
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
-    took_s = require(gptq_model, "quantize")["measurements"]["total_s"]  # about as long: most of it is start-up
-    for kill in range(KILLS):
-        process = start()
-        time.sleep(random.uniform(kill, kill + 1) / KILLS * took_s)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not output.exists() or require(output, "quantize")
-        shutil.rmtree(output, ignore_errors=True)
-    process = start()
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    worker = run(kill_at=1, counted="create", match="out.partial/*.safetensors", log=tmp_path / "log")
+    assert worker.returncode == 1 and "GPTQ was killed, most often because host memory ran out" in worker.stderr
+    assert {path.name for path in folder.iterdir()} == {"out.log"}, "only what says why"
+    publishing = run(kill_at=1, counted="rename", match="out", log=tmp_path / "log")
+    assert publishing.returncode == -signal.SIGKILL, publishing.stderr
+    assert [event.path for event in faults.events(tmp_path / "log") if event.what == "kill"][1:] == ["out"]
+    assert {path.name for path in folder.iterdir()} == {"out.partial"}
+    done = run()
+    assert done.returncode == 0, done.stderr
     assert require(output, "quantize")["measurements"]["within_bound"]
-    assert {path.name for path in tmp_path.iterdir()} == {"one-layer", "out"}
+    assert {path.name for path in folder.iterdir()} == {"out"}
+
+
+def test_the_check_frees_the_merged_model_before_it_opens_the_quantized_one(gptq_model, tmp_path, monkeypatch):
+    """On a small card layers of the merged model are fetched from disk, by hooks that make cycles of it."""
+    import weakref
+
+    from accelerate import disk_offload
+
+    opened, alive = [], []
+    real = quantize.open_model
+
+    def offloaded(folder, offload, **options):
+        alive.append(sum(model() is not None for model in opened))
+        model = real(folder, offload, **options)
+        if not opened:
+            disk_offload(model, tmp_path / "offload")
+        opened.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(quantize, "open_model", offloaded)
+    said = []
+    rows = [list(range(5, 40))]
+    quantize.check_task({"model": str(TINY), "output": str(gptq_model), "check_rows": rows}, said.append)
+    assert alive == [0, 0] and said[-1]["perplexity_ratio"] > 0

@@ -2,16 +2,17 @@
 
 import random
 import sys
+from functools import cache
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from helpers.checks import CONTROLS
 from helpers.models import TINY
-from helpers.templates import MISTRAL_V1, MISTRAL_V3, Template, load_tokenizer, pad_token
+from helpers.templates import MISTRAL_V1, MISTRAL_V3, Template, load_tokenizer, pad_token, save_tokenizer
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -26,6 +27,11 @@ OFFICIAL_V3 = """\
 {{- '[INST] ' + system_message + '\\n\\n' + message['content'] + '[/INST]' }}\
 {%- else %}{{- '[INST] ' + message['content'] + '[/INST]' }}{%- endif %}\
 {%- else %}{{- ' ' + message['content'] + eos_token }}{%- endif %}{%- endfor %}"""
+
+OFFICIAL_V1 = """\
+{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ ' [INST] ' + message['content'] + \
+' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}{% else %}\
+{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"""
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +65,7 @@ def conversations(count=60):
     return made
 
 
+@cache
 def from_sentencepiece(path, legacy):
     """A fast tokenizer of Mistral's own vocabulary. legacy: as in older files on the hub, ▁ after special tokens."""
     from sentencepiece import SentencePieceProcessor
@@ -129,7 +136,7 @@ def test_whole_text_is_the_template_s(tokenizer, jinja):
     other = with_template(tokenizer, jinja) if jinja else tokenizer
     template = Template(other)
     for messages in conversations():
-        if messages[0]["role"] == "system" and jinja in (MISTRAL_V1, OFFICIAL_V3):
+        if messages[0]["role"] == "system" and jinja == OFFICIAL_V3:
             messages = template.fold_system(messages)
         ids, mask, ends = template.encode([messages])[0]
         assert ids == other.apply_chat_template(messages)["input_ids"]
@@ -169,6 +176,40 @@ def test_prompt_is_what_training_showed(tokenizer):
     template = Template(tokenizer)
     ids, mask, _ = template.encode([talk("Where?", "There.")])[0]
     assert template.prompt(talk("Where?")) == [token for token, kept in zip(ids, mask, strict=True) if not kept]
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["today's file", "legacy file"])
+@pytest.mark.parametrize("version", ["v1", "v3"])
+def test_servers_that_open_the_saved_tokenizer_ask_as_training_did(version, legacy, tmp_path):
+    """They know only apply_chat_template: one question, several, with a system prompt, and awkward texts."""
+    pytest.importorskip("mistral_common", reason="mistral-common is not installed: `make test` installs it")
+    name = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}[version]
+    bare = from_sentencepiece(f"{sys.modules['mistral_common'].__path__[0]}/data/{name}", legacy)
+    bare.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    tokenizer = load_tokenizer(tmp_path / "base")
+    save_tokenizer(tokenizer, tmp_path / "made")
+    served, template = AutoTokenizer.from_pretrained(tmp_path / "made"), Template(tokenizer)
+    for messages in conversations(24):
+        asked = served.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+        assert asked == template.prompt(messages[:-1]), messages
+        assert served.apply_chat_template(messages)["input_ids"] == template.encode([messages])[0][0]
+    assert not template.served_otherwise()
+
+
+@pytest.mark.parametrize(
+    ("jinja", "sentence"),
+    [
+        (MISTRAL_V1, ""),
+        (OFFICIAL_V3, ""),
+        ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", "writes a question and"),
+        (OFFICIAL_V1, "writes a system prompt otherwise"),
+    ],
+    ids=["v1", "official v3", "no generation prompt", "official v1"],
+)
+def test_a_template_that_servers_render_otherwise_is_said_before_training(tokenizer, jinja, sentence):
+    said = Template(with_template(tokenizer, jinja)).served_otherwise()
+    assert sentence in said and bool(said) == bool(sentence)
 
 
 def test_refused_roles_are_said(tokenizer):
@@ -228,7 +269,7 @@ def test_whole_turns_within_the_context(pairs, system, seq_len):
     messages = talk(*[text for pair in pairs for text in pair], system=system)
     row = template.fit([messages], seq_len)[0]
     offset = int(system is not None)
-    if row is None:
+    if not row.input_ids:
         first = template.encode([messages[: 2 + offset]])[0]
         assert len(first[0]) > seq_len
     else:

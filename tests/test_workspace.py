@@ -3,28 +3,35 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
+import faults
+import kill_at
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import models, share, workspace
+from helpers import checkpoints, files, models, share, workspace
 from helpers.workspace import building, open_run, require, run_config, run_models
 
 CONFIG = models.profile("tiny")
 
 
-def make(folder: Path, stage: str, content: str = "weights", inputs: dict | None = None, config=CONFIG) -> Path:
+def make(
+    folder: Path, stage: str, content: str = "weights", inputs: dict | None = None, config=CONFIG, run: str = ""
+) -> Path:
     """A finished stage with a file of data, one in a folder, and a log."""
     with building(folder, stage, config, inputs) as work:
         (work.folder / "adapter").mkdir()
         (work.folder / "adapter" / "adapter_model.safetensors").write_text(content)
         (work.folder / "rows.arrow").write_text("rows")
         (work.folder / "log.json").write_text("[]")
-        work.measurements["loss"] = 1.5
+        work.measurements |= {"loss": 1.5} | ({"run": run} if run else {})
     return folder
 
 
@@ -114,6 +121,13 @@ def test_settings_that_do_not_fit_the_prepared_data_are_explained(tmp_path, valu
             inputs={"prepared": tmp_path / "prepare"},
             config=CONFIG.with_values(**values),
         )
+    with building(tmp_path / "prepare", "prepare", CONFIG) as work:
+        work.measurements["cut_share"] = 0.2
+        (work.folder / "rows.arrow").write_text("rows")
+    with pytest.raises(workspace.StaleArtifact, match=r"cut to 192 tokens .* --seq-len 256"):
+        made = {"prepared": tmp_path / "prepare"}
+        make(tmp_path / "finetune", "finetune", inputs=made, config=CONFIG.with_values(seq_len=256))
+    make(tmp_path / "prepare", "prepare")
     longer = CONFIG.with_values(seq_len=256, rank=4)
     make(tmp_path / "finetune", "finetune", inputs={"prepared": tmp_path / "prepare"}, config=longer)
 
@@ -166,33 +180,184 @@ def test_a_damaged_copy_in_drive_is_noticed(tmp_path, drive):
         run_config(second, "finetune")
 
 
-def test_a_copy_that_broke_off_goes_on(tmp_path, monkeypatch):
-    stage = make(tmp_path / "finetune", "finetune")
-    copied, copy = [], shutil.copyfile
-
-    def breaks(source, target):
-        if "log.json" in str(target) and not copied.count("log.json"):
-            copied.append("log.json")
-            raise OSError(5, "Input/output error")
-        copied.append(Path(target).name)
-        return copy(source, target)
-
-    monkeypatch.setattr(shutil, "copyfile", breaks)
-    monkeypatch.setattr(workspace.copy_verified, "__defaults__", (1,))
-    with pytest.raises(ValueError, match="Input/output error"):
-        share.to_folder(stage, tmp_path / "home")
-    assert not (tmp_path / "home" / "finetune" / workspace.MANIFEST).exists()
-    share.to_folder(stage, tmp_path / "home")
-    assert copied.count("adapter_model.safetensors") == 1, "what was whole is not copied twice"
-    require(tmp_path / "home" / "finetune", "finetune")
+def test_a_copy_that_broke_off_goes_on(tmp_path):
+    stage, home = make(tmp_path / "finetune", "finetune"), tmp_path / "home"
+    home.mkdir()
+    with (
+        faults.injecting(home, counted="create", match="*log.json", broken="write", broken_from=1, errno=5),
+        pytest.raises(ValueError, match="Input/output error"),
+    ):
+        share.to_folder(stage, home)
+    assert not (home / "finetune").exists()
+    before = {path.name: path.stat().st_ino for path in (home / "finetune.sending").rglob("*.safetensors")}
+    assert list(before) == ["adapter_model.safetensors"]
+    with faults.injecting(home, log=tmp_path / "log"):
+        share.to_folder(stage, home)
+    written = {event.path for event in faults.moments(tmp_path / "log") if event.operation == "write"}
+    assert not any("adapter_model" in path for path in written), "what was whole is not copied twice"
+    require(home / "finetune", "finetune")
 
 
-def test_a_full_drive_ends_nothing(tmp_path, drive, monkeypatch, capsys):
+def test_a_full_drive_ends_nothing_and_is_told(tmp_path, drive, monkeypatch, capsys):
     run = open_run(CONFIG, tmp_path / "run")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(15, 15, 0))
-    make(run.folder("finetune"), "finetune")
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(15, 15, 0))
+        make(run.folder("finetune"), "finetune")
     require(run.folder("finetune"), "finetune")
-    assert "empty Drive's bin" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "NOT KEPT" in said and "0.00 GiB is free" in said and "empty its bin too" in said
+    assert not list(drive.rglob("manifest.json"))
+    open_run(CONFIG, tmp_path / "run")
+    (manifest,) = drive.rglob("manifest.json")
+    assert require(manifest.parent, "finetune") and "NOT KEPT" not in capsys.readouterr().out
+    assert not list((tmp_path / "run").glob("*.unkept"))
+
+
+def test_an_adapter_that_did_not_reach_drive_leaves_the_checkpoints_there(tmp_path, drive):
+    run = open_run(CONFIG, tmp_path / "run")
+    lying = drive / "mistral-t4-recipes" / "run" / "finetune.partial" / "checkpoints"
+    for name in ("own", "another"):
+        step = {"own": 5, "another": 7}[name]
+        with checkpoints.writing(lying, step, origin={"run": name, "supersedes": []}) as beside:
+            (beside / "adapter.bytes").write_bytes(b"weights")
+    with faults.injecting(drive, counted="mkdir", match="*/finetune.sending", broken="write", broken_from=1):
+        make(run.folder("finetune"), "finetune", run="own")
+    assert files.names(lying) == ["checkpoint-5", "checkpoint-7"]
+    open_run(CONFIG, tmp_path / "run")
+    assert files.names(lying) == ["checkpoint-7"], "another run's is not this one's to delete"
+
+
+@pytest.mark.parametrize(
+    "trouble", [{"seed": 1, "share": 1.0}, {"raise_at": 1, "counted": "open", "errno": 5}], ids=str
+)
+def test_a_drive_with_hiccups_gives_and_takes(trouble, tmp_path, drive, capsys):
+    with faults.injecting(drive, log=tmp_path / "log", **trouble):
+        for machine in ("one", "two"):
+            run = open_run(CONFIG, tmp_path / machine / "run")
+            if machine == "one":
+                make(run.folder("finetune"), "finetune")
+            assert run_config(run, "finetune") == CONFIG
+    assert faults.injected(tmp_path / "log") and "NOT KEPT" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("operation", ["stat", "list", "open", "read"])
+def test_a_drive_that_cannot_be_read_is_not_a_missing_stage(operation, tmp_path, drive):
+    make(open_run(CONFIG, tmp_path / "one" / "run").folder("finetune"), "finetune")
+    run, moment = open_run(CONFIG, tmp_path / "two" / "run"), 0
+    while not (run.root / "finetune").exists():  # it goes away at the first, the second, … read
+        moment += 1
+        with faults.injecting(drive, broken="read,list", broken_from=moment, errno=107, counted=operation):
+            try:
+                require(run.folder("finetune"), "finetune")
+            except workspace.StorageError as error:
+                assert "Transport endpoint is not connected, also after a minute" in str(error)
+                assert "nothing was changed" in str(error) or "nothing there or here was changed" in str(error)
+                assert "\n" not in str(error) and "run this once more" in str(error)
+    assert moment > 1
+
+
+def test_a_drive_that_was_unmounted_is_not_an_empty_one(tmp_path, drive):
+    run = open_run(CONFIG, tmp_path / "run")
+    drive.rename(tmp_path / "elsewhere")
+    with pytest.raises(workspace.StorageError, match="it is no longer mounted"):
+        require(run.folder("finetune"), "finetune")
+
+
+def test_a_full_disk_here_is_said_when_a_stage_is_fetched(tmp_path, drive):
+    make(open_run(CONFIG, tmp_path / "one" / "run").folder("finetune"), "finetune")
+    run = open_run(CONFIG, tmp_path / "two" / "run")
+    with (
+        faults.injecting(run.root, broken="write", errno=28),
+        pytest.raises(workspace.StorageError, match=r"No space left on device; .* GiB free.*delete what is not needed"),
+    ):
+        require(run.folder("finetune"), "finetune")
+    require(run.folder("finetune"), "finetune")
+
+
+def test_killed_at_every_moment_a_stage_is_the_old_or_the_new_one(tmp_path, drive):
+    """Here and in Drive; and the next run of it finishes, with nothing left over."""
+    scene, before, moment, ended = tmp_path / "scene", tmp_path / "before", 0, False
+    make(open_run(CONFIG, scene / "run").folder("finetune"), "finetune", "old")
+    for folder in (scene, drive):
+        shutil.copytree(folder, before / folder.name, dirs_exist_ok=True)
+    output, twin = scene / "run" / "finetune", drive / "mistral-t4-recipes" / "run" / "finetune"
+
+    def text(folder: Path) -> str:
+        files.recover(folder)
+        workspace.check_outputs(folder)
+        return (folder / "adapter" / "adapter_model.safetensors").read_text()
+
+    while not ended:
+        moment += 1
+        ended = not kill_at.is_killed(lambda: make(output, "finetune", "new"), tmp_path, moment, match=PLACES)
+        assert text(output) in ("old", "new") and text(twin) in ("old", "new")
+        open_run(CONFIG, scene / "run")
+        assert text(twin) == text(output)
+        make(output, "finetune", "new")
+        assert text(twin) == text(output) == "new"
+        assert files.names(twin.parent) == ["finetune"] and files.names(output.parent) == ["finetune", "lasting.txt"]
+        for folder in (scene, drive):
+            shutil.rmtree(folder)
+            shutil.copytree(before / folder.name, folder)
+    assert moment > 60
+
+
+PLACES = "[sd][cr][ei][nv]*"  # scene and drive
+
+
+def test_two_processes_do_not_make_the_same_stage(tmp_path):
+    with building(tmp_path / "prepare", "prepare", CONFIG):
+        other = "from helpers import models, workspace; from pathlib import Path; import sys\n"
+        other += "with workspace.building(Path(sys.argv[1]), 'prepare', models.profile('tiny')): pass"
+        command = [sys.executable, "-c", other, str(tmp_path / "prepare")]
+        done = subprocess.run(command, cwd=models.ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and "prepare.partial is in use by another process: wait for it" in done.stderr
+    require(tmp_path / "prepare", "prepare")
+    assert files.names(tmp_path) == ["prepare"]
+
+
+def test_a_lock_on_what_has_its_finished_name_by_now_is_none(tmp_path, monkeypatch):
+    """Between opening the folder and locking it the other process may be done."""
+    partial, take = tmp_path / "prepare.partial", workspace.fcntl.flock
+
+    def late(handle, how):
+        if not (tmp_path / "prepare").exists():
+            partial.rename(tmp_path / "prepare")
+        take(handle, how)
+
+    monkeypatch.setattr(workspace.fcntl, "flock", late)
+    with workspace.exclusive(partial):
+        assert partial.is_dir()
+    assert files.names(tmp_path) == ["prepare"]
+
+
+def test_a_folder_of_someone_elses_is_never_replaced(tmp_path, drive, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("do not lose this")
+    for folder in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt", make(tmp_path / "merge", "merge")):
+        with pytest.raises(ValueError, match=r"in use by something else|is a file"):
+            make(folder, "prepare")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "do not lose this"
+    run = open_run(CONFIG, tmp_path / "run")
+    twin = drive / "mistral-t4-recipes" / "run" / "prepare"
+    twin.mkdir(parents=True)
+    (twin / "thesis.txt").write_text("do not lose this")
+    make(run.folder("prepare"), "prepare")
+    assert (twin.parent / "prepare.damaged" / "thesis.txt").read_text() == "do not lose this"
+    assert "thesis.txt. It is kept as prepare.damaged" in capsys.readouterr().out
+    assert require(twin, "prepare")
+
+
+@pytest.mark.parametrize("match", ["*/log.json", "*/config.yaml", "*/manifest.json.tmp"])
+def test_a_full_disk_is_a_sentence_and_leaves_nothing_half_written(match, tmp_path):
+    with (
+        faults.injecting(tmp_path, counted="create", match=match, broken="write", broken_from=1, errno=28),
+        pytest.raises(
+            workspace.StorageError, match=r"No space left on device; .* GiB free\): delete what is not needed"
+        ),
+    ):
+        make(tmp_path / "prepare", "prepare")
+    assert files.names(tmp_path) == []
 
 
 def test_a_workspace_inside_drive_has_no_twin(tmp_path, drive):
@@ -208,7 +373,7 @@ def test_a_note_from_another_machine_is_not_followed(tmp_path):
 
 @pytest.mark.parametrize(
     ("variable", "place", "home"),
-    [("COLAB_RELEASE_TAG", "colab", "/content"), ("KAGGLE_KERNEL_RUN_TYPE", "kaggle", "/kaggle/working")],
+    [("COLAB_RELEASE_TAG", "colab", "/content"), ("KAGGLE_KERNEL_RUN_TYPE", "kaggle", "/kaggle/temp")],
 )
 def test_rented_machines_are_recognised(monkeypatch, variable, place, home):
     for name in ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE", "RECIPES_LASTING"):
@@ -255,3 +420,51 @@ def test_nothing_that_holds_a_token_leaves(tmp_path):
     for leave in (share.to_download, lambda stage: share.to_folder(stage, tmp_path / "home")):
         with pytest.raises(ValueError, match=r"log\.json holds a Hugging Face token"):
             leave(tmp_path / "finetune")
+
+
+def stage_of_rows(folder: Path, stage: str = "prepare") -> Path:
+    with building(folder, stage, CONFIG) as work:
+        (work.folder / "rows.arrow").write_text("rows")
+    return folder
+
+
+def contents(root: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(root.rglob("*"))}
+
+
+@pytest.mark.parametrize(
+    "case", ["a file of the user's", "another stage", "a file", "working folder", "its parent", "holds the input",
+             "inside the input", "cannot be written"],
+)  # fmt: skip
+def test_an_output_that_the_stage_did_not_make_is_refused_and_nothing_is_touched(case, tmp_path, monkeypatch):
+    output, inputs = tmp_path / "out", {}
+    if case == "a file":
+        output.write_text("thesis")
+    elif case == "cannot be written":
+        output = Path("/proc/nothing/out")
+    elif case in ("working folder", "its parent"):
+        (output / "inner").mkdir(parents=True)
+        monkeypatch.chdir(output if case == "working folder" else output / "inner")
+        output = Path() if case == "working folder" else output
+    elif case == "another stage":
+        make(output, "finetune")
+    else:
+        output.mkdir()
+        (output / "thesis.txt").write_text("thesis")
+        inputs = {"source": output / "thesis.txt"} if case == "holds the input" else inputs
+        inputs, output = ({"source": output}, output / "new") if case == "inside the input" else (inputs, output)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError) as refusal, building(output, "prepare", CONFIG, inputs) as work:
+        (work.folder / "rows.arrow").write_text("new rows")
+    assert str(refusal.value).startswith("output ") and "\n" not in str(refusal.value)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("place", ["out", "out.former"])
+def test_no_file_that_a_stage_did_not_make_is_ever_deleted(place, tmp_path):
+    make(tmp_path / "out", "prepare")
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "thesis.txt").write_text("do not lose this")
+    with suppress(ValueError):  # out is set aside, and what is called out.former refused
+        make(tmp_path / "out", "prepare", content="others")
+    assert [file.read_text() for file in tmp_path.rglob("thesis.txt")] == ["do not lose this"]

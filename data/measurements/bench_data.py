@@ -2,6 +2,7 @@
 
     python data/measurements/bench_data.py                   # speed, a minute
     python data/measurements/bench_data.py --file-gb 2       # and the memory of a 2 GB JSONL, 13 minutes
+    python data/measurements/bench_data.py --books-gb 1      # or of 1 GB whose rows are books of half a megabyte
 
 Prints one JSON object a line; `data/measurements/bench_data.jsonl` holds those of the machine it names. Its large file
 was prepared under a hard limit of 2 GiB, file pages included, which this makes as root with cgroup v1:
@@ -20,7 +21,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("RAYON_NUM_THREADS", "1")
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from helpers import data  # noqa: E402 - the environment of the tokenizer's threads comes first
 from helpers.checks import Findings, actions  # noqa: E402
-from helpers.duplicates import groups, sketches  # noqa: E402
+from helpers.duplicates import groups, jaccard, sketches, windows  # noqa: E402
 from helpers.models import TINY, profile  # noqa: E402
 from helpers.outliers import languages, scripts  # noqa: E402
 from helpers.readers import read  # noqa: E402
@@ -58,6 +58,18 @@ def write(path: Path, size_bytes: int = 0, count: int = 0, exchanges: tuple = (2
     return written
 
 
+def write_books(path: Path, size_bytes: int, letters: int = 500_000) -> int:
+    """Plain texts of so many letters until the file has a size; the number written."""
+    rng = random.Random(0)
+    words = (ROOT / "data" / "prose.txt").read_text(encoding="utf-8").split()
+    written = size = 0
+    with path.open("w", encoding="utf-8") as file:
+        while size < size_bytes:
+            size += file.write(json.dumps({"text": " ".join(rng.choices(words, k=letters // 5))}) + "\n")
+            written += 1
+    return written
+
+
 def timed(name: str, count: int, unit: str, work) -> object:
     """Run work, print what it reached."""
     start = time.process_time()
@@ -77,14 +89,11 @@ def speed(folder: Path) -> None:
     template = Template(load_tokenizer(TINY))
 
     def talks():
-        found = Findings(actions())
-        return list(data.conversations(str(path), config, found, template, Counter()))
+        return list(data.conversations(str(path), config, data.Reading(Findings(actions())), template))
 
     def templated():
-        found = Findings(actions())
-        return [
-            template.chunks(talk.messages) for talk in data.conversations(str(path), config, found, template, Counter())
-        ]
+        reading = data.Reading(Findings(actions()))
+        return [template.chunks(talk.messages) for talk in data.conversations(str(path), config, reading, template)]
 
     timed("read", SHORT, "conversations", lambda: sum(1 for _ in read(str(path))))
     checked = timed("read and check", SHORT, "conversations", talks)
@@ -105,20 +114,23 @@ def speed(folder: Path) -> None:
     )
     bodies = [talk.text for talk in checked]
     sketched = timed("sketches", SHORT, "conversations", lambda: sketches(bodies))
-    timed("groups of near duplicates", SHORT, "conversations", lambda: groups(sketched))
+    share = lambda i, k: jaccard(windows(bodies[i]), windows(bodies[k]))  # noqa: E731
+    timed("groups of near duplicates", SHORT, "conversations", lambda: groups(sketched, share))
     timed("scripts", SHORT, "conversations", lambda: scripts(bodies))
     timed("languages", SHORT, "conversations", lambda: languages(bodies))
     config = profile("tiny", seq_len=512)
     timed("prepare, all of it", SHORT, "conversations", lambda: data.prepare(config, folder / "out", str(path)))
 
 
-def memory(folder: Path, file_gb: float) -> None:
+def memory(folder: Path, file_gb: float, books: bool = False) -> None:
     """Peak memory of prepare on a file of so many GB (10⁹ bytes): resident, and of it anonymous, that is not files.
 
-    Memory grows with the conversations and hardly with their tokens, so they are many and of one exchange.
+    Memory grows with the conversations and hardly with their tokens, so they are many and of one exchange; or each is a
+    book, of which a batch must not hold as many.
     """
     path = folder / "large.jsonl"
-    count = write(path, size_bytes=int(file_gb * 1e9), exchanges=(1, 1), more="x" * 400)
+    size_bytes = int(file_gb * 1e9)
+    count = write_books(path, size_bytes) if books else write(path, size_bytes, exchanges=(1, 1), more="x" * 400)
     peak, stop = [0], threading.Event()
 
     def watch():
@@ -139,7 +151,7 @@ def memory(folder: Path, file_gb: float) -> None:
     print(
         json.dumps(
             {
-                "what": "prepare of a large file",
+                "what": "prepare of a large file" + (" of books" if books else ""),
                 "bytes": path.stat().st_size,
                 "conversations": count,
                 "tokens": made["train_tokens"] + made["heldout_tokens"],
@@ -155,6 +167,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--file-gb", type=float, default=0)
+    parser.add_argument("--books-gb", type=float, default=0)
     parser.add_argument("--skip-speed", action="store_true")
     arguments = parser.parse_args()
     cpu = next(
@@ -167,6 +180,8 @@ def main() -> None:
             speed(Path(folder))
         if arguments.file_gb:
             memory(Path(folder), arguments.file_gb)
+        if arguments.books_gb:
+            memory(Path(folder), arguments.books_gb, books=True)
 
 
 if __name__ == "__main__":

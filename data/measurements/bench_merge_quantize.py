@@ -394,11 +394,13 @@ def run_open(job: dict) -> dict:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from helpers.inference import gptq_kernel
+    from helpers.gptq_kernels import gptq_kernel
+    from helpers.inference import read_config
     from helpers.quantize import perplexity
 
     rows, start = random_rows(4, job["vocab"]), time.monotonic()
-    kernel = gptq_kernel(job["output"], torch.float16, kernels=(job["kernel"],))
+    settings = read_config(job["output"])["quantization_config"]
+    kernel = gptq_kernel(settings, torch.float16, kernels=(job["kernel"],))
     model = AutoModelForCausalLM.from_pretrained(job["output"], dtype=torch.float16, device_map="cuda", **kernel)
     result = {
         "kernel": job["kernel"],

@@ -105,9 +105,9 @@ def checks() -> str:
     for row in read(CHECKS):
         if not row["variant"].startswith("plain"):
             difference = row["worst_difference"]
-            if row["variant"] == "window":  # the plain one with a window ran after it
-                difference = next(other for other in read(CHECKS) if other["variant"] == "plain, window")
-                difference = difference["worst_difference_of_window"]
+            if row["variant"] == "window":  # in older files the plain one with a window ran after it
+                plain = next(other for other in read(CHECKS) if other["variant"] == "plain, window")
+                difference = plain.get("worst_difference_of_window") or difference
             lines.append(f"| {row['variant']} | {float(difference):.5f} |")
     return "\n".join(lines)
 

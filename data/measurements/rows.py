@@ -13,14 +13,14 @@ sys.path.insert(0, str(HERE.parents[1]))
 from helpers import activations, hardware, vram  # noqa: E402
 from helpers.config import RunConfig  # noqa: E402
 from helpers.hardware import Machine  # noqa: E402
-from helpers.models import ModelShape, shape  # noqa: E402
+from helpers.models import ModelShape, known, shape  # noqa: E402
 
 GIB = 2**30
 CAP_GIB = 14.42
 """What a T4's leaves the allocator, and what the H200's was held to."""
 FITTED = "h200_t4_envelope.csv"
 """The run whose every other row vram.beyond was fitted to; the rows between them test it."""
-DEEPSEEK = ModelShape("deepseek-coder-1.3b", 24, 2048, 5504, 16, 16, 128, 32256, 16384)
+DEEPSEEK = known("deepseek-coder-1.3b", "llama", (24, 2048, 5504, 16, 16, 128, 32256, 16384))
 UPCAST_ORDER = ("mistral-7b-v0.3", "tinyllama-1.1b", "smollm2-1.7b", "qwen2.5-1.5b")
 
 

@@ -43,6 +43,9 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("/tmp/way"))
     parser.add_argument("--output", type=Path, default=Path("/tmp/way"))
     parser.add_argument("--layers", type=int, default=32, help="fewer, to try the script")
+    parser.add_argument(
+        "--made", action="store_true", help="random models for the stages' own: check and evaluate only"
+    )
     parser.add_argument("--tokenizer", type=Path, default=models.TINY, help="folder of the base's tokenizer")
     options = parser.parse_args()
     base, run = options.work / "base", options.work / "run"
@@ -58,6 +61,8 @@ def main() -> int:
         "quantize": [],
         "evaluate": ["--questions", str(ROOT / "data" / "questions.jsonl")],
     }
+    if options.made:
+        stages = {"evaluate": [*stages["evaluate"], *made_models(options.work, base, options.layers)]}
     limited = make_group()
     for stage, flags in stages.items():
         arguments = [part for part in common if stage != "quantize" or part not in ("--model", str(base))]
@@ -72,11 +77,28 @@ def main() -> int:
     return 0 if (run / "report.json").is_file() else 1
 
 
+def made_models(work: Path, base: Path, layers: int) -> list[str]:
+    """The flags that name the base, an adapter, the base once more as the merged model, and a GPTQ model."""
+    from bench_decode import write_gptq
+
+    write_gptq({"work": str(work), "layers": layers, "toy": False})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(base / name, work / "gptq" / name)
+    adapter = work / "finetune" / "adapter" / "adapter_config.json"
+    settings = json.loads(adapter.read_text(encoding="utf-8"))
+    targets = {"target_modules": list(models.shape("mistral-7b-v0.3").linears), "task_type": "CAUSAL_LM"}
+    adapter.write_text(json.dumps(settings | targets), encoding="utf-8")
+    folders = {"base": base, "finetuned": adapter.parent, "merged": base, "gptq": work / "gptq"}
+    heldout = ROOT / "data" / "heldout_conversations.jsonl"
+    return ["--data", str(heldout), "--models", *(f"{name}={folder}" for name, folder in folders.items())]
+
+
 def make_base(folder: Path, layers: int, tokenizer: Path) -> float:
     """A base of random weights, its tokenizer without chat template and pad token; returns the seconds."""
     start = time.monotonic()
-    make({"name": "mistral-7b-v0.3", "folder": str(folder), "layers": layers})
-    for file in folder.glob("tokenizer*"):
+    adapter = folder.parent / "finetune" / "adapter"
+    make({"name": "mistral-7b-v0.3", "folder": str(folder), "adapter": str(adapter), "layers": layers})
+    for file in (*folder.glob("tokenizer*"), *folder.glob("*special_tokens*"), *folder.glob("chat_template*")):
         file.unlink()
     for name in ("tokenizer.json", "tokenizer.model"):
         if (tokenizer / name).is_file():

@@ -20,8 +20,12 @@ if torch.cuda.is_available():
 
     free, total = real_memory(0)
     OTHERS = total - free  # CUDA's own context, larger on newer GPUs, and other processes
+    from triton.runtime import driver
+
+    driver.active.get_current_target()  # Triton compiles for the GPU that is there: it keeps what it asks with now
     torch.cuda.mem_get_info = free_and_total
     torch.cuda.get_device_capability = lambda device=None: (7, 5)
     torch.cuda.get_device_name = lambda device=None: "Tesla T4"
+    torch.cuda.get_per_process_memory_fraction = lambda device=None: 1.0  # the real one's is of the real GPU
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
