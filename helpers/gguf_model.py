@@ -27,16 +27,6 @@ MODULES = {
     "ffn_down": "mlp.down_proj",
 }
 """GGUF's name of a tensor -> transformers' module."""
-MAGIC = b"GGUF"
-
-
-def is_gguf(path: str | Path) -> bool:
-    """Whether a path is a GGUF file, by its first bytes."""
-    path = Path(path)
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        return stream.read(4) == MAGIC
 
 
 def settings(reader: Any, file: Path) -> dict[str, Any]:

@@ -164,12 +164,13 @@ def write(
     importance: dict[str, np.ndarray] | None = None,
     threads: int = 2,
     progress: Callable[[int], None] = lambda values: None,
+    check: Callable[[Path], None] = lambda file: None,
 ) -> dict[Path, int]:
     """Write a model folder as GGUF files, one pass over its shards for all; returns each file's bytes.
 
     outputs: file -> its type. importance: GGUF name of a matrix -> (columns,), where types need or may use one.
-    Each file is written as <name>.partial and renamed when it is whole. Raises ValueError before anything is written,
-    for a folder that cannot be exported or a disk that is too small.
+    Each file is written as <name>.partial, given to `check` once (all of them hold the same tokens) and renamed.
+    Raises ValueError before anything is written, for a folder that cannot be exported or a disk that is too small.
     """
     folder = Path(folder)
     settings = settings_of(folder)
@@ -207,6 +208,7 @@ def write(
             for stream in streams.values():
                 stream.flush()
                 os.fsync(stream.fileno())
+        check(next(iter(partial.values())))
         for path in outputs:
             partial[path].rename(path)
     finally:
