@@ -26,7 +26,7 @@ from helpers.choices import PLAN
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = tuple(sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb")))
 RECIPES = ("helpers", "notebooks", "data", "pyproject.toml", *(path.name for path in ROOT.glob("requirements*.txt")))
-LEFT_OUT = shutil.ignore_patterns("measurements")
+LEFT_OUT = shutil.ignore_patterns("measurements", "kernel-ipc*")  # and sockets of notebooks that run at this moment
 ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "VIRTUAL_ENV")
 SMALL_CARD = """
 
