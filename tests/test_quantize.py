@@ -460,7 +460,7 @@ def test_the_check_frees_the_merged_model_before_it_opens_the_quantized_one(gptq
     import weakref
 
     opened, alive = [], []
-    real = quantize.open_model
+    real = helpers.quantize.open_model
 
     def in_a_cycle(folder, offload, **options):
         alive.append(sum(model() is not None for model in opened))
@@ -469,8 +469,8 @@ def test_the_check_frees_the_merged_model_before_it_opens_the_quantized_one(gptq
         opened.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(quantize, "open_model", in_a_cycle)
+    monkeypatch.setattr(helpers.quantize, "open_model", in_a_cycle)
     said = []
     rows = [list(range(5, 40))]
-    quantize.check_task({"model": str(TINY), "output": str(gptq_model), "check_rows": rows}, said.append)
+    helpers.quantize.check_task({"model": str(TINY), "output": str(gptq_model), "check_rows": rows}, said.append)
     assert alive == [0, 0] and said[-1]["perplexity_ratio"] > 0
