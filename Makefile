@@ -8,7 +8,7 @@ RUN ?= runs/$(PROFILE)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
-REQUIREMENTS := requirements.txt requirements-local.txt requirements-gptq.txt
+REQUIREMENTS := requirements.txt requirements-local.txt requirements-gptq.txt requirements-gguf.txt
 
 .PHONY: setup run test lint format badges clean colab-check test-colab-versions
 .DEFAULT_GOAL := help
@@ -30,6 +30,8 @@ $(VENV)/ready: $(REQUIREMENTS)
 	@$(PIP) install -r requirements-local.txt -r requirements.txt
 	@echo "   requirements-gptq.txt (GPTQModel; compiles two small extensions)"
 	@$(PIP) install --no-deps -r requirements-gptq.txt
+	@echo "   requirements-gguf.txt (llama.cpp, as a wheel)"
+	@$(PIP) install --no-deps -r requirements-gguf.txt
 	@touch $@
 
 # What tests hold ours to: Mistral's own tokenizers; and a Triton that only the kernels' test sees

@@ -121,9 +121,11 @@ class Findings:
         action = self.add("unused-fields", place)
         finding = self.found["unused-fields"]
         for name, value in fields.items():
-            if name in finding.fields or len(finding.fields) < 1000:
-                finding.fields[name] = finding.fields.get(name, 0) + 1
-                finding.values.setdefault(name, " ".join(str(value)[:200].split())[:40])
+            if name in finding.fields:
+                finding.fields[name] += 1
+            elif len(finding.fields) < 1000:
+                finding.fields[name] = 1
+                finding.values[name] = " ".join(str(value)[:200].split())[:40]
         return action
 
     def undo(self, kind: str) -> None:
@@ -201,10 +203,15 @@ class Leaks(NamedTuple):
     tail: re.Pattern
     reach: int
     """Letters of the longest token, with some space behind it."""
+    firsts: frozenset[str]
+    lasts: frozenset[str]
+    """Letters that tokens begin and end with: most texts do with none of them, and are passed by at once."""
 
     def edges(self, text: str) -> tuple[int, int]:
         """Where a text begins and ends without the tokens at its edges."""
         start, end = 0, len(text)
+        if not end or not (text[0] in self.firsts or text[-1] in self.lasts or text[0].isspace() or text[-1].isspace()):
+            return start, end
         while found := self.head.match(text, start):
             start = found.end()
         while end > start and (found := self.tail.search(text, max(end - self.reach, start), end)):
@@ -218,7 +225,9 @@ def leaks(*tokens: str) -> Leaks:
     known = "|".join(map(re.escape, longest_first))
     own = "|".join(re.escape(token) for token in longest_first if token in tokens) or r"(?!)"
     reach = len(longest_first[0]) + 8
-    return Leaks(re.compile(own), re.compile(rf"\s{{0,8}}(?:{known})"), re.compile(rf"(?:{known})\s*\Z"), reach)
+    head, tail = re.compile(rf"\s{{0,8}}(?:{known})"), re.compile(rf"(?:{known})\s*\Z")
+    firsts, lasts = ({token[place] for token in longest_first} for place in (0, -1))
+    return Leaks(re.compile(own), head, tail, reach, frozenset(firsts), frozenset(lasts))
 
 
 def check(messages: list[dict], place: str, findings: Findings, leaked: Leaks) -> list[dict] | None:

@@ -31,10 +31,11 @@ STAGE_HELP = {
     "merge": "the adapter into its base, tensor by tensor",
     "quantize": "GPTQ of the merged model",
     "evaluate": "one table: base, fine-tuned, merged, GPTQ",
+    "export": "a GGUF file for Ollama, llama.cpp and LM Studio",
     "run": "all stages in order",
 }
-AFTER_TRAINING = ("merge", "quantize", "evaluate")
-OWN_FLAGS = {"quantize": {"model", "calibration"}, "merge": set()}
+AFTER_TRAINING = ("merge", "quantize", "evaluate", "export")
+OWN_FLAGS = {"quantize": {"model", "calibration"}, "merge": set(), "export": {"model"}}
 """Fields of RunConfig whose flag a stage gives another meaning: there they name a folder or a file."""
 
 
@@ -133,6 +134,14 @@ EXTRA_FLAGS: dict[str, dict[str, dict]] = {
         "--models": {"nargs": "+", "metavar": "NAME=DIR", "help": "models to compare (default: the run's four)"},
         "--data": {"type": Path, "help": "held-out conversations or text (default: the run's)"},
         "--output": {"type": Path, "help": "folder to write (default: the run's)"},
+    },
+    "export": {
+        "--model": {"type": Path, "dest": "merged", "help": "16-bit model folder (default: the run's merged model)"},
+        "--adapter": {"type": Path, "help": "a PEFT adapter alone, instead of a model"},
+        "--to": {"default": "gguf", "choices": ("gguf",), "help": "the format"},
+        "--type": {"default": "q4_k_m", "help": "f16, q8_0, q6_k, q5_k_m, q4_k_m, …; several with commas between"},
+        "--modelfile": {"action": "store_true", "help": "Ollama's Modelfile and a README beside it too"},
+        "--output": {"type": Path, "help": "FILE.gguf (default: export/NAME.gguf in the run's folder)"},
     },
     "run": {"--resume": {"default": "auto", "choices": ("auto", "never")}},
 }
@@ -297,6 +306,22 @@ def run_quantize(options: argparse.Namespace, config: RunConfig) -> Outcome:
     return done("quantize", output, figures)
 
 
+def run_export(options: argparse.Namespace, config: RunConfig) -> Outcome:
+    from helpers import export
+
+    run = workspace_of(options, config)
+    output = options.output or run.folder("export") / f"{Path(config.model.model).name}.gguf"
+    if options.output is None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    if options.adapter:
+        from helpers.inference import base_of
+
+        base = Path(base_of(options.adapter, config))
+        return done("export", output, export.export_adapter(options.adapter, base, output))
+    model = options.merged or run.folder("merge")
+    return done("export", output, export.export(model, output, options.type, options.modelfile, run.folder("prepare")))
+
+
 def run_evaluate(options: argparse.Namespace, config: RunConfig) -> Outcome:
     from helpers import evaluate
 
@@ -347,5 +372,6 @@ STAGES = {
     "merge": run_merge,
     "quantize": run_quantize,
     "evaluate": run_evaluate,
+    "export": run_export,
     "run": run_all,
 }

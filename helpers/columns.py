@@ -125,11 +125,11 @@ class Row:
 
     def unused(self) -> dict[str, Any]:
         """Fields with a value that nothing read."""
-        if len(self.used) >= len(self.fields) and self.used >= self.fields.keys():
-            return self.extras
-        return {
-            name: value for name, value in self.fields.items() if name not in self.used and not is_empty(value)
-        } | self.extras
+        found = self.extras
+        for name, value in self.fields.items():
+            if name not in self.used and not is_empty(value):
+                found = found | {name: value}
+        return found
 
 
 def is_empty(value: Any) -> bool:

@@ -142,19 +142,23 @@ def noted(parsed: Any, row_format: str, place: str, reading: Reading, named: dic
     out on purpose.
     """
     row = parsed.row
-    reading.fields.update(name for name in row.fields if name in row.used)
-    action = ""
+    for name in row.fields:
+        if name in row.used:
+            reading.fields[name] += 1
     for kind, example in row.notes.items():
-        action = DROP if reading.found.add(kind, place, example) == DROP else action
-        if action == DROP:
+        if reading.found.add(kind, place, example) == DROP:
             return DROP
     lost = {} if named else row.unused()
-    if lost:
-        turns = {turn["content"].strip() for turn in parsed.messages}
-        lost = {
-            name: value for name, value in lost.items() if not (isinstance(value, str) and value.strip() in turns)
-        }  # fmt: skip
+    lost = {name: value for name, value in lost.items() if not repeats(value, parsed.messages)} if lost else lost
     return reading.found.unused(place, lost) if lost else ""
+
+
+def repeats(value: Any, messages: list[dict]) -> bool:
+    """Whether a field's value is the text of a turn."""
+    if not isinstance(value, str):
+        return False
+    text = value.strip()
+    return any(text in turn["content"] and text == turn["content"].strip() for turn in messages)
 
 
 def sampled(source: str, config: RunConfig, notes: list[str]) -> Iterator[Record]:

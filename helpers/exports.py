@@ -13,13 +13,25 @@ from typing import Any
 
 from helpers.columns import Row
 
-SPOKEN = ("user", "assistant")
+HINTS = {"mapping", "messagestree", "messagesTree", "messages", "chat", "prompt", "chunkedprompt", "chunkedPrompt"}
+"""Fields of which each export has one."""
 DEPTH = 10_000
 """Messages of one way through a tree, at most: a tree that leads back into itself has no end."""
 
 
 def kind(row: dict[str, Any]) -> str | None:
     """Whose export a row is: chatgpt, librechat, open-webui, oasst-tree, ai-studio; None for none of them."""
+    if not HINTS & row.keys():
+        return None
+    messages = row.get("messages")
+    if (
+        messages
+        and len(row) <= 3
+        and isinstance(messages, list)
+        and not (isinstance(messages[0], dict) and "isCreatedByUser" in messages[0])
+        and not (HINTS - {"messages"}) & row.keys()
+    ):
+        return None  # the usual, at once
     if isinstance(row.get("mapping"), dict):
         return "chatgpt"
     tree = row.get("messagestree", row.get("messagesTree"))

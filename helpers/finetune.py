@@ -103,6 +103,7 @@ def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "aut
         raise ValueError(f"resume must be auto or never, not {resume!r}")
     workspace.fetch(prepared)
     load_split(prepared, "train")  # a dataset that is not there is said before anything is loaded or written
+    refuse_without_gpu(config)  # before a tokenizer is asked for on the hub
     check_tokenizer(prepared, config)
     with workspace.building(output, "finetune", config, {"prepared": prepared}, keep=True) as stage:
         for file in stage.folder.iterdir():  # of an end that failed

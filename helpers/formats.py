@@ -34,6 +34,8 @@ FORMATS = (
 )  # fmt: skip
 LITERAL_LIMIT = 1_000_000
 """Letters of a list as Python writes it: its parser takes a hundred times as much memory."""
+HAS_SYSTEM = set(SYSTEMS)
+REFUSED = MEDIA | TOOLS
 SHORT = 80
 """Letters of a label, at most."""
 
@@ -65,9 +67,6 @@ def recognise(value: Any) -> str | None:
     if row is None:
         return None
     fields = row.fields
-    for name in TURN_FIELDS:
-        if fields.get(name) and len(fields) == 1:
-            return shape_of_turns(fields[name])
     if exports.kind(fields):
         return "export"
     if preferences.is_preference(fields):
@@ -91,6 +90,8 @@ def recognise(value: Any) -> str | None:
 
 def turns_name(fields: dict[str, Any]) -> str | None:
     """The field that holds turns: a list, or a list that a table keeps as text."""
+    if fields.get("messages") and isinstance(fields["messages"], list):
+        return "messages"
     listed = [name for name in TURN_FIELDS if name in fields]
     told_by_kind = [name for name in listed if isinstance(parsed(fields[name]), list) and fields[name]]
     if told_by_kind or not listed:
@@ -159,7 +160,7 @@ def read_row(value: Any, row_format: str, named_columns: dict[str, str] | None =
     if row_format not in readers:
         raise ValueError(f"source_format must be auto or one of {', '.join(FORMATS)}, not {row_format!r}")
     found = readers[row_format](row)
-    if len(row.used) < len(row.fields) or row.extras:
+    if row.extras or REFUSED & row.fields.keys():
         refuse_media(row)
     return Parsed(found, row)
 
@@ -185,7 +186,9 @@ def from_turns(row: Row) -> list[dict[str, Any]]:
         raise BadRow("wrong-type", f"{name} must be text or a list of turns, not {named(turns)}")
     found = messages(row, turns, name)
     if len(fields) > 1:
-        system = system_of(row, strict=not (found and found[0]["role"] == "system"))
+        system = (
+            system_of(row, strict=not (found and found[0]["role"] == "system")) if HAS_SYSTEM & fields.keys() else ""
+        )
         if system and found and found[0]["role"] != "system":
             found.insert(0, {"role": "system", "content": system})
     return found

@@ -153,6 +153,8 @@ def load(name: str | Path, config: RunConfig | None = None, machine: Machine | N
     from transformers import AutoModelForCausalLM
 
     config = config or RunConfig()
+    if is_gguf(name):
+        return load_gguf(Path(name), config)
     name = pinned(name, config)
     what = kind(name)
     source = base_of(Path(name), config) if what == "adapter" else str(name)
@@ -198,6 +200,26 @@ def load(name: str | Path, config: RunConfig | None = None, machine: Machine | N
     kernel = getattr(options.get("quantization_config"), "backend", None) if what == "gptq" else None
     how = in_words(place, shape, dtype, config, kernel)
     return Loaded(model, tokenizer, what, how, str(name), source, load_s, place, tokens)
+
+
+def is_gguf(name: str | Path) -> bool:
+    """Whether a name is a GGUF file, by its first bytes."""
+    if not Path(name).is_file():
+        return False
+    with Path(name).open("rb") as stream:
+        return stream.read(4) == b"GGUF"
+
+
+def load_gguf(file: Path, config: RunConfig) -> Loaded:
+    """A GGUF file as a model whose matrices stay packed; its tokens are those of the run's model, which made it."""
+    from helpers import attention, gguf_model
+
+    dtype, placed = precision()
+    started = time.perf_counter()
+    tokenizer = open_tokenizer(pinned(config.model.model, config), config)
+    model = gguf_model.load(file, dtype, placed, attention.register())
+    how = "gguf, dequantized by PyTorch when used"
+    return Loaded(model, tokenizer, "gguf", how, str(file), str(file), time.perf_counter() - started)
 
 
 def in_words(place: Placement, shape: ModelShape, dtype: Any, config: RunConfig, kernel: str | None = None) -> str:

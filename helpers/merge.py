@@ -22,7 +22,7 @@ from helpers.card import gives_back
 from helpers.config import MergeConfig, RunConfig, load_yaml
 from helpers.hub import snapshot
 from helpers.templates import brings_tokenizer, ends, hand_on
-from helpers.workspace import SCRATCH, building, checksum, empty_folder, exclusive, refuse_output, write_text
+from helpers.workspace import MANIFEST, SCRATCH, building, checksum, empty_folder, exclusive, refuse_output, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +116,7 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, re
         check_disk(output, plan, set(finished), config.free_base)
         run = trained.with_values(model=str(base), revision=revision, **asdict(config))
         try:
-            with building(output, "merge", run, {"adapter": adapter.parent}, keep=True, held=True) as stage:
+            with building(output, "merge", run, {"adapter": source_of(adapter)}, keep=True, held=True) as stage:
                 for file in stage.folder.iterdir():
                     if file.name not in {*finished, SCRATCH}:
                         file.unlink()
@@ -145,6 +145,11 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, re
                 empty_folder(work)
             raise
     return stage.measurements
+
+
+def source_of(adapter: Path) -> Path:
+    """The finished stage that an adapter comes from; of one from elsewhere its own folder: beside it one may write."""
+    return adapter.parent if (adapter.parent / MANIFEST).is_file() else adapter
 
 
 def trained_config(adapter: Path) -> RunConfig | None:

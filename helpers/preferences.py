@@ -17,6 +17,8 @@ SCORES = ("overall_score", "fine-grained_score", "fine_grained_score", "score", 
 PROMPTS = ("prompt", "question", "instruction", "query", "input")
 TURNS = ("messages", "conversations", "conversation")
 
+HINTS = {*CHOSEN, *GOOD_OR_BAD, "completions", "output"}
+
 
 class Judged(NamedTuple):
     """One prompt and what was thought of its answers; an answer that is not there is empty.
@@ -31,6 +33,8 @@ class Judged(NamedTuple):
 
 def is_preference(fields: dict[str, Any]) -> bool:
     """Whether a row judges answers: pairs, scored completions, or a good-or-bad label beside an answer."""
+    if not HINTS & fields.keys():
+        return False
     if any(name in fields for name in CHOSEN) and any(name in fields for name in REJECTED):
         return True
     if any(isinstance(fields.get(name), bool) for name in GOOD_OR_BAD):

@@ -22,6 +22,7 @@ ROLE_KEYS = ("role", "from", "sender", "speaker", "author")
 TEXT_KEYS = ("content", "value", "text", "parts", "message", "mes", "utterance")
 WEIGHTS = ("weight", "loss_weight", "loss", "train")
 """Keys that say whether an answer is trained: OpenAI's, LLaMA-Factory's, ms-swift's, axolotl's."""
+USUAL = ("user", "assistant", "system")
 PLAIN, SHARED = {"role", "content"}, {"from", "value"}
 TEXT_PARTS = {"text", "input_text", "output_text", None}
 THOUGHT_PARTS = {"thinking", "redacted_thinking", "think", "reasoning", "reasoning_content", "reasoning_text"}
@@ -55,6 +56,10 @@ def messages(row: Row, turns: Any, name: str) -> list[dict[str, Any]]:
             raise BadRow("wrong-type", f"{name}[{i}] must be an object with role and content, not {named(turn)}")
         keys = turn.keys()
         if keys == PLAIN:
+            known, content = turn["role"], turn["content"]
+            if known in USUAL and isinstance(content, str):
+                found.append(turn)
+                continue
             found.append({"role": role(turn["role"], name, i), "content": text_of(row, turn["content"], name, i)})
         elif keys == SHARED:
             found.append(

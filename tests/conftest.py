@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401 - before anything imports distutils, which it replaces and will not replace later
 
 os.environ["RECIPES_PATIENCE_S"] = "0"  # what may pass is tried as often, without pauses; processes inherit it
 ROOT = Path(__file__).resolve().parent.parent

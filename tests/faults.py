@@ -25,6 +25,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,7 +106,7 @@ def library() -> Path:
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
     built = Path(tempfile.gettempdir()) / f"recipes-faults-{os.getuid()}-{digest}.so"
     if not built.is_file():
-        unfinished = built.with_suffix(f".{os.getpid()}")
+        unfinished = built.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
         command = [
             compiler,
             "-O1",

@@ -1,9 +1,9 @@
 """The road: each notebook on a machine of its own, empty but for the recipes, and one folder, Drive, between them.
 
-    road = Road(folder, base=model)                # folder/drive outlives every machine, folder/machine none
+    road = Road(folder, base=model)            # folder/drive outlives every machine, folder/machine none
     for notebook in NOTEBOOKS:
-        visit = road.visit(notebook, seed=3)       # Drive fails a quarter of first tries
-    visit.cells                                     # the executed notebook
+        visit = road.visit(notebook, seed=3)   # Drive fails a quarter of first tries
+        print(visit.status, visit.printed)
 
 A machine is a copy of the recipes with its own home, temporary folder and runs/, as each Colab badge opens one. All
 stand at the same path, as all of Colab's do, and none sees what another wrote anywhere but in Drive.
@@ -26,7 +26,7 @@ from helpers.choices import PLAN
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = tuple(sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb")))
 RECIPES = ("helpers", "notebooks", "data", "pyproject.toml", *(path.name for path in ROOT.glob("requirements*.txt")))
-LEFT_OUT = shutil.ignore_patterns("measurements")
+LEFT_OUT = shutil.ignore_patterns("measurements", "kernel-ipc*")  # and sockets of notebooks that run at this moment
 ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "VIRTUAL_ENV")
 SMALL_CARD = """
 
@@ -120,7 +120,8 @@ class Road:
             form.write_text(source.replace(f'"{name} = None', f'"{name} = {value!r}'), encoding="utf-8")
         environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
         environment |= {"HOME": str(machine / "home"), "TMPDIR": str(machine / "tmp"), "HF_HUB_OFFLINE": "1"}
-        environment |= {"RECIPES_LASTING": str(self.drive), "RECIPES_PATIENCE_S": "0", "OMP_NUM_THREADS": "1"}
+        environment |= {"RECIPES_LASTING": str(self.drive), "RECIPES_PATIENCE_S": "0"}
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         if injected:
             environment |= faults.environment(self.drive, **injected)
         command = [sys.executable, "notebooks/run_all.py", "--only", notebook]

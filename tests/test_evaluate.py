@@ -495,14 +495,15 @@ def test_a_model_that_would_take_too_long_makes_all_answer_fewer_questions_or_ha
 def test_the_merge_shows_no_difference_where_rounding_it_again_showed_one(executed_run, tmp_path):
     """On a small card: the tiny run's own models, which a T4 once compared after rounding the merged one to NF4."""
     run_config = evaluate.run_configuration(executed_run / "finetune")
-    config = CONFIG.with_values(max_questions=8, max_new_tokens=4, **run_config["adapter"])
+    config = CONFIG.with_values(eval_batch_size=1, max_questions=8, max_new_tokens=4, **run_config["adapter"])
     models = {"finetuned": executed_run / "finetune" / "adapter", "merged": executed_run / "merge"}
     models["gptq"] = executed_run / "quantize"
     card = card_that_keeps_away(2, config, shape(str(TINY)))
     found = evaluate.evaluate(models, config, executed_run / "prepare", tmp_path / "evaluate", card)
     assert found["merged"]["loaded_as"] == "fp32, 2 of 4 layers from host memory"
-    pairs = (("merged", "finetuned"), ("gptq", "merged"))
-    assert {found[a]["against"][b]["perplexity"]["verdict"] for a, b in pairs} == {"no difference shown"}
+    assert found["merged"]["against"]["finetuned"]["perplexity"]["verdict"] == "no difference shown"
+    quantized = found["gptq"]["against"]["merged"]["perplexity"]  # rounding the merged one again made this "better"
+    assert quantized["verdict"] != "better" and quantized["difference"] < 0.01
 
     whole = inference.load(models["finetuned"], config)
     items = list(read_items(executed_run / "prepare", whole.tokenizer))

@@ -66,7 +66,8 @@ def way(hub, tmp_path_factory) -> tuple[Path, dict[str, str], str]:
     """(workspace, standard output by stage, standard error) of every stage with --revision, without a network."""
     work = tmp_path_factory.mktemp("work") / "run"
     command = [sys.executable, "-c", WHOLE_WAY, str(work), "--model", HUB_ID, "--revision", WANTED]
-    environment = os.environ | {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    cache = {"HF_HOME": str(hub), "HF_HUB_CACHE": str(hub / "hub")}  # a library may have set the latter by now
+    environment = os.environ | cache | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     stages = dict(part.split("\n", 1) for part in done.stdout.split("== ")[1:])
     return work, stages, done.stderr

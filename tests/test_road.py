@@ -139,6 +139,7 @@ def test_a_machine_lost_in_the_middle_of_training_loses_little(walk):
     measured = workspace.require(walk.run / "finetune", "finetune")["measurements"]
     assert measured["resumed_from_step"] == 5
     assert measured["steps"] == 12
+    assert "continuing from checkpoint-5" in walk.visits[NOTEBOOKS[2]].printed
 
 
 def test_what_was_chosen_on_one_machine_is_trained_on_another(walk):
@@ -196,7 +197,8 @@ def test_the_model_in_drive_answers_through_its_own_template(walk, tmp_path):
     question = tokenizer.apply_chat_template(
         row["messages"][:1], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    answer = AutoModelForCausalLM.from_pretrained(model).generate(**question, max_new_tokens=8, do_sample=False)
+    greedy = {"min_new_tokens": 8, "max_new_tokens": 8, "do_sample": False}
+    answer = AutoModelForCausalLM.from_pretrained(model).generate(**question, **greedy)
     assert tokenizer.decode(answer[0, question["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
