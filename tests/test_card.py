@@ -131,7 +131,7 @@ work()
 
 
 def test_a_notebook_shows_the_lines_that_an_error_came_through():
-    """IPython reads frames, files and lines of a cell's error, and keeps it; where it cannot, Python's own text does."""
+    """IPython reads frames, files and lines of a cell's error, and keeps it; else Python's own text has them."""
     source = f"""
 import sys
 from IPython.core.interactiveshell import InteractiveShell
