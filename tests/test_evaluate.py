@@ -615,7 +615,8 @@ def test_pages_of_files_are_no_memory_that_a_user_is_running_out_of(tmp_path):
         before = cost.anonymous_bytes() / inference.GIB
         mapped = np.memmap(file, mode="r")
         assert int(mapped[::4096].sum(dtype=int)) > 0
-        kept = mmap.mmap(-1, 32 * 2**20)  # of its own, not from freed memory; there until the block ends
+        # memory of its own, not freed and taken again; there until the block ends
+        kept = mmap.mmap(-1, 32 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for _ in range(32):
             kept.write(b"x" * 2**20)
     del kept
