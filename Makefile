@@ -62,13 +62,13 @@ format: setup
 badges: setup
 	@$(BIN)/python -m helpers.badges $(if $(REPO),--repo $(REPO))
 
-# Would pip leave Colab's image as it is? PACKAGES=LIST for another image than tests/colab_packages.txt
+# Would pip leave Colab's image as it is? PACKAGES=LIST for another image than tests/notebooks/colab_packages.txt
 colab-check: setup
-	@$(BIN)/python tests/colab_check.py $(if $(PACKAGES),--packages $(PACKAGES))
+	@$(BIN)/python tests/notebooks/colab_check.py $(if $(PACKAGES),--packages $(PACKAGES))
 
 # The notebooks' tests with the versions of Colab's image, in a second environment
 test-colab-versions: setup
-	@$(BIN)/python tests/colab_versions.py --torch "$(TORCH)"
+	@$(BIN)/python tests/notebooks/colab_versions.py --torch "$(TORCH)"
 
 clean:
 	rm -rf $(VENV) .venv-colab runs .pytest_cache .ruff_cache .hypothesis

@@ -106,7 +106,7 @@ if HOME:  # the image's own torch, numpy and widgets stay as they are: other bui
 
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
-from helpers.widgets import plain_errors
+from helpers.show.panel import plain_errors
 
 plain_errors()
 print(f"Ready: the recipes are in {ROOT}")"""

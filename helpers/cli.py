@@ -19,9 +19,10 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 
-from helpers import budget, choices, hardware, hub, models
+from helpers import budget, hardware, models
 from helpers.config import DataConfig, RunConfig, field_parts, load_yaml
-from helpers.workspace import StorageError, Workspace, run_models
+from helpers.models import hub
+from helpers.workspace import StorageError, Workspace, choices, run_models
 
 DONE, FAILED, WRONG_REQUEST, DOES_NOT_FIT = 0, 1, 2, 3
 STAGE_HELP = {
@@ -243,7 +244,7 @@ def run_budget(options: argparse.Namespace, config: RunConfig) -> Outcome:
     result = budget.to_json(estimate, plan)
     text = "\n".join([budget.table(estimate), *(f"Plan: {reason}" for reason in plan.reasons)])
     if options.verify:
-        from helpers import verify
+        from helpers.finetune import verify
 
         result["verify"] = verify.verify(plan.config)
         text += "\n" + verify.table(result["verify"])
@@ -251,14 +252,14 @@ def run_budget(options: argparse.Namespace, config: RunConfig) -> Outcome:
 
 
 def run_prepare(options: argparse.Namespace, config: RunConfig) -> Outcome:
-    from helpers import data
+    from helpers import prepare
 
     run = workspace_of(options, config)
     output = options.output or run.folder("prepare")
-    made = data.prepare(config, output, source=options.input)
+    made = prepare.prepare(config, output, source=options.input)
     if options.output is None:
         choices.keep(run, config, "by python -m helpers prepare")
-    lines = [f"  {what}: {value}" for what, value in data.summary(made)]
+    lines = [f"  {what}: {value}" for what, value in prepare.summary(made)]
     lines += [f"  finding: {row['sentence']}" for row in made["findings"]]
     return DONE, {"output": str(output), **made}, "\n".join([f"prepare done: {output}", *lines])
 

@@ -141,7 +141,7 @@ class TrainConfig:
     """Host memory that these may take, at most; half of what is free where that is less. The rest stays on the card."""
     loss: Literal["chunked", "fused", "full"] = "chunked"
     kernels: Literal["own", "liger", "plain"] = "own"
-    """own: helpers/layers.py where it can compute the model, else transformers' layers; liger, plain: those always."""
+    """own: our own where they can compute the model, else transformers' layers; liger, plain: those always."""
     packing: bool = False
     neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
     """Noise on the embeddings (https://arxiv.org/abs/2310.05914); 0: none."""
@@ -196,7 +196,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class RunConfig:
-    """All of a run. Make one with `helpers.models.profile("tiny", rank=16)`."""
+    """All of a run. Make one with `helpers.profiles.profile("tiny", rank=16)`."""
 
     profile: str = "mistral-7b"
     seed: Annotated[int, Field(ge=0, strict=True)] = 0

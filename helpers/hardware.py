@@ -35,7 +35,7 @@ class GPU:
     context_gib: float = 0.40
     """CUDA context and loaded kernels of a training process, outside of PyTorch's allocator."""
     efficiency: float = 0.40
-    """Share of the matrix rate that a 7B's products reach. Measured for T4 and H200 (helpers/pace.py), else a guess."""
+    """Share of the matrix rate that a 7B's products reach. Measured for T4 and H200 (budget/hours.py), else a guess."""
     bandwidth_share: float = 0.60
     """Share of the bandwidth that elementwise kernels and dequantization reach; measured where efficiency is."""
     count: int = 1

@@ -17,17 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers import families, hardware, parked, placement
-from helpers.card import gives_back
+from helpers import hardware
+from helpers.budget import placement
+from helpers.budget.placement import Placement
 from helpers.config import RunConfig
-from helpers.gptq_kernels import NAMES, compute_dtype, gptq_kernel
 from helpers.hardware import Machine
-from helpers.hub import snapshot
-from helpers.models import ModelShape, hub_config, shape_from_config
-from helpers.placement import Placement
-from helpers.quiet import quiet
-from helpers.templates import Template, ends, load_tokenizer
-from helpers.versions import forget_old_torchao
+from helpers.models import ModelShape, families, hub_config, offload, shape_from_config
+from helpers.models.gptq_kernels import NAMES, compute_dtype, gptq_kernel
+from helpers.models.gpu import gives_back
+from helpers.models.hub import snapshot
+from helpers.models.quiet import quiet
+from helpers.models.templates import Template, ends, load_tokenizer
+from helpers.workspace.versions import forget_old_torchao
 
 GIB = 2**30
 ADAPTER, CONFIG = "adapter_config.json", "config.json"
@@ -175,7 +176,7 @@ def load(name: str | Path, config: RunConfig | None = None, machine: Machine | N
             options = gptq_kernel(quantized["quantization_config"], dtype)
     started = time.perf_counter()  # a kernel's build, once a machine, is not the model's loading
     with quiet():
-        where = parked.device_map(source, place.away, placed) if place.away else {"": placed}
+        where = offload.device_map(source, place.away, placed) if place.away else {"": placed}
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -184,7 +185,7 @@ def load(name: str | Path, config: RunConfig | None = None, machine: Machine | N
             **options,
         )
         if place.away_in == "host memory":
-            parked.wait_in_host_memory(model, place.away)
+            offload.wait_in_host_memory(model, place.away)
         if what == "adapter":
             from peft import PeftModel
 
@@ -212,7 +213,7 @@ def is_gguf(name: str | Path) -> bool:
 
 def load_gguf(file: Path, config: RunConfig) -> Loaded:
     """A GGUF file as a model whose matrices stay packed; its tokens are those of the run's model, which made it."""
-    from helpers import attention, gguf_model
+    from helpers.models import attention, gguf_model
 
     dtype, placed = precision()
     started = time.perf_counter()
@@ -252,7 +253,7 @@ def attention_kernel(config: RunConfig, model: dict) -> str | None:
 
     model: config.json. Without grouped heads' materialised scores on a T4, unless the run or the family needs another.
     """
-    from helpers import attention
+    from helpers.models import attention
 
     try:
         kernel = families.attention(families.of(model), config.model.attention).kernel

@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers.card import gives_back
 from helpers.config import MergeConfig, RunConfig, load_yaml
-from helpers.hub import snapshot
-from helpers.templates import brings_tokenizer, ends, hand_on
+from helpers.models.gpu import gives_back
+from helpers.models.hub import snapshot
+from helpers.models.templates import brings_tokenizer, ends, hand_on
 from helpers.workspace import MANIFEST, SCRATCH, building, checksum, empty_folder, exclusive, refuse_output, write_text
 
 if TYPE_CHECKING:

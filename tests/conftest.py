@@ -19,7 +19,7 @@ def executed_run(tmp_path_factory) -> Path:
     """The workspace of the five notebooks on the tiny profile, with a fake hub token in the environment.
 
     Each notebook has a process and an empty home of its own and shares nothing but the workspace, as on one's own
-    machine. In Colab each badge opens another machine, where not even that is shared: tests/test_road.py.
+    machine. In Colab each badge opens another machine, where not even that is shared: tests/notebooks/test_road.py.
     """
     workspace = tmp_path_factory.mktemp("runs") / "tiny"
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from helpers.gguf_types import file_type
+from helpers.models.gguf_types import file_type
 
 FORMATS = ("gguf",)
 PROBES = (

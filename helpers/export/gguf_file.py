@@ -20,7 +20,7 @@ from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_m
 from safetensors import SafetensorError, safe_open
 
 from helpers.export import quants, vocabulary
-from helpers.gguf_types import FileType, recipe, row_bytes
+from helpers.models.gguf_types import FileType, recipe, row_bytes
 
 GIB = 2**30
 PIECE_VALUES = 2**22

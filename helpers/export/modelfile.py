@@ -12,7 +12,7 @@ from typing import Any
 
 from helpers.export.vocabulary import GENERATION_TAGS
 from helpers.models import TINY
-from helpers.templates import MISTRAL_V1, MISTRAL_V3
+from helpers.models.templates import MISTRAL_V1, MISTRAL_V3
 
 LAST_USER = """\
 {{- $last := -1 }}

@@ -14,7 +14,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from helpers.gguf_types import row_bytes
+from helpers.models.gguf_types import row_bytes
 
 RAMP = np.linspace(-1, 1, 256, dtype=np.float32)
 """What the library is tried on before it is believed."""

@@ -1,0 +1,202 @@
+"""RAM and disk of every stage, from the shape: sizes only, no torch.
+
+>>> from helpers.models import profile, shape
+>>> seven = shape("mistral-7b-v0.3")
+>>> round(sum(disk(profile("mistral-7b"), seven, "merge").values()), 1)
+27.2
+"""
+
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from helpers.budget import activations, vram
+from helpers.config import RunConfig
+from helpers.hardware import Machine
+from helpers.models import ModelShape
+
+GIB = 2**30
+LIBRARIES_GIB = {"train": 0.3, "merge": 0.22, "quantize": 0.9, "inference": 0.68}
+"""Memory of a process that has imported what a stage needs (measured: data/measurements/README.md)."""
+CUDA_HOST_GIB = {"train": 0.7, "merge": 0.36, "quantize": 0.25, "inference": 0.5}
+"""What CUDA's libraries take of the host's memory, beside that (merge, quantize: merge_quantize.csv)."""
+BITSANDBYTES_GIB = 0.55
+"""What bitsandbytes takes beside them where nothing else has imported it (merge_quantize.csv)."""
+UNASKED_PROMPTS = 32
+"""Without questions, so many held-out conversations begin the answers of an evaluation."""
+KNOWN_CONVERSATIONS = {"HuggingFaceH4/ultrachat_200k": 207_865, "kaitchup/ultrachat-100k-flattened": 100_000}
+"""Rows of data sets that people start with (their cards on the hub)."""
+
+
+def ram(
+    config: RunConfig,
+    shape: ModelShape,
+    machine: Machine,
+    stage: str,
+    moments: dict[str, dict[str, float]] | None = None,
+    waiting_gib: float = 0.0,
+) -> dict[str, float]:
+    """Component -> GiB of host memory that cannot be given back, at a stage's peak.
+
+    Pages of memory-mapped files (safetensors, Arrow) are left out: the kernel drops them when memory is short.
+    moments: of an evaluated model (placement.vram_moments), default the adapter on its base; waiting_gib: of its
+    layers that are not on the card.
+    """
+    on_gpu = machine.gpu is not None
+    parts = {"Python and libraries": LIBRARIES_GIB[stage] + (CUDA_HOST_GIB[stage] if on_gpu else 0.0)}
+    largest = max(shape.vocab * shape.hidden, *(a * b for a, b in shape.linears.values()))
+    lora = vram.lora_parameters(shape, config)
+    if stage == "merge":  # the tensor as read, in fp32, its adapter's product in fp32, and the result in fp16
+        widest = max(a * b for a, b in shape.linears.values())
+        if on_gpu:  # only the result comes back
+            quantizing = {"bitsandbytes": BITSANDBYTES_GIB} if merges_into_nf4(config) else {}
+            return parts | quantizing | {"one tensor": 2 * widest / GIB, "adapter": 4 * lora / shape.layers / GIB}
+        return parts | {"one tensor": max(12 * widest, 4 * largest) / GIB, "adapter": 4 * lora / shape.layers / GIB}
+    if stage == "quantize":
+        rest, layer = 2 * (shape.parameters - shape.linear_parameters), 2 * shape.layer_linear_parameters
+        wide = 1 if on_gpu else 2  # a CPU computes in fp32
+        parts |= {"embedding and head": wide * rest / GIB, "one layer": wide * layer / GIB}
+        parts["calibration activations"] = wide * calibration_bytes(config, shape) / GIB
+        return parts if on_gpu else parts | {"Hessians": gptq_hessian_bytes(shape) / GIB}
+    if on_gpu:
+        at_once = 1 if stage == "inference" else 4  # measured: h200_evaluate_new.json
+        parts["tensors on their way to the card"] = at_once * 2 * largest / GIB
+        if stage == "train":
+            parts["adapters, for checkpoints"] = 2 * 4 * lora / GIB
+            if config.train.offload_activations:
+                parts["offloaded activations"] = activations.offloaded_bytes(shape, config) / GIB
+        return parts | ({"layers that wait for their turn": waiting_gib} if waiting_gib else {})
+    moments = moments or (vram.moments(shape, config) if stage == "train" else vram.inference(shape, config))
+    fixed = {name for name in vram.weights(shape, config) if "16-bit" not in name}
+    held = max(
+        sum(size if name in fixed or "LoRA" in name or "optimizer" in name else 2 * size for name, size in m.items())
+        for m in moments.values()
+    )
+    return parts | {"model and activations, in fp32": held / GIB}
+
+
+def merges_into_nf4(config: RunConfig) -> bool:
+    """Whether the base is rounded to NF4 first: asked for, or (auto) because training saw it so."""
+    return config.merge.merge_base == "nf4" or (config.merge.merge_base == "auto" and config.model.weights == "nf4")
+
+
+def calibration_bytes(config: RunConfig, shape: ModelShape) -> float:
+    """Bytes of one layer's inputs for the whole calibration set, in fp16."""
+    asked = config.quantize
+    return 2 * asked.calibration_samples * asked.calibration_tokens * shape.hidden
+
+
+def gptq_hessian_bytes(shape: ModelShape) -> float:
+    """Bytes that GPTQ of the widest layer works in: Hessian, its inverse and its Cholesky factor, all in fp32."""
+    widest = max(inputs for inputs, _ in shape.linears.values())
+    return 3 * 4 * widest**2
+
+
+def quantized_bytes(config: RunConfig, shape: ModelShape) -> float:
+    """Bytes of the GPTQ model: codes, a scale of 16 bits and a zero of `bits` a group, the rest in 16 bits."""
+    asked, bits = config.quantize, 0.0
+    for name, (inputs, outputs) in shape.linears.items():
+        groups = 1 if asked.group_size < 0 else -(-inputs // asked.group_size)
+        bits += shape.copies(name) * outputs * (inputs * asked.bits + groups * (16 + asked.bits))
+    return shape.layers * bits / 8 + 2 * (shape.parameters - shape.linear_parameters)
+
+
+def checkpoint_bytes(config: RunConfig, shape: ModelShape) -> float:
+    """Bytes of a training checkpoint: adapters in fp32 and the optimizer's states."""
+    return 4 * vram.lora_parameters(shape, config) + sum(vram.optimizer_states(shape, config))
+
+
+def disk(config: RunConfig, shape: ModelShape, stage: str, in_cache: bool = True) -> dict[str, float]:
+    """Component -> GiB on disk at a stage's fullest. in_cache: the downloaded base is (still) there."""
+    local = Path(config.model.model).exists()
+    parts = {"base, 16 bits": 0.0 if local or not in_cache else 2 * shape.parameters / GIB}
+    merged = 2 * shape.parameters / GIB
+    if stage in ("train", "run"):
+        parts["prepared conversations"] = prepared_gib(config)
+        # the newest are kept, and one more is being written beside them
+        parts["checkpoints"] = (config.train.keep_checkpoints + 1) * checkpoint_bytes(config, shape) / GIB
+    if stage in ("merge", "run") and config.merge.free_base:
+        parts["base, 16 bits"] = min(parts["base, 16 bits"], config.merge.shard_gib + 4.6)
+    if stage in ("merge", "quantize", "run"):
+        parts["adapter"] = 4 * vram.lora_parameters(shape, config) / GIB
+        parts["merged model"] = merged
+    if stage in ("quantize", "run"):
+        parts["GPTQ model"] = quantized_bytes(config, shape) / GIB
+        parts["layers parked by GPTQ"] = parts["GPTQ model"]
+    return {name: size for name, size in parts.items() if size}
+
+
+def prepared_gib(config: RunConfig) -> float:
+    """The prepared conversations: text, and 9 bytes a token (a number of 8 bytes, a mask of one)."""
+    return conversations(config) * min(config.data.seq_len, 600) * (9 + 5) / GIB
+
+
+@lru_cache
+def lines_and_mean_tokens(path: str) -> tuple[int, float]:
+    """Lines of a local file, and the tokens of one on average: a fourth of its characters, and one a turn.
+
+    Looks at the first 200 lines; in JSON, at what is said, not at names and identifiers.
+    """
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    sample = lines[:200]
+    return len(lines), max(sum(map(tokens_of_line, sample)) / len(sample), 1.0)
+
+
+def tokens_of_line(line: str) -> float:
+    """Tokens of one conversation in JSON, or of a line of text, roughly.
+
+    >>> tokens_of_line('{"id": "c0ffee", "messages": [{"role": "user", "content": "Hello, who are you?"}]}')
+    5.75
+    """
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return len(line) / 4
+    turns = row.get("messages") or row.get("conversations") if isinstance(row, dict) else None
+    said = [turn.get("content") or turn.get("value") for turn in turns] if turns else list(strings(row))
+    return sum(len(str(text)) / 4 + 1 for text in said)
+
+
+def strings(value: object) -> Iterator[str]:
+    """Every text inside a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from strings(inner)
+
+
+def conversations(config: RunConfig) -> int:
+    """How many conversations the run's data has: counted in a local file, known for a few hub sets, else 10,000."""
+    data = config.data
+    known = KNOWN_CONVERSATIONS.get(data.source, 10_000)
+    if Path(data.source).is_file():
+        known = lines_and_mean_tokens(data.source)[0]
+    return min(known, data.cap() or known)
+
+
+def heldout_rows(config: RunConfig) -> int:
+    """How many held-out conversations are evaluated: those of a file, or the share that prepare splits off."""
+    named = config.data.heldout_source
+    rows = conversations(config) * config.data.heldout_fraction
+    if named and Path(named).is_file():
+        rows = lines_and_mean_tokens(named)[0]
+    return max(1, min(round(rows), config.evaluate.max_heldout or round(rows)))
+
+
+def questions(config: RunConfig) -> int:
+    """How many answers each model writes: to the lines of a questions file, else to held-out conversations."""
+    asked = config.evaluate
+    if asked.questions:
+        found = lines_and_mean_tokens(asked.questions)[0] if Path(asked.questions).is_file() else 200
+    else:
+        found = min(UNASKED_PROMPTS, heldout_rows(config))
+    return min(found, asked.max_questions or found)
+
+
+def mean_tokens(config: RunConfig) -> float:
+    """Tokens of a conversation on average: read off a local file, else a full context (the safe side)."""
+    if Path(config.data.source).is_file():
+        return min(lines_and_mean_tokens(config.data.source)[1], config.data.seq_len)
+    return config.data.seq_len

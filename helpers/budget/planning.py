@@ -1,0 +1,252 @@
+"""Finding the configuration that fits and finishes first, and the words for what mends one that does not fit."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from helpers.budget import activations, host, hours
+from helpers.config import RunConfig
+from helpers.hardware import Machine
+from helpers.models import ModelShape
+
+CONTEXTS = (32768, 24576, 16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 128)
+RANKS = (256, 128, 64, 32, 16, 8, 4)
+MARGIN = {"own": 0.03, "other": 0.05}
+"""Share of the VRAM that must stay free: what a process took of rows that nothing was calibrated on was at most 2.5 %
+above its prediction with our own layers, and 4.8 % with transformers' (tests/benchmarks/tables.py)."""
+
+LEANEST = {"keep_attention": False, "offload_activations": True}
+
+Needs = Callable[[RunConfig], float]
+"""GiB of VRAM that training with a configuration needs."""
+
+
+def search(config: RunConfig, shape: ModelShape, machine: Machine, needs: Needs) -> tuple[RunConfig, tuple[str, ...]]:
+    """(configuration without "auto", reasons): the fastest that fits; the nearest when none does.
+
+    Sequences a step, context, rank and targets stay, unless no way of training them fits: then the context shrinks,
+    and where that does not do, the rank.
+    A configuration that says how many layers are checkpointed, and fits, stays as it is.
+    """
+    config = within_host(config, machine)
+    if machine.gpu is None:
+        asked = config.train.checkpointing
+        return (with_train(config, checkpointing="none") if asked == "auto" else config), (
+            "without a card there is nothing to trade: no layer is checkpointed",
+        )
+    room = usable_gib(config, shape, machine)
+    if config.train.checkpointing != "auto" and needs(config) <= room:
+        return config, ("these settings fit as they are",)
+    found = fastest(config, shape, machine, needs, room)
+    if found is not None:
+        return found, reasons(found, shape, machine, needs(found))
+    smaller = with_train(config, optimizer="paged_adamw_8bit")
+    for said, cut in shrunk(smaller):
+        found = fastest(cut, shape, machine, needs, room)
+        if found is not None:
+            return found, (f"{said}: no way of training more fits", *reasons(found, shape, machine, needs(found)))
+    nearest = with_train(smallest(smaller), checkpointing="all", keep_attention=False)
+    return nearest, ("nothing fits: this comes nearest",)
+
+
+def within_host(config: RunConfig, machine: Machine) -> RunConfig:
+    """With at most half of the machine's free RAM for offloaded inputs, in whole 1/16 GiB; layers keep to that number.
+
+    So it is settled once, when a run is planned: later the run itself has taken some of what is free now.
+    """
+    half = int(8 * machine.host.ram_gib) / 16
+    offloads = config.train.offload_activations and half < config.train.offload_gib
+    return with_train(config, offload_gib=half) if offloads else config
+
+
+def usable_gib(config: RunConfig, shape: ModelShape, machine: Machine, stage: str = "train") -> float:
+    """GiB of a machine's VRAM that a stage may be predicted to take; the rest is the prediction's own error.
+
+    >>> from helpers import hardware
+    >>> from helpers.models import shape
+    >>> round(usable_gib(RunConfig(), shape("mistral-7b-v0.3"), hardware.machine("t4")), 2)
+    14.12
+    """
+    own = stage == "train" and activations.way(shape, config) == "own"
+    return machine.vram_gib * (1 - MARGIN["own" if own else "other"])
+
+
+def shrunk(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    """(what was cut, configuration): shorter contexts, then lower ranks with the context as asked or shorter."""
+    contexts = [length for length in CONTEXTS if length < config.data.seq_len]
+    for seq_len in contexts:
+        said = f"the context is cut from {config.data.seq_len} to {seq_len} tokens"
+        yield said, replace(config, data=replace(config.data, seq_len=seq_len))
+    for rank in (rank for rank in RANKS if rank < config.adapter.rank):
+        alpha = config.adapter.alpha * rank / config.adapter.rank  # the same scaling
+        lower = replace(config, adapter=replace(config.adapter, rank=rank, alpha=alpha))
+        yield f"the rank is cut from {config.adapter.rank} to {rank}", lower
+        for seq_len in contexts:
+            said = f"rank and context are cut from {config.adapter.rank} to {rank}, {config.data.seq_len} to {seq_len}"
+            yield said, replace(lower, data=replace(config.data, seq_len=seq_len))
+
+
+def fastest(config: RunConfig, shape: ModelShape, machine: Machine, needs: Needs, room_gib: float) -> RunConfig | None:
+    """The way of computing the same steps that fits and takes least time; None when none fits."""
+    ways = (least_recomputed(split, shape, machine, needs, room_gib) for split in splits(config))
+    found = [way for way in ways if way is not None]
+    if not found:
+        return None
+    # of equally fast ones the smaller micro-batch: less padding, and more room
+    return min(found, key=lambda way: (round(hours.step_s(way, shape, machine), 3), way.train.batch_size))
+
+
+def splits(config: RunConfig) -> Iterator[RunConfig]:
+    """Every micro-batch × accumulation that makes the configuration's sequences a step."""
+    for batch in batch_sizes(config):
+        yield with_batch(config, batch)
+
+
+def in_batches(config: RunConfig, batch_size: int, shape: ModelShape, machine: Machine, needs: Needs) -> RunConfig:
+    """The same steps in micro-batches of this size, with as little recomputed as fits; the leanest when none does."""
+    way = with_batch(config, batch_size)
+    if machine.gpu is None:
+        return with_train(way, checkpointing="none") if way.train.checkpointing == "auto" else way
+    way = with_train(way, keep_attention=True, offload_activations=False)  # chosen anew for this machine
+    leanest = within_host(with_train(way, checkpointing="all", **LEANEST), machine)
+    return least_recomputed(way, shape, machine, needs, usable_gib(way, shape, machine)) or leanest
+
+
+def batch_sizes(config: RunConfig) -> list[int]:
+    """Micro-batches of at most 64 that make the same step; TrainConfig accumulates at most 4,096 of them."""
+    rows = config.train.batch_size * config.train.accumulation
+    sizes = [size for size in range(1, min(rows, 64) + 1) if rows % size == 0 and rows // size <= 4096]
+    return sizes or [config.train.batch_size]
+
+
+def with_batch(config: RunConfig, batch_size: int) -> RunConfig:
+    """The same step in other micro-batches."""
+    rows = config.train.batch_size * config.train.accumulation
+    return with_train(config, batch_size=batch_size, accumulation=rows // batch_size)
+
+
+def least_recomputed(
+    config: RunConfig, shape: ModelShape, machine: Machine, needs: Needs, room_gib: float
+) -> RunConfig | None:
+    """With as few layers checkpointed as fit, and where all of them do not, with inputs in host memory or less kept.
+
+    Copies to the host cost next to nothing beside the work of a layer; attention again costs 12 % at 16,384 tokens.
+    """
+    for more in ({}, {"offload_activations": True}, {"keep_attention": False}, LEANEST):
+        way = within_host(with_train(config, **more), machine)
+        everything = with_train(way, checkpointing="all")
+        in_ram = sum(host.ram(everything, shape, machine, "train").values()) <= machine.host.ram_gib
+        if (in_ram or not way.train.offload_activations) and needs(everything) <= room_gib:
+            return fewest_checked(way, shape, needs, room_gib)
+    return None
+
+
+def fewest_checked(config: RunConfig, shape: ModelShape, needs: Needs, room_gib: float) -> RunConfig:
+    """With as few layers checkpointed as fit: memory falls with each, so halving the interval finds it."""
+
+    def fits(count: int) -> bool:
+        return needs(with_train(config, checkpointing=count)) <= room_gib
+
+    low, high = 0, shape.layers
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return with_train(config, checkpointing=low)
+
+
+def smallest(config: RunConfig) -> RunConfig:
+    """The same steps in the smallest micro-batches."""
+    return with_batch(config, batch_sizes(config)[0])
+
+
+def with_train(config: RunConfig, **values: Any) -> RunConfig:
+    """with_values for fields of config.train alone, and quicker."""
+    return replace(config, train=replace(config.train, **values))
+
+
+def reasons(config: RunConfig, shape: ModelShape, machine: Machine, needed_gib: float) -> tuple[str, ...]:
+    """Why a configuration was chosen, in sentences."""
+    room_gib = usable_gib(config, shape, machine)
+    asked, checked = config.train, activations.checked_layers(shape, config)
+    layers = "no layer is checkpointed: nothing is computed twice"
+    if checked:
+        layers = f"{checked} of {shape.layers} layers are checkpointed, the fewest that fit"
+    free = f"{1 - room_gib / machine.vram_gib:.0%} stay free, because a prediction can be that much under"
+    said = [
+        f"micro-batches of {asked.batch_size} × {asked.accumulation} accumulated: the fastest way of a step that fits",
+        layers,
+        f"needs {needed_gib:.1f} GiB, and {room_gib:.1f} may be used: {free}",
+    ]
+    if asked.offload_activations:
+        said.append("layers' inputs wait in host memory")
+    return tuple(said)
+
+
+def single_changes(config: RunConfig, shape: ModelShape) -> Iterator[tuple[str, RunConfig]]:
+    """(in words, configuration) for each single setting that needs less VRAM, what costs least first."""
+    train, model = config.train, config.model
+    if activations.checked_layers(shape, config) < shape.layers:
+        yield "checkpointing=all", with_train(config, checkpointing="all")
+    elif train.keep_attention and activations.way(shape, config) == "own":
+        yield "keep_attention=False", with_train(config, keep_attention=False)
+    if model.attention != "efficient":
+        yield "attention=efficient", replace(config, model=replace(model, attention="efficient"))
+    if model.weights != "nf4":
+        yield "weights=nf4", replace(config, model=replace(model, weights="nf4"))
+    if model.upcast:
+        yield "upcast=False", replace(config, model=replace(model, upcast=False))
+    if train.loss == "full":
+        yield "loss=chunked", with_train(config, loss="chunked")
+    if train.optimizer == "adamw_torch":
+        yield "optimizer=paged_adamw_8bit", with_train(config, optimizer="paged_adamw_8bit")
+    for batch in reversed([size for size in batch_sizes(config) if size < train.batch_size]):
+        split = with_batch(config, batch)
+        yield f"batch_size={batch} with accumulation={split.train.accumulation}", split
+    if not train.offload_activations and activations.checked_layers(shape, config):
+        yield "offload_activations=True", with_train(config, offload_activations=True)
+    for seq_len in (length for length in CONTEXTS if length < config.data.seq_len):
+        yield f"seq_len={seq_len}", replace(config, data=replace(config.data, seq_len=seq_len))
+    for rank in (rank for rank in RANKS if rank < config.adapter.rank):
+        yield f"rank={rank}", replace(config, adapter=replace(config.adapter, rank=rank))
+
+
+def vram_remedy(config: RunConfig, shape: ModelShape, machine: Machine, stage: str, needs: Needs) -> str:
+    """Which single change fits; when none does, which frees most."""
+    if stage == "inference":
+        return "a smaller eval_batch_size or eval_context needs less"
+    if stage == "quantize":
+        return "fewer calibration_samples need less"
+    best, best_gib = "", needs(config)
+    for words, candidate in single_changes(config, shape):
+        needed = needs(within_host(candidate, machine))
+        if needed <= usable_gib(candidate, shape, machine):
+            return f"{words} fits, with {needed:.1f} GiB"
+        if needed < best_gib:
+            best, best_gib = words, needed
+    if not best:
+        return "no setting needs less; take a smaller model, or a card with more"
+    return f"no single change makes it fit, {best} frees most and leaves {best_gib:.1f} GiB; take the plan's proposal"
+
+
+def ram_remedy(parts: dict[str, float]) -> str:
+    """What frees most of the host's memory."""
+    if "offloaded activations" in parts:
+        return "offload_activations=False needs less"
+    if "calibration activations" in parts:
+        return "fewer calibration_samples need less"
+    return "close what else runs, or take a smaller model"
+
+
+def kept_remedy() -> str:
+    """Where to put a run that is more than Kaggle keeps."""
+    return (
+        "give a workspace in /kaggle/temp, and set RECIPES_LASTING=/kaggle/working: checkpoints, adapter and GPTQ "
+        "model are kept there, the merged model is not"
+    )
+
+
+def disk_remedy(config: RunConfig, parts: dict[str, float]) -> str:
+    """What frees most of the disk."""
+    if "merged model" in parts and "base, 16 bits" in parts and not config.merge.free_base:
+        return "free_base=True deletes each shard of the base once it is merged"
+    return "delete what lies there, or choose another disk for the run"

@@ -1,0 +1,376 @@
+"""One table that says whether the model got better, what the 4 bits cost, and whether it is fast enough.
+
+    report = evaluate({"base": base, "finetuned": adapter, "merged": merged, "gptq": gptq}, config, prepared, output)
+    print(table(report))
+
+One model is in memory at a time. Every figure is from the same held-out texts and questions for all of them, so that
+each pair of models is compared item by item; and each model is what its folder holds, never rounded again to fit a
+small card (budget/placement.py). What cannot be opened so has no figures and no verdict, and a sentence says why.
+"""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from helpers import hardware
+from helpers.budget import host, hours, placement
+from helpers.budget.placement import Evaluation, Placement
+from helpers.config import RunConfig
+from helpers.evaluate import cost, metrics
+from helpers.evaluate import report as report_pages
+from helpers.evaluate.perplexity import Perplexity, perplexity, read_items, read_jsonl, rows_in
+from helpers.evaluate.tasks import run_tasks
+from helpers.hardware import Machine
+from helpers.inference import (
+    GIB,
+    Generation,
+    Loaded,
+    base_of,
+    batch_generate,
+    kind,
+    load,
+    open_tokenizer,
+    pinned,
+    read_config,
+    stream,
+)
+from helpers.models import ModelShape, shape_from_config
+from helpers.models.gpu import free_memory, gives_back
+from helpers.show import plots
+from helpers.workspace import MANIFEST, building, read_manifest, write_text
+from helpers.workspace.prepared import scored, with_own_questions
+
+
+@gives_back
+def evaluate(
+    models: dict[str, str | Path], config: RunConfig, data: Path, output: Path, machine: Machine | None = None
+) -> dict[str, dict[str, Any]]:
+    """Evaluate models by name (a folder or a hub id each) on held-out data; returns and writes report.json.
+
+    data: a folder that prepare wrote (its held-out split), a JSONL of messages or text, or a text file. Questions come
+    from config.evaluate.questions; without them the first turns of the held-out conversations are asked, and scored
+    against what was answered there. An entry holds perplexity, bits_per_byte, exact_match (0..1; None without
+    questions), f1, rouge_l, chrf, bleu, ended_share, size_bytes, load_s, first_token_s, tokens_per_s …, the 95%
+    `intervals`, how it was opened (`loaded_as`), what was predicted, and under `against` its comparison with every
+    model before it. An entry with `left_out` has no figures; that sentence says why.
+    machine: whose VRAM and RAM decide how models are opened; default this one.
+    Raises ValueError with one sentence for what the reader can mend.
+    """
+    data, config = Path(data), with_own_questions(config, Path(data))
+    asked = config.evaluate
+    models = {name: pinned(path, config) for name, path in models.items()}
+    check_models(models, config)
+    questions = read_questions(asked.questions, asked.max_questions) if asked.questions else None
+    tokenizer = open_tokenizer(next(iter(models.values())), config)
+    items = read_items(data, tokenizer, asked.max_heldout)
+    next(items)  # an empty file is found here, before anything is loaded
+    prompts = questions or conversation_starts(data, asked.max_questions or host.UNASKED_PROMPTS)
+    texts = min(rows_in(data, asked.eval_context), asked.max_heldout or 10**9)
+    planned = plan(models, config, machine or hardware.probe(), (texts, len(prompts)))
+    config, prompts = planned.config, prompts[: planned.config.evaluate.max_questions]
+    report: dict[str, dict[str, Any]] = {}
+    evidence: dict[str, Evidence] = {}
+    named = {name: Path(path) for name, path in models.items()}
+    with building(output, "evaluate", config, {**named, "data": data}) as stage:
+        for name, path in (bar := tqdm(models.items(), unit="model")):
+            bar.set_description(name)
+            place = planned.places[name]
+            if place.problem:
+                report[name] = left_out(path, place)
+                continue
+            some = prompts if place.answers else []
+            report[name], evidence[name] = evaluate_one(path, config, data, some, questions is not None, machine)
+            report[name]["against"] = {
+                other: compare_models(evidence[name], evidence[other]) for other in evidence if other != name
+            }
+        write_cards(report, config, stage.folder / "cards")
+        stage.measurements.update(report)
+        write_text(stage.folder / "report.json", json.dumps(report, indent=1))
+        generations = write_generations(stage.folder / "generations.jsonl", prompts, evidence)
+        drawn = report_pages.figures(report, training_log(models))
+        for name, figure in drawn.items():
+            plots.save(figure, stage.folder / "plots" / f"{name}.png")
+        about = describe(report, data, len(prompts), asked.questions, planned.notes)
+        report_pages.write_html(stage.folder / "report.html", report, generations, drawn, about)
+    return report
+
+
+def plan(models: dict[str, str | Path], config: RunConfig, machine: Machine, counts: tuple[int, int]) -> Evaluation:
+    """How the models are opened and what is read; prints what is not as asked. Raises ValueError when none can be."""
+    planned = placement.plan(
+        config, {name: (kind(path), shape_of(path, config)) for name, path in models.items()}, machine, counts
+    )
+    if all(place.problem for place in planned.places.values()):
+        raise ValueError("; ".join(planned.notes))
+    for note in planned.notes:
+        print(f"{note}.")
+    return planned
+
+
+def shape_of(path: str | Path, config: RunConfig) -> ModelShape:
+    """The shape of a model, of an adapter its base's."""
+    source = base_of(Path(path), config) if kind(path) == "adapter" else path
+    return shape_from_config(read_config(source), str(source))
+
+
+def left_out(path: str | Path, place: Placement) -> dict[str, Any]:
+    """The entry of a model that is not evaluated."""
+    return {"path": str(path), "kind": place.kind, "loaded_as": "not evaluated", "left_out": place.problem}
+
+
+def best(models: dict[str, str | Path]) -> str | Path:
+    """The model to take home and to talk to: GPTQ, else the fine-tuned one, else the merged one.
+
+    Raises ValueError when there is only the base.
+    """
+    for name in ("gptq", "finetuned", "merged"):
+        if name in models:
+            return models[name]
+    raise ValueError("there is no model of yours yet, only the base: run notebook 03_qlora_finetuning.ipynb first")
+
+
+def write_cards(report: dict[str, dict[str, Any]], config: RunConfig, folder: Path) -> None:
+    """A model card each: into folder, and as README.md beside the models that a run made; sizes count it."""
+    folder.mkdir()
+    for name, entry in report_pages.evaluated(report).items():
+        made_with = run_configuration(Path(entry["path"])) or asdict(config)
+        card = report_pages.model_card(name, entry, made_with)
+        write_text(folder / f"{name}.md", card)
+        if report_pages.put_card(card, Path(entry["path"])):
+            grown = cost.disk_bytes(entry["path"]) - entry["size_bytes"]
+            for key in {"size_bytes", "size_with_base_bytes"} & set(entry):
+                entry[key] += grown
+
+
+def run_configuration(folder: Path) -> dict[str, Any] | None:
+    """What the manifest of a model's own stage holds; None for models from elsewhere."""
+    for place in (folder, folder.parent):
+        if (place / MANIFEST).is_file():
+            return read_manifest(place)["config"]
+    return None
+
+
+def training_log(models: dict[str, str | Path]) -> list[dict[str, Any]] | None:
+    """The trainer's log history beside an adapter, when there is one."""
+    logs = [Path(path).parent / "log.json" for path in models.values() if kind(path) == "adapter"]
+    return next((json.loads(log.read_text(encoding="utf-8")) for log in logs if log.is_file()), None)
+
+
+def describe(
+    report: dict[str, dict[str, Any]], data: Path, prompts: int, questions: str | None, notes: tuple[str, ...] = ()
+) -> str:
+    """How the figures came about, in two sentences, and what was not as asked, one sentence each."""
+    first = next(iter(report_pages.evaluated(report).values()))
+    asked = f"the questions of {Path(questions).name}" if questions else f"the first turns of {data.name}"
+    read = (
+        f"Perplexity of {first['scored_tokens']:,} tokens of {first['scored_items']} texts ({data.name}), in windows "
+        f"of {first['context']} tokens with stride {first['stride']}. {prompts} greedy answers, to {asked}."
+    )
+    return " ".join([read, *(f"{note[0].upper()}{note[1:]}." for note in notes)])
+
+
+class Evidence(dict):
+    """What comparisons need of one model: items' scores by metric, BLEU's counts, answers."""
+
+
+def check_models(models: dict[str, str | Path], config: RunConfig) -> None:
+    """Raises ValueError for no model, a folder that is none, or models whose tokenizers differ."""
+    if not models:
+        raise ValueError("there is no model to evaluate: give at least one NAME=FOLDER")
+    for path in models.values():
+        kind(path)
+    first, *others = models
+    words = open_tokenizer(models[first], config).get_vocab()
+    for name in others:
+        theirs = open_tokenizer(models[name], config).get_vocab()
+        if theirs != words:
+            different = len(set(words.items()) ^ set(theirs.items()))
+            raise ValueError(
+                f"{first} and {name} have different tokenizers ({len(words)} and {len(theirs)} words, {different} of "
+                "them differ), so their perplexities a token cannot be compared: evaluate them apart, and compare "
+                "bits_per_byte"
+            )
+
+
+def read_questions(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """Rows of question and answer, and choices where it is a classification. Raises ValueError with one sentence."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no questions file {path}: give a JSONL of question and answer, or none")
+    rows = list(read_jsonl(Path(path)))
+    for number, row in enumerate(rows, 1):
+        if not (isinstance(row.get("question"), str) and isinstance(row.get("answer"), str)):
+            raise ValueError(f"{path}, row {number} lacks question or answer: both are needed, as text")
+    if not rows:
+        raise ValueError(f"{path} holds no question: give a JSONL of question and answer, or none")
+    return rows[:limit]
+
+
+def conversation_starts(data: Path, limit: int) -> list[dict[str, Any]]:
+    """First user turn and first answer of held-out conversations, as questions; none when data is plain text."""
+    if data.is_dir():
+        rows = scored(data)
+    elif data.suffix in (".jsonl", ".json"):
+        rows = read_jsonl(data)
+    else:
+        return []
+    starts = []
+    for row in rows:
+        turns = {turn["role"]: turn["content"] for turn in reversed(row.get("messages") or [])}
+        if "user" in turns and "assistant" in turns:
+            starts.append({"question": turns["user"], "answer": turns["assistant"]})
+        if len(starts) == limit:
+            break
+    return starts
+
+
+def evaluate_one(
+    path: str | Path,
+    config: RunConfig,
+    data: Path,
+    prompts: list[dict[str, Any]],
+    exact: bool,
+    machine: Machine | None = None,
+) -> tuple[dict[str, Any], Evidence]:
+    """Load one model, measure everything, give its memory back; without prompts no answers and no speed."""
+    asked = config.evaluate
+    entry: dict[str, Any] = {"path": str(path)}
+    with cost.peak_memory() as peaks:
+        loaded = load(path, config, machine)
+        started = time.perf_counter()
+        read = perplexity(
+            loaded,
+            read_items(data, loaded.tokenizer, asked.max_heldout),
+            min(asked.eval_context, loaded.context),
+            min(asked.eval_stride, asked.eval_context),
+            loaded.placement.batch_size,
+            config.seed,
+        )
+        answers = ask(loaded, prompts, config)
+    entry |= {"kind": loaded.kind, "loaded_as": loaded.how, "load_s": loaded.load_s} | peaks
+    entry |= sizes(path, loaded) | (cost.speed(loaded) if prompts else {})
+    if loaded.placement.away:  # its copies from the host are no kernels, but nothing runs beside them
+        entry["gpu_ms_per_token"] = None
+    entry["evaluation_s"] = time.perf_counter() - started
+    entry |= predictions(loaded, config, machine or hardware.probe(), (len(read.losses), len(prompts)), peaks)
+    if asked.tasks:
+        entry["tasks"] = run_tasks(loaded, asked.tasks, loaded.placement.batch_size)
+    del loaded
+    free_memory()
+    evidence = Evidence(perplexity=read, answers=answers, references=[row["answer"] for row in prompts])
+    entry |= perplexity_figures(read)
+    entry |= answer_figures(evidence, prompts, exact, entry["intervals"], config.seed)
+    return entry, evidence
+
+
+def predictions(
+    loaded: Loaded, config: RunConfig, machine: Machine, counts: tuple[int, int], peaks: dict[str, float]
+) -> dict[str, float]:
+    """What the budget gives for a model as it was opened: `predicted_` and the name of the figure; VRAM with a card.
+
+    counts: texts read and answers written. No precision that it was opened in, or none of its shape: nothing.
+    """
+    place, shape = loaded.placement, shape_of(loaded.path, config)
+    moments = placement.vram_moments(place, config, shape, machine.gpu.capability if machine.gpu else (7, 5))
+    allocated = max(sum(parts.values()) for parts in moments.values()) / GIB
+    ram = host.ram(config, shape, machine, "inference", moments, placement.host_gib(place, shape))
+    found = {
+        "predicted_anonymous_gib": sum(ram.values()),
+        "predicted_evaluation_s": sum(hours.evaluation_s(config, shape, machine, place, counts).values()),
+    }
+    if "peak_allocated_gib" in peaks:
+        found["predicted_allocated_gib"] = allocated
+        found["predicted_reserved_gib"] = allocated + placement.beyond_gib(place, config, shape, allocated)
+    return found
+
+
+def ask(loaded: Loaded, prompts: list[dict[str, Any]], config: RunConfig) -> list[Generation]:
+    """Greedy answers, each to its question in a conversation of its own."""
+    asked = config.evaluate
+    chats = [[{"role": "user", "content": row["question"]}] for row in prompts]
+    return batch_generate(loaded, chats, asked.max_new_tokens, loaded.placement.batch_size) if chats else []
+
+
+def sizes(path: str | Path, loaded: Loaded) -> dict[str, Any]:
+    """size_bytes of the model's own folder; an adapter's with its base beside it."""
+    own = cost.disk_bytes(path)
+    if loaded.kind != "adapter":
+        return {"size_bytes": own}
+    base = cost.disk_bytes(loaded.base)
+    return {"size_bytes": own, "size_with_base_bytes": None if base is None else own + base}
+
+
+def perplexity_figures(read: Perplexity) -> dict[str, Any]:
+    """The entry's part about held-out texts."""
+    return {
+        "perplexity": read.perplexity.value,
+        "bits_per_byte": read.bits_per_byte.value,
+        "scored_tokens": read.tokens,
+        "scored_items": len(read.losses),
+        "context": read.context,
+        "stride": read.stride,
+        "intervals": {
+            "perplexity": [read.perplexity.low, read.perplexity.high],
+            "bits_per_byte": [read.bits_per_byte.low, read.bits_per_byte.high],
+        },
+    }
+
+
+def answer_figures(
+    evidence: Evidence, prompts: list[dict[str, Any]], exact: bool, intervals: dict[str, list[float]], seed: int
+) -> dict[str, Any]:
+    """The entry's part about answers; fills evidence with items' scores, and intervals."""
+    answers: list[Generation] = evidence["answers"]
+    figures: dict[str, Any] = {"exact_match": None, "answers": len(answers)}
+    if not answers:
+        return figures
+    texts = [answer.text for answer in answers]
+    scores = metrics.answer_scores(texts, evidence["references"])
+    if not exact:  # an open answer is never the same word for word
+        del scores["exact_match"]
+    evidence["scores"] = scores | {"ended_share": np.array([float(answer.ended) for answer in answers])}
+    for name, values in evidence["scores"].items():
+        estimate = metrics.mean_interval(values, seed)
+        figures[name], intervals[name] = estimate.value, [estimate.low, estimate.high]
+    evidence["bleu"] = metrics.bleu_counts(texts, evidence["references"])
+    estimate = metrics.bleu_interval(evidence["bleu"], seed)
+    figures["bleu"], intervals["bleu"] = estimate.value, [estimate.low, estimate.high]
+    labelled = [i for i, row in enumerate(prompts) if row.get("choices")]
+    if labelled:
+        figures["classification"] = metrics.classification(
+            [texts[i] for i in labelled], [evidence["references"][i] for i in labelled]
+        )
+    return figures
+
+
+def compare_models(one: Evidence, other: Evidence) -> dict[str, dict[str, Any]]:
+    """Metric -> verdict, difference (one − other), its interval and p; of perplexity the difference is in log."""
+    ours, theirs = one["perplexity"], other["perplexity"]
+    found = {"perplexity": metrics.compare(ours.losses, theirs.losses, ours.weights, lower_is_better=True)}
+    for name in one.get("scores", {}).keys() & other.get("scores", {}).keys():
+        found[name] = metrics.compare(one["scores"][name], other["scores"][name])
+    if "bleu" in one and "bleu" in other:
+        found["bleu"] = metrics.compare_bleu(one["bleu"], other["bleu"])
+    return {name: asdict(comparison) for name, comparison in found.items()}
+
+
+def write_generations(path: Path, prompts: list[dict[str, Any]], evidence: dict[str, Evidence]) -> list[dict[str, Any]]:
+    """A line a prompt: question, answer, and under `models` each model's text, tokens, ended. Returns the rows."""
+    answers = {name: found["answers"] for name, found in evidence.items() if found["answers"]}
+    rows = [
+        row | {"models": {name: asdict(found[i]) for name, found in answers.items()}} for i, row in enumerate(prompts)
+    ]
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return rows
+
+
+def table(report: dict[str, dict[str, Any]]) -> str:
+    """The most wanted figures as text, and each model against the one before it in words."""
+    return report_pages.text_table(report)
+
+
+__all__ = ["batch_generate", "evaluate", "load", "perplexity", "stream", "table"]

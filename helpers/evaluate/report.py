@@ -1,0 +1,383 @@
+"""What an evaluation found, to look at: a table, verdicts, answers side by side, one HTML file, a model card."""
+
+import base64
+import difflib
+import html
+import io
+import json
+from collections.abc import Mapping
+from itertools import pairwise
+from math import expm1
+from pathlib import Path
+from typing import Any
+
+from helpers.evaluate.pages import TEMPLATES
+from helpers.show import plots
+from helpers.workspace import MANIFEST, checksum, read_manifest, text_checksum, write_text
+
+MIB = 2**20
+Report = Mapping[str, Mapping[str, Any]]
+COLUMNS = {  # figure -> heading, how it is written
+    "loaded_as": ("opened as", "{}"),
+    "perplexity": ("perplexity", "{:.3f}"),
+    "bits_per_byte": ("bits/byte", "{:.3f}"),
+    "exact_match": ("exact match", "{:.1%}"),
+    "f1": ("F1", "{:.3f}"),
+    "rouge_l": ("ROUGE-L", "{:.3f}"),
+    "bleu": ("BLEU", "{:.1f}"),
+    "chrf": ("chrF", "{:.3f}"),
+    "ended_share": ("ended", "{:.0%}"),
+    "size_bytes": ("size MiB", "{:,.1f}"),
+    "load_s": ("load s", "{:.1f}"),
+    "peak_allocated_gib": ("VRAM GiB", "{:.2f}"),
+    "peak_anonymous_gib": ("RAM GiB", "{:.2f}"),
+    "first_token_s": ("first token s", "{:.3f}"),
+    "tokens_per_s": ("tokens/s", "{:,.1f}"),
+    "gpu_ms_per_token": ("GPU ms a token", "{:.2f}"),
+    "tokens_per_s_batch_8": ("at batch 8", "{:,.1f}"),
+    "prompt_tokens_per_s": ("prompt tokens/s", "{:,.0f}"),
+}
+NARROW = (
+    "perplexity", "bits_per_byte", "exact_match", "f1", "rouge_l", "ended_share", "size_bytes", "tokens_per_s",
+    "gpu_ms_per_token",
+)  # fmt: skip
+"""Of a table of text; how models were opened is its last column."""
+TESTED = ("perplexity", "exact_match", "f1", "rouge_l", "bleu", "chrf", "ended_share")
+SIDE_BY_SIDE_ROWS = 24
+PREDICTED = {  # predicted figure -> measured figure, what it is called
+    "predicted_allocated_gib": ("peak_allocated_gib", "VRAM allocated, GiB"),
+    "predicted_reserved_gib": ("peak_reserved_gib", "VRAM reserved, GiB"),
+    "predicted_anonymous_gib": ("peak_anonymous_gib", "RAM, GiB"),
+    "predicted_evaluation_s": ("evaluation_s", "evaluation, s"),
+}
+
+
+def cell(entry: Mapping[str, Any], column: str) -> str:
+    """A figure as a table shows it; a dash when it was not measured.
+
+    >>> cell({"exact_match": 0.25, "size_bytes": 3 * 2**20}, "size_bytes"), cell({}, "exact_match")
+    ('3.0', '–')
+    """
+    value = entry.get(column)
+    if value is None:
+        return "–"
+    return COLUMNS[column][1].format(value / MIB if column == "size_bytes" else value)
+
+
+def with_interval(entry: Mapping[str, Any], column: str) -> str:
+    """A figure with its 95% interval, where it has one.
+
+    >>> with_interval({"f1": 0.5, "intervals": {"f1": [0.4, 0.6]}}, "f1")
+    '0.500 [0.400, 0.600]'
+    """
+    bounds = entry.get("intervals", {}).get(column)
+    if entry.get(column) is None or not bounds:
+        return cell(entry, column)
+    low, high = (COLUMNS[column][1].format(bound) for bound in bounds)
+    return f"{cell(entry, column)} [{low}, {high}]"
+
+
+def evaluated(report: Report) -> dict[str, Mapping[str, Any]]:
+    """The entries with figures: not those that were left out."""
+    return {name: entry for name, entry in report.items() if "left_out" not in entry}
+
+
+def sentences(report: Report) -> list[str]:
+    """Which models have no figures, and why."""
+    return [f"{name} is not evaluated: {entry['left_out']}." for name, entry in report.items() if entry.get("left_out")]
+
+
+def against_measured(report: Report) -> list[dict[str, Any]]:
+    """Predicted beside measured, a row for each quantity of each model that was evaluated; VRAM only with a card."""
+    return [
+        {
+            "model": name,
+            "quantity": quantity,
+            "predicted": round(entry[predicted], 3),
+            "measured": round(entry[measured], 3),
+            "difference %": round(100 * (entry[predicted] / entry[measured] - 1), 1),
+        }
+        for name, entry in report.items()
+        for predicted, (measured, quantity) in PREDICTED.items()
+        if entry.get(predicted) and entry.get(measured)
+    ]
+
+
+def measured_columns(report: Report) -> list[str]:
+    """Columns that at least one model has."""
+    return [column for column in COLUMNS if any(entry.get(column) is not None for entry in report.values())]
+
+
+def table(report: Report) -> Any:
+    """A pandas DataFrame for a notebook: a row a figure, a column a model, 95% intervals in brackets."""
+    import pandas as pd
+
+    rows = {
+        COLUMNS[column][0]: [with_interval(entry, column) for entry in report.values()]
+        for column in measured_columns(report)
+    }
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(report))
+
+
+def text_table(report: Report) -> str:
+    """The most wanted figures as lines of text, how each model was opened, and under them the verdicts."""
+    columns = (*NARROW, "loaded_as")
+    rows = [["", *(COLUMNS[column][0] for column in columns)]]
+    rows += [[name, *(cell(entry, column) for column in columns)] for name, entry in report.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(text.rjust(width) for text, width in zip(row[1:-1], widths[1:-1], strict=True)),
+                row[-1],
+            ]
+        )
+        for row in rows
+    ]
+    verdicts = [
+        f"{row['model']} against {row['against']}: {row['metric']} {row['verdict']}"
+        for row in comparisons(report)
+        if row["metric"] in ("perplexity", "exact match")
+    ]
+    return "\n".join([*lines, "", *verdicts, *sentences(report)])
+
+
+def comparisons(report: Report) -> list[dict[str, str]]:
+    """A row for each metric of each model against the one before it: verdict, difference with interval, p.
+
+    A difference is this model's figure less the other's; of perplexity it is a ratio, in per cent.
+    """
+    rows, names = [], list(evaluated(report))
+    for other, name in pairwise(names):
+        found = report[name].get("against", {}).get(other, {})
+        for metric in TESTED:
+            if metric in found:
+                one = found[metric]
+                rows.append(
+                    {
+                        "model": name,
+                        "against": other,
+                        "metric": COLUMNS[metric][0],
+                        "verdict": one["verdict"],
+                        "difference": difference(metric, one),
+                        "p": f"{one['p_value']:.2g}",
+                    }
+                )
+    return rows
+
+
+def difference(metric: str, one: Mapping[str, Any]) -> str:
+    """A difference with its interval, in words that fit the metric.
+
+    >>> difference("exact_match", {"difference": 0.5, "low": 0.4, "high": 0.6})
+    '+50.0 points [+40.0, +60.0]'
+    """
+    numbers = [one["difference"], one["low"], one["high"]]
+    if metric == "perplexity":
+        value, low, high = (100 * expm1(min(number, 50.0)) for number in numbers)
+        return f"{value:+.1f}% [{low:+.1f}, {high:+.1f}]"
+    if metric in ("exact_match", "ended_share"):
+        value, low, high = (100 * number for number in numbers)
+        return f"{value:+.1f} points [{low:+.1f}, {high:+.1f}]"
+    value, low, high = numbers
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def read_generations(folder: Path) -> list[dict[str, Any]]:
+    """generations.jsonl of an evaluation. Raises ValueError when there is none."""
+    path = Path(folder) / "generations.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no generations.jsonl: run notebook 05_evaluation.ipynb first")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def side_by_side(folder: Path, rows: int = SIDE_BY_SIDE_ROWS) -> str:
+    """HTML table: the first prompts of an evaluation, each model's answer, its differences from the left one marked."""
+    return template("side_by_side").render(**side_by_side_values(read_generations(folder)[:rows]))
+
+
+def side_by_side_values(generations: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the template of side_by_side takes."""
+    rows = []
+    for row in generations:
+        answers, left = [], None
+        for said in row["models"].values():
+            answers.append(
+                {
+                    "html": marked(left, said["text"]),
+                    "right": said["text"].strip() == row["answer"].strip(),
+                    "ended": said["ended"],
+                }
+            )
+            left = said["text"]
+        rows.append({"question": row["question"], "answer": row["answer"], "answers": answers})
+    return {"names": list(generations[0]["models"]) if generations else [], "rows": rows}
+
+
+def marked(left: str | None, text: str) -> str:
+    """Escaped HTML of a text, the words that the left one has not in <mark>.
+
+    >>> marked("It is red.", "It is <blue>.")
+    'It is <mark>&lt;blue&gt;.</mark>'
+    """
+    words = text.split()
+    if left is None:
+        return html.escape(" ".join(words))
+    parts = []
+    for change, _, _, start, end in difflib.SequenceMatcher(None, left.split(), words, autojunk=False).get_opcodes():
+        piece = html.escape(" ".join(words[start:end]))
+        if piece:
+            parts.append(piece if change == "equal" else f"<mark>{piece}</mark>")
+    return " ".join(parts)
+
+
+def figures(report: Report, log: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    """The report's figures by name: quality, size, speed; loss with a training log; memory where it was predicted."""
+    report = evaluated(report)
+    drawn = {
+        "quality": plots.quality(report),
+        "size": plots.size_against_quality(report),
+        "speed": plots.speed(report),
+    }
+    if log:
+        drawn["loss"] = plots.loss_curve(log)
+    predicted = {
+        name: entry["predicted_allocated_gib"] for name, entry in report.items() if entry.get("predicted_allocated_gib")
+    }
+    if predicted:
+        drawn["memory"] = plots.memory(predicted, {name: report[name]["peak_allocated_gib"] for name in predicted})
+    return drawn
+
+
+def write_html(
+    path: Path, report: Report, generations: list[dict[str, Any]], drawn: Mapping[str, Any], about: str
+) -> Path:
+    """One file with the table, verdicts, figures and answers; it needs nothing beside it and no network."""
+    columns = measured_columns(report)
+    page = template("report").render(
+        about=about,
+        columns=[COLUMNS[column][0] for column in columns],
+        models=[
+            {"name": name, "cells": [with_interval(entry, column) for column in columns]}
+            for name, entry in report.items()
+        ],
+        comparisons=comparisons(report),
+        figures={name: png_data(figure) for name, figure in drawn.items()},
+        tasks={name: entry["tasks"] for name, entry in report.items() if entry.get("tasks")},
+        side=template("side_by_side").render(**side_by_side_values(generations[:SIDE_BY_SIDE_ROWS])),
+        total=len(generations),
+    )
+    return write_text(path, page)
+
+
+def png_data(figure: Any) -> str:
+    """A figure as a data URI."""
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=120, bbox_inches="tight")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def template(name: str) -> Any:
+    """A template of pages.py; in HTML every value is escaped unless it is marked safe."""
+    from jinja2 import DictLoader, Environment
+
+    return Environment(loader=DictLoader(TEMPLATES), autoescape=lambda page: page != "card").get_template(name)
+
+
+def model_card(name: str, entry: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """README.md for a model folder: Hugging Face metadata, how it was made, what was measured.
+
+    config: a run's configuration as its manifest holds it.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    made = HOW_MADE[
+        entry["kind"] if entry["kind"] != "model" or entry["path"] == config["model"]["model"] else "merged"
+    ]
+    base, source = config["model"]["model"], config["data"]["source"]
+    metrics = {"perplexity": "Perplexity", "exact_match": "Exact match", "f1": "F1", "rouge_l": "ROUGE-L"}
+    data = ModelCardData(
+        base_model=base if is_hub_id(base) else None,
+        base_model_relation=made["relation"],
+        library_name=made["library"],
+        pipeline_tag="text-generation",
+        datasets=[source] if is_hub_id(source) else None,
+        tags=made["tags"],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="held-out",
+                dataset_name="held-out conversations and questions of this run",
+                metric_type=metric,
+                metric_name=title,
+                metric_value=round(entry[metric], 5),
+            )
+            for metric, title in metrics.items()
+            if entry.get(metric) is not None
+        ],
+    )
+    values = {
+        "name": name,
+        "base": base if is_hub_id(base) else Path(base).name,
+        "data": source if is_hub_id(source) else Path(source).name,
+        "made": made["words"].format(
+            **{key: value for part in config.values() if isinstance(part, dict) for key, value in part.items()}
+        ),
+        "rows": [
+            (COLUMNS[column][0], with_interval(entry, column))
+            for column in COLUMNS
+            if column != "loaded_as" and entry.get(column) is not None
+        ],
+        "config": config,
+        "entry": entry,
+    }
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{template('card').render(**values)}\n"))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a data source is a hub dataset, which metadata may name, and not a file.
+
+    >>> is_hub_id("HuggingFaceH4/ultrachat_200k"), is_hub_id("/tmp/rows.jsonl")
+    (True, False)
+    """
+    return name.count("/") == 1 and not Path(name).suffix and not name.startswith((".", "/"))
+
+
+def put_card(card: str, folder: Path) -> Path | None:
+    """Write README.md into a model folder that a run made, and keep its manifest true; None for any other folder."""
+    stage = next((place for place in (folder, folder.parent) if (place / MANIFEST).is_file()), None)
+    if stage is None:
+        return None
+    manifest = read_manifest(stage)
+    path = write_text(folder / "README.md", card)
+    known = manifest["outputs"].get(str(path.relative_to(stage)))
+    if known is not None:  # PEFT wrote a card of its own, which is now replaced
+        known |= {"size_bytes": path.stat().st_size, "sha256": checksum(path)}
+        write_text(stage / MANIFEST, json.dumps(manifest | {"sha256": text_checksum(manifest)}, indent=1))
+    return path
+
+
+HOW_MADE = {
+    "adapter": {
+        "relation": "adapter",
+        "library": "peft",
+        "tags": ["qlora", "lora"],
+        "words": "A LoRA adapter of rank {rank} (alpha {alpha}, {targets}) on the base in {weights}: QLoRA.",
+    },
+    "merged": {
+        "relation": "finetune",
+        "library": "transformers",
+        "tags": ["qlora", "merged"],
+        "words": "The base with a QLoRA adapter of rank {rank} (alpha {alpha}, {targets}) merged into its weights.",
+    },
+    "gptq": {
+        "relation": "quantized",
+        "library": "transformers",
+        "tags": ["gptq", "qlora"],
+        "words": "A QLoRA fine-tuned model, quantized with GPTQ to {bits} bits, groups of {group_size}; "
+        "`AutoModelForCausalLM.from_pretrained` loads it with optimum and gptqmodel installed.",
+    },
+    "model": {"relation": None, "library": "transformers", "tags": [], "words": "The base model, as it came."},
+}

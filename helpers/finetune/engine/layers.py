@@ -1,0 +1,518 @@
+"""A decoder layer of Mistral, Llama or Qwen2 with LoRA as one autograd function that chooses what it keeps.
+
+PyTorch's autograd keeps the inputs of every operation: 0.143 MiB a token and layer at the 7B shape. This function
+keeps one of three sets and recomputes the rest from the layer's input; a recomputation never repeats attention
+(but in "input"), the last matrix product, or anything that the gradients do not need.
+
+Bytes a token that one layer keeps until its backward, with s bytes a value (2 in fp16 and bf16), hidden h,
+kv = kv_heads × head_dim, intermediate f, heads n; and the share of the layer's matrix products that it recomputes:
+
+    keeps          bytes a token                    Mistral 7B, fp16      recomputes
+    "input"        s·h                              8,192 = 0.0078 MiB    all but down_proj (73%), and attention
+    "attention"    s·2h + 4n                        16,512 = 0.0157 MiB   all but down_proj (73%)
+    "everything"   s·(4h + 2kv + 2f) + 4n           94,336 = 0.0900 MiB   none: only norms and SwiGLU products
+
+Offloaded, s·h of "input" and "attention" lie in pinned host memory instead (as much of it as the configuration allows;
+the rest stays on the GPU), and two layers' worth is on the GPU too.
+The MLP goes through MLP_TOKENS tokens at a time, so what is alive beside that, once, is at most
+
+    one dequantized matrix, s·h·f (112 MiB)
+    + MLP: min(tokens, MLP_TOKENS) · s·(h + 3f)                       (92 KiB a token, at most 368 MiB)
+    + attention: tokens · s·(7h + 2kv) beside queries, keys and values (with the memory-efficient kernel, for which
+      keys and values are repeated, s·11h: 88 KiB a token), not at the same time as the MLP's
+
+and before the first layer's turn the last norm, which is transformers' own: tokens · 24h (96 KiB).
+Weights are dequantized when they are used and never kept; adapters stay in fp32 and are cast a layer at a time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from helpers.budget import activations
+from helpers.budget.activations import MLP_TOKENS
+from helpers.finetune.engine import kernels
+from helpers.models import attention, families
+
+PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+"""What a decoder layer of these families is made of."""
+
+
+@dataclass
+class Linear:
+    """One frozen matrix (out, in), packed in 4 bits or dense, with its bias and LoRA pair where it has them."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    down: torch.nn.Parameter | None
+    """LoRA's A: (rank, in)."""
+    up: torch.nn.Parameter | None
+    """LoRA's B: (out, rank)."""
+    scaling: float
+    dequantize: Callable = kernels.dequantize
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix in dtype: (out, in)."""
+        state = getattr(self.weight, "quant_state", None)
+        return self.weight.to(dtype) if state is None else self.dequantize(self.weight.data, state, dtype)
+
+
+def linear_of(module: torch.nn.Module) -> Linear:
+    """What a projection, wrapped by PEFT or not, computes with."""
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    if base is module:
+        return Linear(base.weight, base.bias, None, None, 1.0)
+    (name,) = module.active_adapters
+    return Linear(
+        base.weight, base.bias, module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])
+    )
+
+
+class Projections:
+    """Linear layers that read the same input: q, k and v, or gate and up. Their LoRA inputs are one product."""
+
+    def __init__(self, linears: list[Linear]):
+        self.linears = linears
+        adapted = [linear for linear in linears if linear.down is not None]
+        self.adapters = [part for linear in adapted for part in (linear.down, linear.up)]
+        self.ranks = [0 if linear.down is None else linear.down.shape[0] for linear in linears]
+        self.rank = sum(self.ranks)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Adapters in the type of the activations, for as long as this layer computes."""
+        if self.rank:
+            self.down = torch.cat(self.adapters[::2]).to(dtype)  # (all ranks, in)
+            self.ups = [None if linear.up is None else linear.up.detach().to(dtype) for linear in self.linears]
+
+    def release(self) -> None:
+        """Forget the cast adapters."""
+        self.down, self.ups = None, []
+
+    def lora_inputs(self, x: torch.Tensor) -> list[torch.Tensor | None]:
+        """scaling · x Aᵀ for each linear: (tokens, rank), or None without LoRA."""
+        if not self.rank:
+            return [None] * len(self.linears)
+        scaling = next(linear.scaling for linear in self.linears if linear.down is not None)
+        return self.split((x @ self.down.T).mul_(scaling))
+
+    def split(self, joined: torch.Tensor) -> list[torch.Tensor | None]:
+        """(tokens, all ranks) -> one (tokens, rank) for each linear that has LoRA."""
+        return [part if rank else None for part, rank in zip(joined.split(self.ranks, dim=-1), self.ranks, strict=True)]
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """x Wᵀ + bias + scaling · x Aᵀ Bᵀ for each linear. x: (tokens, in) -> (tokens, out) each."""
+        results = []
+        for place, (linear, inner) in enumerate(zip(self.linears, self.lora_inputs(x), strict=True)):
+            result = torch.nn.functional.linear(x, linear.dense(x.dtype), linear.bias)
+            if inner is not None:
+                result.addmm_(inner, self.ups[place].T)
+            results.append(result)
+        return results
+
+    def backward(
+        self, grads: list[torch.Tensor], x: torch.Tensor, wants_x: bool = True
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """Gradient for x and, A then B for each linear that has LoRA, for the adapters."""
+        adapter_grads: list[torch.Tensor] = []
+        inner_grads = torch.empty(x.shape[0], self.rank, dtype=x.dtype, device=x.device) if self.rank else None
+        x_grad = None
+        inners = self.lora_inputs(x)
+        inner_parts = self.split(inner_grads) if self.rank else inners
+        up_grads = []
+        for place, (linear, grad) in enumerate(zip(self.linears, grads, strict=True)):
+            if inners[place] is not None:
+                up_grads.append(grad.T @ inners[place])
+                torch.mul(grad @ self.ups[place], linear.scaling, out=inner_parts[place])
+            if wants_x:
+                weight = linear.dense(grad.dtype)
+                x_grad = grad @ weight if x_grad is None else x_grad.addmm_(grad, weight)
+                del weight
+        if self.rank:
+            ranks = [rank for rank in self.ranks if rank]
+            down_grads = (inner_grads.T @ x).split(ranks)
+            adapter_grads = [part for pair in zip(down_grads, up_grads, strict=True) for part in pair]
+            if wants_x:
+                x_grad.addmm_(inner_grads, self.down)
+        return x_grad, adapter_grads
+
+
+class Layer:
+    """One decoder layer: its frozen weights, its adapters, and what it keeps for the backward pass."""
+
+    def __init__(self, module: torch.nn.Module, keeps: str, offload: "Offload | None" = None):
+        attend, mlp = module.self_attn, module.mlp
+        self.qkv = Projections([linear_of(attend.q_proj), linear_of(attend.k_proj), linear_of(attend.v_proj)])
+        self.out = Projections([linear_of(attend.o_proj)])
+        self.gate_up = Projections([linear_of(mlp.gate_proj), linear_of(mlp.up_proj)])
+        self.down = Projections([linear_of(mlp.down_proj)])
+        self.groups = [self.qkv, self.out, self.gate_up, self.down]
+        self.adapters = [adapter for group in self.groups for adapter in group.adapters]
+        self.norms = [
+            (norm.weight, norm.variance_epsilon) for norm in (module.input_layernorm, module.post_attention_layernorm)
+        ]
+        self.head_dim = attend.head_dim
+        self.window = {
+            "mistral": getattr(attend.config, "sliding_window", None),
+            "qwen2": getattr(attend, "sliding_window", None),  # not in every layer
+        }.get(attend.config.model_type)
+        self.keeps, self.offload = keeps, offload
+        self.wrapped = [part for part in module.modules() if hasattr(part, "disable_adapters")]
+
+    def switched_off(self) -> bool:
+        """Whether PEFT was told to compute without the adapters, or with merged ones."""
+        return any(part.disable_adapters or part.merged for part in self.wrapped[:1])
+
+    def queries_keys_values(self, normed: torch.Tensor, place: "Place") -> list[torch.Tensor]:
+        """Rotated queries and keys, and values: (batch, tokens, heads, head_dim) each."""
+        query, key, value = (part.view(part.shape[0], -1, self.head_dim) for part in self.qkv.forward(normed))
+        kernels.rotate_(query, place.cos, place.sin)
+        kernels.rotate_(key, place.cos, place.sin)
+        return [part.view(place.batch, -1, *part.shape[1:]) for part in (query, key, value)]
+
+    def attend(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """x + o_proj(attention's result): (tokens, hidden)."""
+        return self.out.forward(out.reshape(x.shape[0], -1))[0].add_(x)
+
+    def forward(self, x: torch.Tensor, place: "Place", keep: bool) -> tuple[torch.Tensor, dict[str, Any]]:
+        """x: (tokens, hidden) -> the layer's result, and what a backward pass may want; keep: gate and up too."""
+        self.cast(x.dtype)
+        query, key, value = self.queries_keys_values(kernels.rms_norm(x, *self.norms[0]), place)
+        out, stats = attention.forward(query, key, value, place.packing, self.window)
+        middle = self.attend(x, out)
+        result, gates = torch.empty_like(x), []
+        for rows in pieces(x.shape[0]):
+            gate, up = self.gate_up.forward(kernels.rms_norm(middle[rows], *self.norms[1]))
+            product = kernels.swiglu(gate, up, out=None if keep else gate)
+            gates += [gate, up] if keep else []
+            del gate, up
+            torch.add(self.down.forward(product)[0], middle[rows], out=result[rows])
+            del product
+        self.release()
+        kept = {
+            "query": query,
+            "key": key,
+            "value": value,
+            "out": out,
+            "stats": stats,
+            "middle": middle,
+            "gates": gates,
+        }
+        return result, kept
+
+    def backward(
+        self, grad: torch.Tensor, x: torch.Tensor, kept: dict[str, Any], place: "Place", wants_x: bool
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """Gradients for x (tokens, hidden) and, in fp32, for the adapters in their order."""
+        self.cast(x.dtype)
+        normed = kernels.rms_norm(x, *self.norms[0])
+        if "query" in kept:
+            query, key, value = kept["query"], kept["key"], kept["value"]
+        else:
+            query, key, value = self.queries_keys_values(normed, place)
+        if "out" in kept:
+            out, stats = kept["out"], kept["stats"]
+        else:
+            out, stats = attention.forward(query, key, value, place.packing, self.window)
+        middle = kept["middle"] if "middle" in kept else self.attend(x, out)
+        middle_grad, mlp_grads = self.mlp_backward(grad, middle, kept.get("gates", []))
+        del middle
+        flat = out.reshape(x.shape[0], -1)
+        out_grad, out_grads = self.out.backward([middle_grad], flat)
+        grads = attention.backward(out_grad.view(out.shape), query, key, value, out, stats, place.packing, self.window)
+        del out_grad, query, key, value, out, flat
+        grads = [part.contiguous().view(x.shape[0], -1, self.head_dim) for part in grads]
+        for part in grads[:2]:
+            kernels.rotate_(part, place.cos, place.sin, back=True)
+        normed_grad, qkv_grads = self.qkv.backward([part.view(x.shape[0], -1) for part in grads], normed, wants_x)
+        x_grad = None
+        if wants_x:
+            x_grad = kernels.rms_norm_backward(normed_grad, x, *self.norms[0], middle_grad, out=torch.empty_like(x))
+        self.release()
+        return x_grad, in_fp32([*qkv_grads, *out_grads, *mlp_grads])
+
+    def mlp_backward(
+        self, grad: torch.Tensor, middle: torch.Tensor, gates: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Gradients for the MLP's input (tokens, hidden), residual included, and for its adapters."""
+        result, total = torch.empty_like(middle), []
+        for turn, rows in enumerate(pieces(middle.shape[0])):
+            normed = kernels.rms_norm(middle[rows], *self.norms[1])
+            gate, up = gates[2 * turn : 2 * turn + 2] if gates else self.gate_up.forward(normed)
+            product_grad, down_grads = self.down.backward([grad[rows]], kernels.swiglu(gate, up))
+            gate, up = kernels.swiglu_backward_(product_grad, gate, up)
+            del product_grad
+            normed_grad, gate_up_grads = self.gate_up.backward([gate, up], normed)
+            del gate, up, normed
+            kernels.rms_norm_backward(normed_grad, middle[rows], *self.norms[1], grad[rows], out=result[rows])
+            parts = [*gate_up_grads, *down_grads]
+            total = [before + part.float() for before, part in zip(total, parts, strict=True)] if total else parts
+        return result, total
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Adapters in the activations' type, while this layer computes."""
+        for group in self.groups:
+            group.cast(dtype)
+
+    def release(self) -> None:
+        """Forget the cast adapters."""
+        for group in self.groups:
+            group.release()
+
+
+def pieces(tokens: int) -> list[slice]:
+    """Near-equal runs of at most MLP_TOKENS tokens.
+
+    >>> pieces(5000)
+    [slice(0, 2500, None), slice(2500, 5000, None)]
+    """
+    count = -(-tokens // MLP_TOKENS)
+    size = -(-tokens // count)
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def in_fp32(grads: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies in fp32, in one launch."""
+    wide = [torch.empty_like(grad, dtype=torch.float32) for grad in grads]
+    if wide:
+        torch._foreach_copy_(wide, grads)
+    return wide
+
+
+@dataclass
+class Place:
+    """Where the tokens stand: shared by all layers of a forward pass."""
+
+    batch: int
+    cos: torch.Tensor
+    """(rows, head_dim): one row a token, or one a position of each sequence."""
+    sin: torch.Tensor
+    packing: attention.Packing | None
+
+
+class Arena:
+    """Pinned host memory in chunks, handed out from the bottom up and given back from the top down.
+
+    What is taken may lie across chunks, so that none has a gap; chunks are made when they are first reached and stay
+    for the next step. So what is pinned is the largest step's bytes in whole chunks, whatever the contexts were.
+    """
+
+    def __init__(self, room: int, pin: bool):
+        """room: bytes at most, whole chunks of it are used. pin: page-locked, which copies to and from a GPU want."""
+        self.size, self.pin = activations.CHUNK_BYTES, pin
+        self.room = room // self.size * self.size
+        self.chunks: list[torch.Tensor] = []
+        self.top = 0
+
+    def take(self, size: int) -> list[torch.Tensor] | None:
+        """The next so many bytes, as the parts of chunks that they lie in (uint8); None when there is no room."""
+        end = self.top + size
+        if end > self.room:
+            return None
+        while end > len(self.chunks) * self.size:
+            self.chunks.append(torch.empty(self.size, dtype=torch.uint8, pin_memory=self.pin))
+        parts = []
+        while self.top < end:
+            chunk, start = divmod(self.top, self.size)
+            parts.append(self.chunks[chunk][start : start + end - self.top])
+            self.top += len(parts[-1])
+        return parts
+
+    def give_back(self, size: int) -> None:
+        """The topmost so many bytes are free again."""
+        self.top -= size
+
+
+class Offload:
+    """Layer inputs in host memory, copied while the GPU computes; the backward pass fetches one layer ahead."""
+
+    def __init__(self, device: torch.device, room: int):
+        """room: bytes of host memory at most."""
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.arena = Arena(room, pin=self.stream is not None)
+        self.stack: list[dict[str, Any]] = []
+
+    def begin(self) -> None:
+        """A new forward pass: whatever an unfinished one left is not needed any more."""
+        self.arena.top = 0
+        self.stack.clear()
+
+    def put(self, x: torch.Tensor) -> dict[str, Any]:
+        """Start copying x out; its GPU memory goes back once the next but one layer's input is on its way."""
+        host = self.arena.take(x.nbytes)
+        slot = {"host": host, "shape": x.shape, "dtype": x.dtype, "x": x, "copied": None}
+        if host is not None:
+            slot["copied"] = self.copy(host, pieces_like(host, x))
+        if len(self.stack) >= 2 and self.stack[-2]["host"] is not None:
+            self.wait(self.stack[-2]["copied"])
+            self.stack[-2]["x"] = None
+        self.stack.append(slot)
+        return slot
+
+    def get(self, slot: dict[str, Any]) -> torch.Tensor:
+        """The input again, and the one below it on its way; its host memory is free for the next step.
+
+        That one is written by the same stream which reads here, so no copy overtakes another.
+        """
+        self.fetch(slot)
+        self.wait(slot["copied"])
+        self.stack.pop()  # the backward pass goes the other way: this is the last one put
+        if self.stack:
+            self.fetch(self.stack[-1])
+        x, slot["x"] = slot["x"], None
+        if slot["host"] is not None:
+            self.arena.give_back(x.nbytes)
+        return x
+
+    def fetch(self, slot: dict[str, Any]) -> None:
+        """Start copying back, unless the input is on the GPU still or already."""
+        if slot["x"] is None:
+            slot["x"] = torch.empty(slot["shape"], dtype=slot["dtype"], device=self.device)
+            slot["copied"] = self.copy(pieces_like(slot["host"], slot["x"]), slot["host"])
+
+    def copy(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> Any:
+        """Copy on the second stream, after what the first has been given; returns what `wait` waits for."""
+        if self.stream is None:
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source)
+            return None
+        self.stream.wait_event(torch.cuda.current_stream().record_event())
+        with torch.cuda.stream(self.stream):
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
+            return self.stream.record_event()
+
+    def wait(self, copied: Any) -> None:
+        """Let the first stream wait until a copy is done."""
+        if self.stream is not None and copied is not None:
+            torch.cuda.current_stream().wait_event(copied)
+
+
+def pieces_like(parts: list[torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
+    """The bytes of x, which is contiguous, cut as the parts are."""
+    return list(x.view(-1).view(torch.uint8).split([len(part) for part in parts]))
+
+
+class LayerFunction(torch.autograd.Function):
+    """`Layer` in autograd's terms."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: Layer, place: Place, *adapters: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            result, kept = layer.forward(x.view(-1, x.shape[-1]), place, keep=layer.keeps == "everything")
+        ctx.layer, ctx.place, ctx.shape = layer, place, x.shape
+        names = {"input": (), "attention": ("out",), "everything": ("query", "key", "value", "out", "middle")}
+        ctx.names = names[layer.keeps]
+        ctx.stats = kept["stats"] if "out" in ctx.names else None
+        ctx.slot = None
+        if layer.offload is not None and layer.keeps != "everything":
+            ctx.slot = layer.offload.put(x.detach())
+        ctx.save_for_backward(
+            None if ctx.slot else x, *(kept[name] for name in ctx.names), *(kept["gates"] if ctx.names else ())
+        )
+        return result.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        x, *saved = ctx.saved_tensors
+        kept = dict(zip(ctx.names, saved, strict=False))
+        kept |= {"stats": ctx.stats, "gates": saved[len(ctx.names) :]}
+        if ctx.slot is not None:
+            x = ctx.layer.offload.get(ctx.slot)
+        with torch.autocast(grad.device.type, enabled=False):
+            x_grad, adapter_grads = ctx.layer.backward(
+                grad.reshape(-1, ctx.shape[-1]), x.view(-1, ctx.shape[-1]), kept, ctx.place, ctx.needs_input_grad[0]
+            )
+        return None if x_grad is None else x_grad.view(ctx.shape), None, None, *adapter_grads
+
+
+def check(model: torch.nn.Module) -> None:
+    """Raise ValueError when a model that models/families.py gives to these layers is none that they compute.
+
+    That would be a fault of families.py, not of the reader: what it decides from a configuration is held here to the
+    modules that are there.
+    """
+    adapted = [part for name, part in model.named_modules() if ".layers." in name and hasattr(part, "base_layer")]
+    dropouts = [dropout for part in adapted for dropout in part.lora_dropout.values()]
+    layers = [Layer(layer, "input") for layer in model.model.layers]
+    weights = [linear.weight for layer in layers for group in layer.groups for linear in group.linears]
+    wrong = {
+        "a family of other layers": model.config.model_type not in families.OWN,
+        f"attention {model.config._attn_implementation!r}": model.config._attn_implementation != attention.NAME,
+        "another activation": any("SiLU" not in type(part.mlp.act_fn).__name__ for part in model.model.layers),
+        "DoRA": any(part.lora_variant for part in adapted),
+        "LoRA dropout": any(not isinstance(dropout, torch.nn.Identity) for dropout in dropouts),
+        "8-bit weights": any(weight.dtype == torch.int8 for weight in weights),
+        "more in a layer than two norms, attention and an MLP": any(
+            {name for name, _ in part.named_children()} != PARTS or hasattr(part.self_attn, "q_norm")
+            for part in model.model.layers
+        ),
+    }
+    for what in (words for words, found in wrong.items() if found):
+        raise ValueError(f"our own layers were chosen for a model that has {what}: set kernels=plain and report it")
+
+
+def install(model: torch.nn.Module, keeps: list[str], offload_bytes: int = 0) -> None:
+    """Let the decoder layers of a causal LM train through `LayerFunction`, the i-th keeping keeps[i].
+
+    offload_bytes: of host memory, for layers' inputs. Without gradients, or with a key-value cache, layers compute as
+    before.
+    """
+    device = next(model.parameters()).device
+    host = Offload(device, offload_bytes) if offload_bytes else None
+    places = Places(host)
+    layers = [Layer(module, kept, host) for module, kept in zip(model.model.layers, keeps, strict=True)]
+    linears = [linear for layer in layers for group in layer.groups for linear in group.linears]
+    packed = [linear for linear in linears if hasattr(linear.weight, "quant_state")]
+    chosen = kernels.dequantizer(packed[0].weight) if packed else None
+    for linear in packed:
+        linear.dequantize = chosen
+    for module, layer in zip(model.model.layers, layers, strict=True):
+        module.forward = training_forward(module.forward, layer, places)
+
+
+class Places:
+    """The `Place` of the forward pass under way, made once for all layers."""
+
+    def __init__(self, offload: Offload | None):
+        self.offload, self.embeddings, self.place = offload, None, None
+
+    def of(self, batch: int, embeddings: tuple[torch.Tensor, torch.Tensor], bounds: Any, longest: Any) -> Place:
+        """embeddings: the model's cos and sin, (1 or batch, tokens, head_dim), new ones for every pass."""
+        if embeddings is not self.embeddings:
+            if self.offload is not None:
+                self.offload.begin()
+            cos, sin = (part.reshape(-1, part.shape[-1]).contiguous() for part in embeddings)
+            packing = None if bounds is None else attention.Packing(bounds, longest)
+            self.embeddings, self.place = embeddings, Place(batch, cos, sin, packing)
+        return self.place
+
+
+def training_forward(original: Callable, layer: Layer, places: Places) -> Callable:
+    """A decoder layer's forward through `LayerFunction`; with a cache, a mask or no adapters, the original."""
+
+    def forward(
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if past_key_values is not None or attention_mask is not None or layer.switched_off():
+            return original(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        batch, tokens, hidden = hidden_states.shape
+        place = places.of(batch, position_embeddings, kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q"))
+        if torch.is_grad_enabled():
+            return LayerFunction.apply(hidden_states, layer, place, *layer.adapters)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return layer.forward(hidden_states.reshape(-1, hidden), place, keep=False)[0].view(batch, tokens, hidden)
+
+    return forward

@@ -1,0 +1,223 @@
+"""Conversations in, training rows out: read, checked, written in the model's template, masked, split and saved.
+
+>>> import tempfile
+>>> from helpers.models import profile
+>>> output = Path(tempfile.mkdtemp()) / "prepare"
+>>> made = prepare(profile("tiny", max_conversations=20), output)
+>>> made["in"] == made["kept"] + sum(made["dropped"].values())
+True
+"""
+
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from helpers.config import RunConfig
+from helpers.models import PROFILES
+from helpers.models.templates import Template, load_tokenizer, special_tokens, tokenizer_identity
+from helpers.prepare import advice
+from helpers.prepare.checks import DROP, REPAIR, Findings, actions, check, leaks
+from helpers.prepare.rows import Conversation, Rows, hash_of, split
+from helpers.prepare.uploads import save_upload
+from helpers.prepare.view import epoch, findings, lengths, summary, token_view
+from helpers.sources import columns, markers
+from helpers.sources.formats import BadRow, as_row, read_row, recognise
+from helpers.sources.readers import ROW_LIMIT, Record, read
+from helpers.workspace import building, refuse_output, require
+from helpers.workspace.prepared import SIDES, side
+
+
+@dataclass
+class Reading:
+    """What is learned of the sources while they are read."""
+
+    found: Findings
+    formats: Counter = field(default_factory=Counter)
+    """Format -> rows, also those that failed."""
+    fields: Counter = field(default_factory=Counter)
+    """Field -> rows in which it was read."""
+    marked: Counter = field(default_factory=Counter)
+    """Marker of no known family -> plain texts that hold it."""
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare(config: RunConfig, output: Path, source: str | None = None) -> dict:
+    """Write output/train and output/heldout, and return what was counted.
+
+    They are Arrow datasets: id, messages, input_ids, assistant_masks (1: trained) and full_tokens (before the cut);
+    with use=pairs prompt, chosen and rejected, their ids and masks. source: a file, a folder, or a hub dataset, instead
+    of config.data.source. Every row read is kept or dropped for a reason that is counted: in = kept + dropped. The same
+    source and configuration give the same bytes.
+    Raises ValueError with one sentence when the source cannot be read or nothing in it can be trained on.
+    """
+    source, heldout_source = str(source or config.data.source), config.data.heldout_source
+    own = PROFILES.get(config.profile, {})
+    if heldout_source == own.get("heldout_source") and Path(source).resolve() != Path(own.get("source", "")).resolve():
+        heldout_source = None  # the profile's held-out conversations belong to the profile's own training data
+    template = Template(load_tokenizer(config.model.model, config.model.revision))
+    reading = Reading(Findings(actions(config.data.on_finding)))
+    inputs = {"source": source, "heldout_source": heldout_source}
+    refuse_output(Path(output), [Path(path).expanduser() for path in inputs.values() if path], "prepare")
+    files = {name: Path(path) for name, path in inputs.items() if path and Path(path).is_file()}
+    asked = config.data
+    with building(Path(output), "prepare", config, files) as work:
+        with Rows(work.folder / "rows.arrow", template, asked.seq_len, reading.found, asked.use == "pairs") as rows:
+            if heldout_source:
+                rows.add(conversations(heldout_source, config, reading, template), from_heldout=True)
+            rows.add(conversations(source, config, reading, template), from_heldout=False)
+        refuse_markers(reading, source)
+        fraction = None if heldout_source else asked.heldout_fraction
+        kept, held_out = rows.decide(fraction)
+        if not (kept & ~np.array(rows.from_heldout, dtype=bool)).any():
+            reasons = "; ".join(reading.found.sentences()) or "it has no rows"
+            raise ValueError(f"{source} holds nothing that could be trained on: {reasons}")
+        rows.save(work.folder / "train", kept & ~held_out)
+        rows.save(work.folder / "heldout", kept & held_out)
+        rows.path.unlink()
+        work.measurements |= {"source": source, "heldout_source": heldout_source, "formats": dict(reading.formats)}
+        work.measurements |= {"fields": [name for name, _ in reading.fields.most_common(12)], "use": asked.use}
+        work.measurements |= {"template": template_name(template), "context": asked.seq_len}
+        work.measurements["tokenizer"] = tokenizer_identity(template.tokenizer)
+        work.measurements |= rows.measure(kept, held_out, sum(reading.formats.values()))
+        work.measurements["warnings"] = advice.warnings(work.measurements, rows, kept, fraction, reading.notes)
+    return work.measurements
+
+
+def conversations(source: str, config: RunConfig, reading: Reading, template: Template) -> Iterator[Conversation]:
+    """Every conversation of a source that passes the checks."""
+    found, asked = reading.found, config.data
+    leaked = leaks(*special_tokens(template.tokenizer))
+    chosen = None if asked.source_format == "auto" else asked.source_format
+    named = columns.parse(asked.columns) if asked.columns else None
+    first = None
+    for record in sampled(source, config, reading.notes):
+        place, value, problem = record.place, record.row, record.problem
+        if problem and found.add(problem, place, record.detail) == REPAIR:
+            value, problem = record.mended, None
+        row = None if problem else as_row(value)
+        row_format = None if row is None else "columns" if named else chosen or recognise(row)
+        reading.formats[row_format or "none"] += 1
+        if problem:
+            continue
+        if row_format is None:
+            found.add("unknown-fields", place, columns.told(row.fields) if row else f"{value!s:.80}")
+            continue
+        first = first or row_format
+        if row_format != first and found.add("other-format", place, f"{row_format} after {first}") == DROP:
+            continue
+        try:
+            parsed = read_row(row, row_format, named, asked.use)
+        except BadRow as error:
+            found.add(error.kind, place, str(error))
+            continue
+        if record.others:
+            row.notes["other-branches"] = f"{record.others} beside the way"
+        if noted(parsed, row_format, place, reading, named) == DROP:
+            continue
+        if row_format == "plain-text" and not chosen:
+            reading.marked.update(set(markers.UNKNOWN.findall(parsed.messages[0]["content"])))
+        messages = check(parsed.messages, place, found, leaked)
+        rejected = check(parsed.rejected, place, found, leaked) if messages and parsed.rejected else None
+        if messages is None or (parsed.rejected and rejected is None):
+            continue
+        if all(turn.get("weight") == 0 for turn in messages if turn["role"] == "assistant") and len(messages) > 1:
+            found.add("no-answer", place, "every answer has weight 0")
+            continue
+        text = "\n".join([turn["content"] for turn in messages])
+        if len(text) > ROW_LIMIT:  # only tables get this far: a line of JSON was stopped while it was read
+            found.add("over-long-row", place, text[:40])
+        else:
+            yield Conversation(place, messages, text, rejected)
+
+
+def noted(parsed: Any, row_format: str, place: str, reading: Reading, named: dict | None) -> str:
+    """Count what a row holds beside its conversation; drop where a finding says so.
+
+    A field that only repeats a turn (UltraChat's `prompt`) is no loss; where columns were named, the others were left
+    out on purpose.
+    """
+    row = parsed.row
+    for name in row.fields:
+        if name in row.used:
+            reading.fields[name] += 1
+    for kind, example in row.notes.items():
+        if reading.found.add(kind, place, example) == DROP:
+            return DROP
+    lost = {} if named else row.unused()
+    lost = {name: value for name, value in lost.items() if not repeats(value, parsed.messages)} if lost else lost
+    return reading.found.unused(place, lost) if lost else ""
+
+
+def repeats(value: Any, messages: list[dict]) -> bool:
+    """Whether a field's value is the text of a turn."""
+    if not isinstance(value, str):
+        return False
+    text = value.strip()
+    return any(text in turn["content"] and text == turn["content"].strip() for turn in messages)
+
+
+def sampled(source: str, config: RunConfig, notes: list[str]) -> Iterator[Record]:
+    """Records of a source, or as many as config allows: of a file at random by the seed, of a hub set the first."""
+    split_name, cap = config.data.source_split, config.data.cap(source)
+    if cap is None:
+        yield from read(source, split_name, notes)
+        return
+    if not Path(source).expanduser().exists():
+        yield from itertools.islice(read(source, split_name, notes), cap)
+        notes.append(f"the first {cap:,} conversations of {source} are read: max_conversations=all reads it whole")
+        return
+    total = sum(1 for _ in read(source, split_name))
+    if total <= cap:
+        yield from read(source, split_name, notes)
+        return
+    taken = np.zeros(total, dtype=bool)
+    taken[np.random.default_rng(config.seed).choice(total, cap, replace=False)] = True
+    yield from itertools.compress(read(source, split_name, notes), taken.tolist())
+    notes.append(
+        f"{cap:,} of the {total:,} rows of {source} are used, at random by seed {config.seed}: max_conversations"
+    )
+
+
+def refuse_markers(reading: Reading, source: str) -> None:
+    """Raise ValueError when most texts without roles hold markers of a chat that no format here reads."""
+    texts = reading.formats["plain-text"]
+    if reading.marked and max(reading.marked.values()) > 0.5 * texts:
+        marker, count = reading.marked.most_common(1)[0]
+        raise ValueError(
+            f"{source} holds chats with markers that are not known here ({count:,} of {texts:,} texts hold {marker}): "
+            "give messages of role and content, or say --source-format plain-text to learn the markers as text"
+        )
+
+
+def template_name(template: Template) -> dict[str, str]:
+    """The chat template by its checksum and by what it makes of one exchange."""
+    jinja = template.tokenizer.get_chat_template()
+    shown = template.text([{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}])
+    return {"sha256": hashlib.sha256(jinja.encode()).hexdigest(), "shown": shown}
+
+
+def load_prepared(folder: Path) -> dict[str, Any]:
+    """The datasets train and heldout of a finished folder. Raises MissingArtifact naming the notebook that makes it."""
+    require(Path(folder), "prepare")
+    return {name: side(folder, name) for name in SIDES}
+
+
+__all__ = [
+    "epoch",
+    "findings",
+    "hash_of",
+    "lengths",
+    "load_prepared",
+    "load_tokenizer",
+    "prepare",
+    "save_upload",
+    "split",
+    "summary",
+    "token_view",
+]

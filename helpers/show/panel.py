@@ -1,0 +1,392 @@
+"""RunConfig <-> ipywidgets: sliders for the knobs of a run and, under them, what the run needs, live.
+
+Uses only what ipywidgets 7.7 (Colab) and 8 share. Without a screen, the panel shows its summary in words.
+
+>>> from helpers import hardware, models
+>>> config = models.profile("mistral-7b", rank=8)
+>>> sliders = panel(config, models.shape(config.model.model), hardware.machine("t4"))
+>>> config_of(sliders) == config
+True
+"""
+
+import traceback
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import ipywidgets
+from IPython import get_ipython
+from IPython.display import display
+from ipywidgets import Layout
+
+from helpers import budget
+from helpers.config import RunConfig, flat
+from helpers.hardware import Machine
+from helpers.models import ModelShape
+
+HERE = Path(__file__).resolve().parent.parent
+
+DOUBLINGS = [2**power for power in range(10)]
+COUNTS = sorted({*DOUBLINGS[:8], 3, 6, 12, 24, 48})
+LEFT = {
+    "rank": ("rank r", DOUBLINGS[:9]),
+    "alpha": ("alpha α", DOUBLINGS),
+    "learning_rate": (
+        "learning rate",
+        [float(f"{digit}e{power}") for power in (-6, -5, -4, -3) for digit in (1, 1.5, 2, 3, 5, 7)] + [1e-2],
+    ),
+    "targets": ("targets", ["all-linear", "attention", "q_proj,v_proj"]),
+}
+RIGHT = {
+    "seq_len": ("context", [64 * count for count in sorted({*DOUBLINGS, *(3 * count for count in DOUBLINGS[:9])})]),
+    "batch_size": ("micro-batch", COUNTS),
+    "accumulation": ("accumulation", COUNTS),
+    "checkpointing": ("checkpointed", []),  # as many as the model has layers
+}
+KNOBS = LEFT | RIGHT
+
+# One colour a component, whatever else is in the bar: weights blue, adapter green, activations orange, the rest grey.
+COLOURS = {
+    "4-bit weights": "#4c78a8",
+    "8-bit weights": "#4c78a8",
+    "16-bit weights": "#9ecae9",
+    "32-bit weights": "#9ecae9",
+    "quantization scales": "#2f5582",
+    "LoRA weights": "#54a24b",
+    "LoRA gradients": "#88c87f",
+    "adapters in 16 bits": "#b5dcae",
+    "optimizer states": "#2f7d5b",
+    "paged optimizer states": "#79b8a5",
+    "optimizer work": "#a9d6c9",
+    "checkpoints": "#ffbf79",
+    "activations of unchecked layers": "#f58518",
+    "a checkpointed layer, rebuilt": "#c9620c",
+    "layer gradients": "#e0a93b",
+    "layer work": "#ecc56f",
+    "attention scores": "#e45756",
+    "logits and loss": "#b279a2",
+    "keys and values": "#d67195",
+    "model and activations, in fp32": "#4c78a8",
+    "Python and libraries": "#a6a6a6",
+    "cuBLAS work space": "#c9c2b8",
+    "reserved beyond it": "#a6a6a6",
+    "CUDA context": "#707070",
+}
+SPARE_COLOURS = ["#8c6bb1", "#9d755d", "#439894", "#b79a20", "#d88aa5", "#6b8fb3"]
+GOOD, LONG, BAD = "#2e7d32", "#b8860b", "#c62828"
+STYLE = f"""<style>
+.needs{{max-width:756px;font-size:13px;line-height:1.45;margin:2px}}
+.needs b{{font-weight:600}}
+.needs .line{{display:flex;justify-content:space-between;flex-wrap:wrap;gap:0 12px;margin-bottom:3px}}
+.needs .bar{{position:relative;overflow:hidden;background:rgba(128,128,128,.2);border-radius:3px;height:22px}}
+.needs .thin{{height:6px}}
+.needs .bar i{{position:absolute;top:0;bottom:0}}
+.needs .bar .over{{background:repeating-linear-gradient(45deg,{BAD} 0 4px,rgba(255,255,255,.5) 4px 8px)}}
+.needs .key{{display:grid;grid-template-columns:repeat(auto-fill,minmax(232px,1fr));gap:0 14px;font-size:12px}}
+.needs .key{{margin:6px 0 10px}}
+.needs .key i{{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:6px}}
+.needs .key div{{display:flex;align-items:baseline}}
+.needs .key b,.needs .key em{{margin-left:auto;font-style:normal;font-variant-numeric:tabular-nums}}
+.needs .rest{{display:grid;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));gap:4px 18px;margin-bottom:10px}}
+.needs .verdict{{border-left:5px solid;border-radius:3px;padding:5px 10px}}
+</style>"""
+
+
+class Panel(ipywidgets.VBox):
+    """Sliders that start at a configuration, the budget of what they show, and a button that takes the plan's.
+
+    A class, because a widget decides by its own method how it is shown where nobody can move a slider.
+    """
+
+    def __init__(
+        self, config: RunConfig, shape: ModelShape, machine: Machine, moved: Callable[[RunConfig], None] | None = None
+    ):
+        self.base, self.shape, self.machine = config, shape, machine
+        self.moved: Callable[[RunConfig], None] | None = None  # nobody has moved anything yet
+        values = values_of(config, shape)
+        self.controls = {name: control(name, values[name], shape) for name in KNOBS}
+        self.derived, self.picture, self.proposal = (ipywidgets.HTML() for _ in range(3))
+        self.button = ipywidgets.Button(
+            description="Take the proposal", icon="check", layout=Layout(width="160px", flex="0 0 auto")
+        )
+        columns = [
+            ipywidgets.VBox([self.controls[name] for name in names], layout=Layout(width="374px", margin="0 4px 0 0"))
+            for names in (LEFT, RIGHT)
+        ]
+        super().__init__(
+            [
+                ipywidgets.HBox(columns, layout=Layout(flex_flow="row wrap")),
+                self.derived,
+                self.picture,
+                ipywidgets.HBox([self.button, self.proposal], layout=Layout(align_items="center")),
+            ],
+            layout=Layout(max_width="780px"),
+        )
+        self.listen(True)
+        self.button.on_click(lambda _: self.show(self.plan.config))
+        self.redraw()
+        self.moved = moved
+
+    def listen(self, listening: bool) -> None:
+        """Redraw when a control moves, or leave that for a while."""
+        for widget in self.controls.values():
+            (widget.observe if listening else widget.unobserve)(self.redraw, "value")
+
+    def config(self) -> RunConfig:
+        """The configuration with the values shown. Raises ValueError naming what is not allowed."""
+        return self.base.with_values(**{name: widget.value for name, widget in self.controls.items()})
+
+    def show(self, config: RunConfig) -> None:
+        """Move the controls to a configuration, and draw once."""
+        self.base = config
+        values = values_of(config, self.shape)
+        self.listen(False)
+        for name, widget in self.controls.items():
+            widget.options = stops(name, values[name], self.shape)
+            widget.value = values[name]
+        self.listen(True)
+        self.redraw()
+
+    def redraw(self, _change: Any = None) -> None:
+        """Budget and plan of what is shown, into the picture, the words, the proposal and its button."""
+        try:
+            config = self.config()
+            self.derived.value = derived(config, self.shape)
+            self.plan = budget.plan(config.with_values(checkpointing="auto"), self.shape, self.machine)
+            needs = budget.budget(budget.requested(config, self.plan), self.shape, self.machine)
+        except ValueError as error:  # what the sliders show is no run at all; the sentence says why
+            self.picture.value = f"{STYLE}<div class='needs'>{verdict(False, [str(error)])}</div>"
+            self.words, self.button.disabled, self.proposal.value = str(error), True, ""
+            return
+        self.picture.value = picture(needs)
+        shown = (f"{KNOBS[name][0]} {label(name, w.value, self.shape)}" for name, w in self.controls.items())
+        self.words = f"{', '.join(shown)}\n{budget.table(needs)}"
+        changes = differences(config, self.plan.config, self.shape)
+        self.button.disabled = not changes
+        proposal = "; ".join(changes) + gain(needs, self.plan.budget) if changes else "The sliders show the proposal."
+        self.proposal.value = f"<div style='line-height:1.4;margin-left:6px'>{escape(proposal)}</div>"
+        if self.moved is not None:
+            self.moved(config)
+
+    def _ipython_display_(self, **_: Any) -> None:
+        """Sliders where the front end can draw them, words where it cannot; ipywidgets 7 and 8 both call this."""
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
+        display({"application/vnd.jupyter.widget-view+json": view, "text/plain": self.words}, raw=True)
+
+
+def panel(
+    config: RunConfig, shape: ModelShape, machine: Machine, moved: Callable[[RunConfig], None] | None = None
+) -> Panel:
+    """The sliders, the budget and the proposal of a configuration; `config_of` reads it back.
+
+    moved: called with each configuration that somebody moves the sliders to.
+    """
+    return Panel(config, shape, machine, moved)
+
+
+def config_of(panel: Panel) -> RunConfig:
+    """The configuration with the values that a panel shows."""
+    return panel.config()
+
+
+def values_of(config: RunConfig, shape: ModelShape) -> dict[str, Any]:
+    """Field name -> value, whatever its part; no or all layers checkpointed go by that word."""
+    values = flat(config)
+    count = values["checkpointing"]
+    return values | {"checkpointing": {0: "none", shape.layers: "all"}.get(count, count)}
+
+
+def label(name: str, value: Any, shape: ModelShape) -> str:
+    """A value as its control writes it.
+
+    >>> from helpers import models
+    >>> label("learning_rate", 2e-4, models.shape("mistral-7b-v0.3"))
+    '2e-4'
+    >>> label("checkpointing", 8, models.shape("mistral-7b-v0.3"))
+    '8 of 32'
+    """
+    if name == "learning_rate":
+        digits, power = f"{value:.2e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
+    if name == "checkpointing" and isinstance(value, int):
+        return f"{value} of {shape.layers}"
+    return value if isinstance(value, str) else f"{value:,g}" if value < 1e6 else f"{value:,}"
+
+
+def stops(name: str, value: Any, shape: ModelShape) -> list[tuple[str, Any]]:
+    """Where a control can stop, as (label, value): what people use, and the configuration's own value."""
+    usual = KNOBS[name][1]
+    if name == "targets":
+        values = list(dict.fromkeys([*usual, value]))
+    elif name == "checkpointing":
+        values = ["auto", "none", *range(1, shape.layers), "all"]
+    else:
+        values = sorted({*(stop for stop in usual if name != "seq_len" or stop <= shape.max_context), value})
+    return [(label(name, stop, shape), stop) for stop in values]
+
+
+def control(name: str, value: Any, shape: ModelShape) -> ipywidgets.Widget:
+    """The slider, or for module names the list, of one field."""
+    kind = ipywidgets.Dropdown if name == "targets" else ipywidgets.SelectionSlider
+    return kind(
+        description=KNOBS[name][0],
+        options=stops(name, value, shape),
+        value=value,
+        style={"description_width": "96px"},
+        layout=Layout(width="366px"),
+    )
+
+
+def derived(config: RunConfig, shape: ModelShape) -> str:
+    """What follows from the sliders by arithmetic alone, as HTML."""
+    trained = shape.lora_parameters(config.adapter.rank, config.adapter.target_modules)
+    step = config.train.batch_size * config.train.accumulation
+    facts = [
+        f"α/r = <b>{config.adapter.alpha / config.adapter.rank:.3g}</b>",
+        f"<b>{trained / 1e6:.1f} M</b> trained weights, {trained / shape.parameters:.2%} of the model",
+        f"a step: {step} × {config.data.seq_len:,} = <b>{step * config.data.seq_len:,} tokens</b>",
+    ]
+    return f"<div style='line-height:1.4;margin:2px'>{' &nbsp;·&nbsp; '.join(facts)}</div>"
+
+
+def picture(needs: budget.Budget) -> str:
+    """A budget as HTML: the stacked bar against the limit, its key, RAM, disk and hours, and the verdict."""
+    on_card = needs.vram.limit_gib > 0
+    main = needs.vram if on_card else needs.ram
+    used = needs.vram.process_gib if on_card else needs.ram.peak_gib
+    where = f"VRAM of this {needs.machine.name}" if on_card else f"RAM of {needs.machine.name}, which has no GPU"
+    when = f"<span>fullest at {escape(needs.vram.moment)}</span>" if on_card and needs.vram.moment else ""
+    rest = space("RAM", needs.ram) if on_card else ""
+    rest += space("Disk", needs.disk) + hours(needs.time, needs.machine.host.session_h)
+    return (
+        f"{STYLE}<div class='needs'>"
+        f"<div class='line'><span><b>{escape(where)}: {used:.2f} of {main.limit_gib:.2f} GiB</b></span>{when}</div>"
+        f"{bar(main.parts, main.limit_gib)}{key(main.parts)}"
+        f"<div class='rest'>{rest}</div>"
+        f"{verdict(needs.fits, needs.reasons or (room(needs),))}</div>"
+    )
+
+
+def bar(parts: dict[str, float], limit_gib: float) -> str:
+    """A stacked bar, as HTML: its right end is the limit, or the need where that is more; the excess is hatched."""
+    total = sum(parts.values())
+    scale = 100 / max(total, limit_gib, 1e-9)
+    pieces, start = [], 0.0
+    for name, size_gib in parts.items():
+        title = escape(f"{name}: {size_gib:.2f} GiB", quote=True)
+        place = f"left:{start * scale:.2f}%;width:{size_gib * scale:.2f}%"
+        pieces.append(f"<i title=\"{title}\" style='{place};background:{colour_of(name)}'></i>")
+        start += size_gib
+    if total > limit_gib:
+        place = f"left:{limit_gib * scale:.2f}%;right:0;border-left:3px solid {BAD}"
+        pieces.append(f"<i class='over' title='beyond the limit' style='{place}'></i>")
+    return f"<div class='bar' role='img' aria-label='{total:.2f} of {limit_gib:.2f} GiB'>{''.join(pieces)}</div>"
+
+
+def key(parts: dict[str, float]) -> str:
+    """What each colour of the bar is, and its GiB, as HTML."""
+    rows = [
+        f"<div><i style='background:{colour_of(name)}'></i>{escape(name)}<b>{size_gib:.2f}</b></div>"
+        for name, size_gib in parts.items()
+    ]
+    return f"<div class='key'>{''.join(rows)}</div>"
+
+
+def colour_of(name: str) -> str:
+    """A component's colour; one that is not in the list keeps a spare one."""
+    return COLOURS.get(name) or SPARE_COLOURS[crc32(name.encode()) % len(SPARE_COLOURS)]
+
+
+def meter(name: str, figures: str, share: float, colour: str) -> str:
+    """One thin bar, filled to a share of it, below its name and figures; HTML."""
+    return (
+        f"<div><div class='line'><span>{name}</span><span>{figures}</span></div>"
+        f"<div class='bar thin'><i style='left:0;width:{100 * min(share, 1):.1f}%;background:{colour}'></i></div></div>"
+    )
+
+
+def space(name: str, need: budget.Ram | budget.Disk) -> str:
+    """GiB of RAM or disk against what is free, as HTML."""
+    over = need.peak_gib > need.limit_gib
+    figures = f"{'✗ ' if over else ''}<b>{need.peak_gib:.1f}</b> of {need.limit_gib:.1f} GiB"
+    return meter(name, figures, need.peak_gib / max(need.limit_gib, 1e-9), BAD if over else GOOD)
+
+
+def hours(time: budget.Time, session_h: float | None) -> str:
+    """How long, against a session where there is one; several are no misfit, because a run goes on. HTML."""
+    name = f"{time.steps:,} steps" if time.steps else "Time"
+    sessions = f", {time.sessions} sessions" if time.sessions > 1 else ""
+    share = time.total_h / session_h if session_h else 0.0
+    return meter(name, f"<b>{duration(time.total_h)}</b>{sessions}", share, LONG if sessions else GOOD)
+
+
+def duration(hours: float) -> str:
+    """Hours as people say them.
+
+    >>> duration(0.01), duration(0.5), duration(7.42), duration(346.6)
+    ('1 min', '30 min', '7.4 h', '347 h')
+    """
+    if hours < 1:
+        return f"{max(60 * hours, 1):.0f} min"
+    return f"{hours:.1f} h" if hours < 100 else f"{hours:,.0f} h"
+
+
+def room(needs: budget.Budget) -> str:
+    """What is left, in words, where everything fits."""
+    if needs.vram.limit_gib:
+        return f"{needs.vram.limit_gib - needs.vram.process_gib:.1f} GiB of VRAM to spare"
+    return f"{needs.ram.limit_gib - needs.ram.peak_gib:.1f} GiB of RAM to spare"
+
+
+def verdict(fits: bool, reasons: tuple[str, ...] | list[str]) -> str:
+    """Fits or not, with the reasons, in words and a mark as well as in colour; HTML."""
+    colour, word = (GOOD, "✓ It fits") if fits else (BAD, "✗ It does not fit")
+    text = "<br>".join(escape(reason) for reason in reasons)
+    style = f"border-color:{colour};background:{colour}26"
+    return f"<div class='verdict' role='status' style='{style}'><b>{word}</b>: {text}</div>"
+
+
+def differences(shown: RunConfig, proposed: RunConfig, shape: ModelShape) -> list[str]:
+    """What taking the proposal would change, setting by setting, in words."""
+    old, new = values_of(shown, shape), values_of(proposed, shape)
+    return [
+        f"{KNOBS[name][0]} {label(name, old[name], shape)} → {label(name, new[name], shape)}"
+        if name in KNOBS
+        else f"{name} {old[name]} → {new[name]}"
+        for name in old
+        if old[name] != new[name]
+    ]
+
+
+def gain(shown: budget.Budget, proposed: budget.Budget) -> str:
+    """What the proposal is worth, in words: that it fits, or its hours."""
+    if not proposed.fits:
+        return ", which does not fit either"
+    before, after = duration(shown.time.total_h), duration(proposed.time.total_h)
+    if not shown.fits:
+        return f", which fits, in {after}"
+    return "" if after == before else f": {after} instead of {before}"
+
+
+def plain_errors() -> None:
+    """In a notebook, show a ValueError that a helper raises on purpose as its one sentence.
+
+    Other errors keep their traceback: they are bugs, and it is what a report of one needs. The cell fails in any case,
+    so that "Run all" stops there. Outside IPython nothing happens.
+    """
+    shell = get_ipython()
+    if shell is not None:
+        shell.set_custom_exc((ValueError,), sentence_or_traceback)
+
+
+def sentence_or_traceback(shell, kind, error, trace, tb_offset=None):
+    """IPython's hook: one sentence where a `raise` in helpers/ made the error, the usual traceback elsewhere."""
+    made = traceback.extract_tb(trace)[-1]
+    if Path(made.filename).is_relative_to(HERE) and (made.line or "").startswith("raise "):
+        lines = [f"\033[31m{kind.__name__}\033[0m: {error}"]
+    else:
+        lines = shell.InteractiveTB.structured_traceback(kind, error, trace, tb_offset=tb_offset)
+    shell._showtraceback(kind, error, lines)
+    return lines
