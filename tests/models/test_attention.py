@@ -2,7 +2,7 @@
 
 No CPU has PyTorch's flash operators. Their shapes are checked against their meta kernels, and what goes in and comes
 out against a plain computation in their place that takes the shapes that the CUDA code takes
-(aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp). tests/benchmarks/gpu_checks.py runs the operators themselves.
+(aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp). benchmarks/gpu_checks.py runs the operators.
 """
 
 import pytest
