@@ -6,23 +6,31 @@ What goes where is planned before the first byte. So a merge that was killed goe
 whole, and ends in the same bytes.
 """
 
-import hashlib
 import json
-import math
-import os
 import re
 import shutil
-import struct
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.config import MergeConfig, RunConfig, load_yaml
+from helpers.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARTS, PREFIX, Adapter, read_adapter
 from helpers.models.gpu import gives_back
 from helpers.models.hub import snapshot
+from helpers.models.stored import SafetensorsWriter, Stored, UnusableModel, for_all_readers, read_config, stored_tensors
 from helpers.models.templates import brings_tokenizer, ends, hand_on
-from helpers.workspace import MANIFEST, SCRATCH, building, checksum, empty_folder, exclusive, refuse_output, write_text
+from helpers.workspace import (
+    MANIFEST,
+    SCRATCH,
+    building,
+    checksum,
+    empty_folder,
+    exclusive,
+    existing,
+    refuse_output,
+    write_text,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -30,60 +38,6 @@ if TYPE_CHECKING:
 GIB = 2**30
 DISK_MARGIN_BYTES = GIB // 16
 """For config, tokenizer and manifest."""
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
-# What PEFT can put into a LoRA adapter beside A, B and DoRA's magnitudes. Each changes the merge, so each is refused.
-OTHER_KINDS = (
-    "fan_in_fan_out",
-    "modules_to_save",
-    "trainable_token_indices",
-    "target_parameters",
-    "layer_replication",
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "velora_config",
-    "monteclora_config",
-)
-# These initialisations replace the base's weights, so that the adapter is not a difference to the original ones.
-OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
-FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-class UnusableModel(ValueError):
-    """A model or adapter folder that cannot be read, or does not belong to the other."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a safetensors file, before any of it is read."""
-
-    name: str
-    file: Path
-    shape: tuple[int, ...]
-    kind: str
-    """As safetensors names dtypes: F16, BF16, F32 …"""
-
-    @property
-    def values(self) -> int:
-        """How many numbers it holds."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter, its factors still on disk."""
-
-    folder: Path
-    modules: dict[str, float]
-    """Module, as the base names it -> what multiplies BA."""
-    dora: bool
-    shapes: dict[str, tuple[int, ...]]
-    """Key in the adapter's file -> shape."""
 
 
 @gives_back
@@ -174,55 +128,6 @@ def base_to_merge(adapter: Path, merge_base: str) -> str:
 # ---- reading, and refusing what cannot be merged ---------------------------------------------------------------------
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """The adapter's modules and scales. Raises UnusableModel for a kind that this merge would get wrong."""
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise UnusableModel(f"{folder} is not an adapter: it has no {ADAPTER_CONFIG}")
-    settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise UnusableModel(f"{folder} holds a {kind} adapter: only LoRA, rsLoRA and DoRA can be merged here")
-    extra = [name for name in OTHER_KINDS if settings.get(name)]
-    if settings.get("bias", "none") != "none":
-        extra.append(f"bias={settings['bias']}")
-    start = str(settings.get("init_lora_weights", True)).lower()
-    if start.startswith(OTHER_BASES):
-        extra.append(f"init_lora_weights={start}")
-    if extra:
-        raise UnusableModel(
-            f"{folder} was trained with {', '.join(extra)}: merge it with PEFT, this merge knows A and B"
-        )
-    keys = {tensor.name: tensor for tensor in read_header(folder / ADAPTER_WEIGHTS)}
-    modules: dict[str, float] = {}
-    used = set()
-    for key in keys:
-        if key.startswith(PREFIX) and key.endswith(".lora_A.weight"):
-            module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-            modules[module] = scaling(settings, module)
-            used |= {PREFIX + module + part for part in PARTS[: 3 if settings.get("use_dora") else 2]}
-    unknown, missing = sorted(set(keys) - used), sorted(used - set(keys))
-    if not modules or unknown or missing:
-        reason = f"does not know {unknown[0]}" if unknown else f"misses {missing[0]}" if missing else "found no lora_A"
-        raise UnusableModel(f"{folder / ADAPTER_WEIGHTS} is not a whole LoRA adapter: the merge {reason}")
-    return Adapter(folder, modules, bool(settings.get("use_dora")), {name: keys[name].shape for name in used})
-
-
-def scaling(settings: dict, module: str) -> float:
-    """What multiplies BA of a module: alpha / rank, or alpha / sqrt(rank) of rsLoRA (https://arxiv.org/abs/2312.03732).
-
-    >>> scaling({"r": 16, "lora_alpha": 32}, "model.layers.0.self_attn.q_proj")
-    2.0
-    """
-    rank = of_module(settings.get("rank_pattern"), module, settings["r"])
-    alpha = of_module(settings.get("alpha_pattern"), module, settings["lora_alpha"])
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-
-
-def of_module(patterns: dict | None, module: str, default: float) -> float:
-    """A module's own rank or alpha, by PEFT's rule: the first pattern that matches the end of its name."""
-    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
-
-
 def base_revision(base: str | Path, adapter: Path, asked: str | None) -> str | None:
     """The revision of a hub base to merge into: the one asked for, else the one that training saw.
 
@@ -242,70 +147,6 @@ def find_base(base: str | Path, revision: str | None) -> Path:
     if str(base).count("/") != 1 or str(base).startswith((".", "/")):
         raise UnusableModel(f"base {base} is neither a folder nor a hub id")
     return snapshot(str(base), revision)
-
-
-def read_config(folder: Path) -> dict:
-    """A model's config.json. Raises UnusableModel when there is none, or the model is quantized already."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UnusableModel(f"{folder} is not a model: it has no config.json")
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    if quantization := settings.get("quantization_config"):
-        method = quantization.get("quant_method", "an unknown method")
-        raise UnusableModel(f"{folder} is already quantized ({method}): give the folder of its 16-bit weights")
-    return settings
-
-
-def read_header(file: Path) -> list[Stored]:
-    """The tensors of a safetensors file in the order of their bytes. Raises UnusableModel for one that is not whole."""
-    if not file.is_file():
-        raise UnusableModel(f"{file} is missing: download or copy the folder again")
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length)) if length < size else None
-        tensors = [(name, about) for name, about in header.items() if name != "__metadata__"]
-        end = 8 + length + max((about["data_offsets"][1] for _, about in tensors), default=0)
-    except (struct.error, ValueError, AttributeError, TypeError, KeyError):
-        raise UnusableModel(f"{file} is not a safetensors file: download or copy it again") from None
-    if end != size:
-        raise UnusableModel(f"{file} is cut short: it has {size} of {end} bytes, download or copy it again")
-    tensors.sort(key=lambda item: item[1]["data_offsets"][0])
-    return [Stored(name, file, tuple(about["shape"]), about["dtype"]) for name, about in tensors]
-
-
-def stored_tensors(folder: Path, freed: list[Stored] = ()) -> list[Stored]:
-    """All tensors of a model folder, shard by shard, checked against its index.
-
-    freed: tensors of shards that an interrupted merge has deleted after it was done with them.
-    """
-    read_config(folder)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        place = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(place.values()))
-    else:
-        place, shards = None, ["model.safetensors"]
-    gone = {tensor.file.name for tensor in freed}
-    tensors = [
-        tensor
-        for shard in shards
-        for tensor in (
-            [tensor for tensor in freed if tensor.file.name == shard]
-            if shard in gone and not (folder / shard).exists()
-            else read_header(folder / shard)
-        )
-    ]
-    if place is not None and (wrong := set(place.items()) ^ {(tensor.name, tensor.file.name) for tensor in tensors}):
-        name, shard = sorted(wrong)[0]
-        raise UnusableModel(f"{folder}: its index and its shards disagree about {name} in {shard}, download it again")
-    odd = [tensor for tensor in tensors if tensor.kind not in FLOATS]
-    if odd:
-        raise UnusableModel(
-            f"{folder}: {odd[0].name} is {odd[0].kind}, not a float: give the folder of its 16-bit weights"
-        )
-    return tensors
 
 
 def check_fits_base(adapter: Adapter, tensors: list[Stored], base: str | Path) -> None:
@@ -402,7 +243,7 @@ def disk_needed_bytes(plan: dict[str, list[Stored]], finished: set[str], free_ba
 def check_disk(output: Path, plan: dict[str, list[Stored]], finished: set[str], free_base: bool) -> None:
     """Raises ValueError with what is needed and what is free."""
     needed = disk_needed_bytes(plan, finished, free_base)
-    free = shutil.disk_usage(nearest_folder(output)).free
+    free = shutil.disk_usage(existing(output)).free
     if needed + DISK_MARGIN_BYTES > free:
         less = disk_needed_bytes(plan, finished, free_base=True) + DISK_MARGIN_BYTES
         remedy = "" if free_base else f"; free_base=True needs {less / GIB:.2f}"
@@ -410,11 +251,6 @@ def check_disk(output: Path, plan: dict[str, list[Stored]], finished: set[str], 
             f"merging needs {(needed + DISK_MARGIN_BYTES) / GIB:.2f} GiB of disk at {output}, "
             f"{free / GIB:.2f} are free{remedy}"
         )
-
-
-def nearest_folder(path: Path) -> Path:
-    """The first folder above a path that exists."""
-    return next(folder for folder in (path, *path.resolve().parents) if folder.is_dir())
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -511,46 +347,6 @@ def through_nf4(weight: "torch.Tensor", double_quant: bool) -> "torch.Tensor":
     )
 
 
-class SafetensorsWriter:
-    """Writes fp16 tensors one after another: safetensors' own writer wants them all in memory at once.
-
-    The format: 8 bytes of header length, the header as JSON, the tensors (https://github.com/huggingface/safetensors).
-    The file appears under its name when it is whole and on disk; `sha256` is its checksum then.
-    """
-
-    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.path, self.sha256, self.digest = path, "", hashlib.sha256()
-        header: dict = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, shape in shapes.items():
-            start, end = end, end + 2 * math.prod(shape)
-            header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self.stream = path.with_name(path.name + ".tmp").open("wb")
-        self.write(struct.pack("<Q", len(text)) + text)
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append bytes to file and checksum."""
-        self.stream.write(data)
-        self.digest.update(data)
-
-    def add(self, tensor: "torch.Tensor") -> None:
-        """Append the next tensor of the header: fp16, contiguous, on the CPU."""
-        self.write(tensor.numpy().reshape(-1).data.cast("B"))
-
-    def __enter__(self) -> "SafetensorsWriter":
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        with self.stream as stream:
-            stream.flush()
-            os.fsync(stream.fileno())
-        if kind is None:
-            Path(self.stream.name).replace(self.path)
-            self.sha256 = self.digest.hexdigest()
-
-
 def write_rest(work: Path, base: Path, adapter: Path, plan: dict[str, list[Stored]]) -> None:
     """Index, tokenizer (the adapter's own where training saved one), config and generation config that agree with it.
 
@@ -575,22 +371,6 @@ def write_rest(work: Path, base: Path, adapter: Path, plan: dict[str, list[Store
         generation["eos_token_id"] = stops if len(stops) > 1 else stops[0]
     write_text(work / "config.json", json.dumps(for_all_readers(settings), indent=2) + "\n")
     write_text(work / "generation_config.json", json.dumps(generation, indent=2) + "\n")
-
-
-def for_all_readers(settings: dict) -> dict:
-    """config.json of an fp16 model that transformers 4 reads as transformers 5 does, and so AutoGPTQ and vLLM.
-
-    transformers 5 keeps the base of the rotary embedding inside rope_parameters; version 4 looks for rope_theta, finds
-    none and silently computes with 10,000.
-
-    >>> for_all_readers({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}})["rope_theta"]
-    1000000.0
-    """
-    rope = settings.get("rope_parameters") or {}
-    older = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-    if rope.get("rope_type", "default") != "default":
-        older["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
-    return older | settings | {"dtype": "float16", "torch_dtype": "float16"}
 
 
 def check_written(work: Path, plan: dict[str, list[Stored]]) -> None:

@@ -17,9 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, MistralConfig, MistralForCausalLM
 
 import helpers.merge
+import helpers.models.adapters
+import helpers.models.stored
 from helpers.config import MergeConfig, RunConfig, load_yaml, save_yaml
-from helpers.merge import PARTS, PREFIX, SafetensorsWriter, Stored, disk_needed_bytes, merge, plan_shards
+from helpers.merge import disk_needed_bytes, merge, plan_shards
 from helpers.models import TINY
+from helpers.models.adapters import PARTS, PREFIX
+from helpers.models.stored import SafetensorsWriter, Stored, stored_tensors
 from helpers.workspace import exclusive, require
 
 SMALL_SHARDS = MergeConfig(shard_gib=0.001, merge_base="original")
@@ -94,7 +98,8 @@ def edited(folder: Path, **values) -> Path:
 
 
 def test_examples_in_docstrings():
-    assert doctest.testmod(helpers.merge).failed == 0
+    for module in (helpers.merge, helpers.models.adapters, helpers.models.stored):
+        assert doctest.testmod(module).failed == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -390,7 +395,7 @@ def test_what_an_interrupted_merge_left_is_trusted_only_when_whole(base, adapter
         for name, data in left.items():
             (work / name).write_bytes(data)
         (work / f"{shards[1]}.tmp").write_bytes(b"half a shard")
-        identity = helpers.merge.fingerprint(helpers.merge.stored_tensors(base), adapters["plain"], config, {})
+        identity = helpers.merge.fingerprint(stored_tensors(base), adapters["plain"], config, {})
         finished = {name: hashlib.sha256(data).hexdigest() for name, data in good.items()}
         state = {"identity": identity, "tensors": [], "finished": finished}
         helpers.merge.progress_file(output).parent.mkdir()

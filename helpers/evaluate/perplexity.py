@@ -280,7 +280,7 @@ def window_losses(model: Any, batch: list[Window]) -> list[float]:
 
 def logits_of(model: Any, inputs: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
     """(values of each token, what makes logits of some of them): hidden states and the head as its family has it."""
-    from helpers.finetune.engine.losses import finished
+    from helpers.models.logits import finished
 
     try:
         how = families.of(model.config.to_dict()).logits

@@ -12,7 +12,7 @@ from gguf import MODEL_ARCH, GGUFType, GGUFWriter, Keys, get_tensor_name_map
 from safetensors import safe_open
 
 from helpers.export.gguf_file import settings_of, turned
-from helpers.merge import ADAPTER_WEIGHTS, PREFIX, read_adapter
+from helpers.models.adapters import ADAPTER_WEIGHTS, PREFIX, read_adapter
 
 
 def write(adapter: Path, base: Path, output: Path) -> int:

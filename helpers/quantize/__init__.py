@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING
 
 from helpers.config import QuantizeConfig, RunConfig, load_yaml, save_yaml
 from helpers.inference import kind, read_config
-from helpers.merge import for_all_readers, nearest_folder, stored_tensors
 from helpers.models import ROOT, ModelShape, shape
 from helpers.models.gptq_kernels import Say, gptq_kernel, tools_path
 from helpers.models.gpu import free_memory, seeing
+from helpers.models.stored import for_all_readers, stored_tensors
 from helpers.models.templates import Template, hand_on, load_tokenizer
 from helpers.sources.formats import BadRow, recognise, to_messages
 from helpers.sources.readers import kind_of, read
-from helpers.workspace import beside, building, exclusive, refuse_output, write_manifest, write_text
+from helpers.workspace import beside, building, exclusive, existing, refuse_output, write_manifest, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -229,7 +229,7 @@ def quantized_bytes(sizes: ModelShape, config: QuantizeConfig) -> int:
 
 def check_disk(output: Path, result_bytes: int) -> None:
     """The result, and as much again for layers that GPTQModel parks on disk. Raises ValueError with both numbers."""
-    needed, free = 2 * result_bytes + GIB // 16, shutil.disk_usage(nearest_folder(output)).free
+    needed, free = 2 * result_bytes + GIB // 16, shutil.disk_usage(existing(output)).free
     if needed > free:
         raise ValueError(
             f"quantizing needs {needed / GIB:.2f} GiB of disk at {output}, {free / GIB:.2f} are free: "

@@ -269,7 +269,7 @@ def make(job: dict) -> dict:
     from safetensors.torch import save_file
     from transformers import MistralConfig
 
-    from helpers.merge import SafetensorsWriter
+    from helpers.models.stored import SafetensorsWriter
 
     sizes, folder = shape(job["name"]), Path(job["folder"])
     torch.manual_seed(0)

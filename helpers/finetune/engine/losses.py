@@ -20,6 +20,7 @@ from helpers.budget.activations import LOGITS_AT_ONCE, LOSS_WORDS
 from helpers.finetune.batches import IGNORE
 from helpers.models import families
 from helpers.models.families import PLAIN, Logits
+from helpers.models.logits import finished
 
 CHECKED_TOKENS = 256
 """Tokens of the batch that `check` compares: their logits take 32 MiB in fp32 for 32,768 words."""
@@ -78,13 +79,6 @@ def products(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     if head.dtype == rows.dtype:
         return (rows @ head.T).float()
     return torch.cat([(rows @ part.T).float() for _, part in parts(head, rows.dtype)], dim=1)
-
-
-def finished(logits: torch.Tensor, how: Logits) -> torch.Tensor:
-    """What the model makes of its head's result: scaled, then capped by a tanh."""
-    if how.scale != 1:
-        logits = logits * how.scale
-    return logits if how.cap is None else how.cap * torch.tanh(logits / how.cap)
 
 
 def label_loss(
