@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.evaluate.pages import TEMPLATES
+from helpers.models.methods import METHODS
 from helpers.show import plots
 from helpers.workspace import MANIFEST, checksum, read_manifest, text_checksum, write_text
 
@@ -372,12 +373,8 @@ HOW_MADE = {
         "tags": ["qlora", "merged"],
         "words": "The base with a QLoRA adapter of rank {rank} (alpha {alpha}, {targets}) merged into its weights.",
     },
-    "gptq": {
-        "relation": "quantized",
-        "library": "transformers",
-        "tags": ["gptq", "qlora"],
-        "words": "A QLoRA fine-tuned model, quantized with GPTQ to {bits} bits, groups of {group_size}; "
-        "`AutoModelForCausalLM.from_pretrained` loads it with optimum and gptqmodel installed.",
-    },
     "model": {"relation": None, "library": "transformers", "tags": [], "words": "The base model, as it came."},
+} | {
+    name: {"relation": "quantized", "library": "transformers", "tags": [name, "qlora"], "words": method.card}
+    for name, method in METHODS.items()
 }

@@ -24,14 +24,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import (
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -48,7 +47,9 @@ from helpers.finetune import batches
 from helpers.finetune.engine import layers as decoder
 from helpers.finetune.engine import losses
 from helpers.finetune.engine.optimizers import FlatOptimizer
-from helpers.models import attention, families, gpu, shape
+from helpers.models import attention, families, gpu, loading, shape
+from helpers.models.loading import Precision as Precision
+from helpers.models.loading import precision
 from helpers.models.templates import load_tokenizer, save_tokenizer, tokenizer_identity
 from helpers.workspace import checkpoints, files
 from helpers.workspace.versions import forget_old_torchao
@@ -59,27 +60,6 @@ CHATTY = ("transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets
 
 class NotTrained(ValueError):
     """Training ran and made nothing of use; the message says why and what to change."""
-
-
-class Precision(NamedTuple):
-    """What the frozen weights are computed in, and why."""
-
-    dtype: torch.dtype
-    reason: str
-
-
-def precision(capability: tuple[int, int] | None = None) -> Precision:
-    """fp16 below compute capability 8, bf16 from there on, fp32 without a GPU; of this machine unless said.
-
-    >>> precision((7, 5)).dtype, precision((8, 0)).dtype
-    (torch.float16, torch.bfloat16)
-    """
-    if capability is None and not torch.cuda.is_available():
-        return Precision(torch.float32, "fp32: there is no GPU, and a CPU computes 16 bits slower than 32")
-    major, minor = capability or torch.cuda.get_device_capability()
-    if major < 8:  # torch.cuda.is_bf16_supported() says True here: it counts emulation
-        return Precision(torch.float16, f"fp16: compute capability {major}.{minor} has no bf16 hardware")
-    return Precision(torch.bfloat16, f"bf16: compute capability {major}.{minor} has it, and it needs no loss scaling")
 
 
 @gpu.gives_back
@@ -168,24 +148,13 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     families.refuse(sizes.family, sizes.name, config.adapter.target_modules)
     refuse_without_gpu(config)
     dtype = precision().dtype
-    quantization = {
-        "nf4": lambda: BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=config.model.double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        ),
-        "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
-        "fp16": lambda: None,
-    }[config.model.weights]()
-    implementation = {"efficient": attention.register, "eager": lambda: "eager", "math": lambda: "sdpa"}
     model = AutoModelForCausalLM.from_pretrained(
         config.model.model,
         revision=config.model.revision,
-        quantization_config=quantization,
+        quantization_config=loading.base_quantization(config, dtype),
         device_map={"": 0} if torch.cuda.is_available() else "cpu",
         dtype=dtype,
-        attn_implementation=implementation[families.attention(sizes.family, config.model.attention).kernel](),
+        attn_implementation=loading.attention_implementation(sizes.family, config.model.attention),
     )
     model.config.use_cache = False
     model.requires_grad_(False)
