@@ -350,7 +350,8 @@ def run_all(options: argparse.Namespace, config: RunConfig) -> Outcome:
     if config.quantize.calibration not in ("own", "general", "both"):
         from helpers import quantize
 
-        quantize.calibration_sets(config.quantize, [])  # a file that is not there is missed now, not after the training
+        # a file that is not there is missed now, not after the training
+        quantize.calibration.sources(config.quantize, [])
     outcome: Outcome = (DONE, {}, "")
     for stage in ("prepare", "finetune", "merge", "quantize", "evaluate"):
         print(f"== {stage}", file=sys.stderr, flush=True)

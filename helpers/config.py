@@ -165,8 +165,10 @@ class MergeConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class QuantizeConfig:
-    """GPTQ of the merged model (https://arxiv.org/abs/2210.17323)."""
+    """The merged model in few bits; by GPTQ (https://arxiv.org/abs/2210.17323) unless said."""
 
+    quant_method: str = "gptq"
+    """The method, by transformers' name for it: a line of quantize.METHODS."""
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[-1, 32, 64, 128] = 128
     symmetric: bool = True

@@ -350,7 +350,7 @@ def run_gptq(job: dict) -> dict:
     """helpers.quantize's own task on random tokens, with the seconds a layer takes when it runs steadily."""
     import torch
 
-    from helpers.quantize import gptq_task
+    from helpers.quantize import gptq
 
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(300, job["vocab"], (SAMPLES, TOKENS), generator=generator).tolist()
@@ -367,7 +367,7 @@ def run_gptq(job: dict) -> dict:
     from dataclasses import asdict
 
     settings = QuantizeConfig(calibration_samples=SAMPLES, calibration_tokens=TOKENS)
-    gptq_task(
+    gptq.make(
         job | {"config": asdict(settings), "rows": rows},
         report,
         variant["batch_tokens"],
@@ -396,7 +396,7 @@ def run_open(job: dict) -> dict:
 
     from helpers.inference import read_config
     from helpers.models.gptq_kernels import gptq_kernel
-    from helpers.quantize import perplexity
+    from helpers.quantize.check import perplexity
 
     rows, start = random_rows(4, job["vocab"]), time.monotonic()
     settings = read_config(job["output"])["quantization_config"]
@@ -426,7 +426,7 @@ def random_rows(count: int, vocab: int) -> list[list[int]]:
 
 def run_check(job: dict) -> dict:
     """Open the merged model in less VRAM than it needs; perplexity on random tokens, beside the quantized one's."""
-    from helpers.quantize import open_model, perplexity
+    from helpers.quantize.check import open_model, perplexity
 
     start = time.monotonic()
     model = open_model(Path(job["model"]), Path(job["output"]) / "offload", gpu_gib=VRAM_GIB)

@@ -161,7 +161,7 @@ def test_two_visible_cards_and_one_of_them_trains(small, prepared, tmp_path, mon
 
 
 def test_gptq_runs_in_a_process_that_sees_one_card(tmp_path, monkeypatch):
-    from helpers import quantize
+    from helpers.quantize import process
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
     started = []
@@ -171,8 +171,8 @@ def test_gptq_runs_in_a_process_that_sees_one_card(tmp_path, monkeypatch):
         return subprocess_popen([sys.executable, "-c", "print('{}')"], **settings)
 
     subprocess_popen = subprocess.Popen
-    monkeypatch.setattr(quantize.subprocess, "Popen", popen)
-    assert list(quantize.worker({"output": str(tmp_path)}, tmp_path / "log")) == [json.loads("{}")]
+    monkeypatch.setattr(process.subprocess, "Popen", popen)
+    assert list(process.worker({"output": str(tmp_path)}, tmp_path / "log")) == [json.loads("{}")]
     assert started[0]["CUDA_VISIBLE_DEVICES"] == "1"
 
 
