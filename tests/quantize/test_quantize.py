@@ -477,7 +477,7 @@ def test_a_parent_that_is_killed_takes_the_process_that_quantizes_along(tmp_path
         "import ctypes, os, sys\n"
         "if sys.orig_argv[1:3] == ['-m', 'helpers.quantize']:\n"
         "    from helpers.quantize import gptq\n"
-        "    gptq.make = lambda job, report: (report({'said': 'busy'}), ctypes.PyDLL(None).sleep(600))\n"
+        "    gptq.make = lambda job, report: (report({'said': 'busy'}), ctypes.PyDLL(None).sleep(90))\n"
     )
     parent = (
         "import sys; from pathlib import Path; from helpers.quantize import process\n"
