@@ -84,11 +84,8 @@ class DataConfig:
     """A file, a folder, a zip, or a hub dataset (owner/name, owner/name:configuration)."""
     source_split: str = "train_sft"
     """Of a hub dataset, and of a folder whose files are named after splits; train where there is none of this name."""
-    source_format: Literal[
-        "auto", "messages", "sharegpt", "alternating", "alpaca", "prompt-completion", "flattened-text", "plain-text",
-        "preference", "export",
-    ] = "auto"  # fmt: skip
-    """How rows are read; auto: recognised by their fields."""
+    source_format: str = "auto"
+    """How rows are read: a name of sources/formats.py's FORMATS; auto: recognised by their fields."""
     columns: str = ""
     """Whose field is which: `user=Question,assistant=Answer,system=…`; also context, history, messages, text."""
     use: Literal["auto", "chosen", "pairs"] = "auto"

@@ -43,7 +43,6 @@ NARROW = (
     "gpu_ms_per_token",
 )  # fmt: skip
 """Of a table of text; how models were opened is its last column."""
-TESTED = ("perplexity", "exact_match", "f1", "rouge_l", "bleu", "chrf", "ended_share")
 SIDE_BY_SIDE_ROWS = 24
 PREDICTED = {  # predicted figure -> measured figure, what it is called
     "predicted_allocated_gib": ("peak_allocated_gib", "VRAM allocated, GiB"),
@@ -152,7 +151,7 @@ def comparisons(report: Report) -> list[dict[str, str]]:
     rows, names = [], list(evaluated(report))
     for other, name in pairwise(names):
         found = report[name].get("against", {}).get(other, {})
-        for metric in TESTED:
+        for metric in COLUMNS:
             if metric in found:
                 one = found[metric]
                 rows.append(

@@ -177,7 +177,10 @@ def run_models(run: Workspace, config: RunConfig) -> dict[str, str | Path]:
     """The run's models by name, those that are there; says what is not and which notebook makes it."""
     fetch(run.folder("quantize"))
     models: dict[str, str | Path] = {"base": config.model.model}
-    for name, stage in (("finetuned", "finetune"), ("merged", "merge"), ("gptq", "quantize")):
+    quantized = run.folder("quantize")
+    made = (read_manifest(quantized)["config"] if (quantized / MANIFEST).is_file() else None) or {}
+    method = made.get("quantize", {}).get("quant_method", "gptq")  # earlier manifests name none: there was one
+    for name, stage in (("finetuned", "finetune"), ("merged", "merge"), (method, "quantize")):
         folder = run.folder(stage)
         if (folder / MANIFEST).is_file():
             models[name] = folder / "adapter" if stage == "finetune" else folder
