@@ -14,7 +14,7 @@ from typing import Any
 from helpers.evaluate.pages import TEMPLATES
 from helpers.models.methods import METHODS
 from helpers.show import plots
-from helpers.workspace import MANIFEST, checksum, read_manifest, text_checksum, write_text
+from helpers.workspace import MANIFEST, checksum, read_manifest, seal, write_text
 
 MIB = 2**20
 Report = Mapping[str, Mapping[str, Any]]
@@ -355,7 +355,7 @@ def put_card(card: str, folder: Path) -> Path | None:
     known = manifest["outputs"].get(str(path.relative_to(stage)))
     if known is not None:  # PEFT wrote a card of its own, which is now replaced
         known |= {"size_bytes": path.stat().st_size, "sha256": checksum(path)}
-        write_text(stage / MANIFEST, json.dumps(manifest | {"sha256": text_checksum(manifest)}, indent=1))
+        seal(stage / MANIFEST, manifest)
     return path
 
 
