@@ -50,7 +50,7 @@ def lines(tmp_path_factory) -> dict[str, list[dict]]:
 
 @pytest.mark.parametrize("capability", map(int, CAPABILITIES))
 def test_every_kernel_compiles_for_a_card_that_is_not_there(capability, lines):
-    source = (ROOT / "helpers" / "kernels.py").read_text(encoding="utf-8")
+    source = (ROOT / "helpers" / "finetune" / "engine" / "kernels.py").read_text(encoding="utf-8")
     rows = [row for row in lines["compile"] if row["capability"] == capability]
     assert {row["kernel"] for row in rows} == set(re.findall(r"@triton.jit\n    def (\w+)", source))
     assert {row["dtype"] for row in rows} == ({"fp16"} if capability < 80 else {"fp16", "bf16"})
