@@ -1,0 +1,111 @@
+"""What trains: the frozen base in few bits, and LoRA's matrices on it."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from helpers.config import RunConfig
+from helpers.models import families, loading, shape
+from helpers.models.loading import precision
+from helpers.models.templates import load_tokenizer
+from helpers.workspace.versions import forget_old_torchao
+
+
+def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen base in the configured weights, and its tokenizer. Nothing is upcast to fp32 unless config asks.
+
+    Raises ValueError, before anything is downloaded, for a model or targets that cannot be trained.
+    """
+    sizes = shape(config.model.model, config.model.revision)
+    families.refuse(sizes.family, sizes.name, config.adapter.target_modules)
+    refuse_without_gpu(config)
+    dtype = precision().dtype
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model.model,
+        revision=config.model.revision,
+        quantization_config=loading.base_quantization(config, dtype),
+        device_map={"": 0} if torch.cuda.is_available() else "cpu",
+        dtype=dtype,
+        attn_implementation=loading.attention_implementation(sizes.family, config.model.attention),
+    )
+    model.config.use_cache = False
+    # PEFT's prepare_model_for_kbit_training freezes too, but makes embeddings and head fp32 as well: 0.5 GiB more at
+    # 32,768 words of 4,096. Here that is an option (upcast).
+    model.requires_grad_(False)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # answering once would repack the weights: no gradients after
+    if config.model.upcast:
+        for name, parameter in model.named_parameters():
+            matrix = ".layers." in name and parameter.dim() > 1  # left in 16 bits where they are not quantized either
+            if parameter.dtype in (torch.float16, torch.bfloat16) and not matrix:
+                parameter.data = parameter.data.float()
+    return model, load_tokenizer(config.model.model, config.model.revision)
+
+
+def refuse_without_gpu(config: RunConfig) -> None:
+    """Raise ValueError where a CPU would train for weeks."""
+    billions = shape(config.model.model, config.model.revision).parameters / 1e9
+    if billions > 1 and not torch.cuda.is_available():
+        raise ValueError(
+            f"{config.model.model} has {billions:.1f}e9 parameters and this machine has no GPU that PyTorch sees: "
+            "choose a GPU (in Colab: Runtime > Change runtime type > T4), or the profile tiny, made for a CPU"
+        )
+
+
+def attach_adapter(model: PreTrainedModel, config: RunConfig) -> PeftModel:
+    """LoRA on the target modules, trainable weights in fp32, the same start for the same seed."""
+    check_targets(model, config)
+    set_seed(config.seed)  # A is drawn, B is zero: the first forward pass is the base's
+    lora = LoraConfig(
+        r=config.adapter.rank,
+        lora_alpha=config.adapter.alpha,
+        lora_dropout=config.adapter.dropout,
+        target_modules=list(config.adapter.target_modules),
+        use_rslora=config.adapter.rslora,
+        use_dora=config.adapter.dora,
+        bias="none",
+        task_type="CAUSAL_LM",
+        revision=config.model.revision,
+    )
+    forget_old_torchao()
+    model = get_peft_model(model, lora)
+    trainable_to_fp32(model)
+    return model
+
+
+def check_targets(model: PreTrainedModel, config: RunConfig) -> None:
+    """Raise ValueError for a target that the model lacks, or a rank larger than the smallest target."""
+    family = families.of(model.config.to_dict())
+    families.refuse(family, config.model.model, config.adapter.target_modules)
+    linears: dict[str, int] = {}  # name -> its smaller side, above which a rank is no longer a low one
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+            leaf = name.rsplit(".", 1)[-1]
+            linears[leaf] = min(linears.get(leaf, math.inf), module.in_features, module.out_features)
+    for target in config.adapter.target_modules:
+        if config.adapter.rank > linears[target]:
+            raise ValueError(
+                f"rank={config.adapter.rank} is larger than {target}, whose smaller side is {linears[target]}: "
+                f"choose a rank of at most {linears[target]}"
+            )
+
+
+def trainable_to_fp32(model: torch.nn.Module) -> None:
+    """Adapters in fp32: trl casts them to bf16 where a base has 4 bits, and fp16's loss scaling cannot unscale that."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def adapters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Trainable parameters by name."""
+    return ((name, value) for name, value in model.named_parameters() if value.requires_grad)
