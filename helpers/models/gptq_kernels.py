@@ -85,6 +85,7 @@ def gptq_kernel(
     from transformers import GPTQConfig
 
     reasons = {}
+    # Each is asked whether it knows these bits and groups, and whether it can be had here, which may mean a build.
     for kernel in kernels[:-1]:
         if not (reason := why_not(kernel, settings, dtype, device, say)):
             break
@@ -122,6 +123,7 @@ def why_not(kernel: str, settings: dict, dtype: Any, device: str, say: Say = pri
         "sym": settings.get("sym", True),
     }
     try:
+        # The import prints a banner and probes the machine; it is not made before a GPTQ model is opened
         with quiet():
             from gptqmodel.nn_modules.qlinear.exllamav2 import ExllamaV2Linear
             from gptqmodel.utils.importer import hf_select_quant_linear_v2
@@ -185,6 +187,7 @@ def make_ready(
         return ""
     if extension.requires_cuda and (device == "cpu" or not torch.cuda.is_available()):
         return "it needs a GPU"
+    # Three places, the nearest first: this machine's cache, the lasting folder, a compiler.
     library = extension.build_root() / f"{extension.name}.so"
     kept = lasting_folder(name, library.parent.name, store)
     if is_whole(library) and not open_library(library):
@@ -204,7 +207,7 @@ def make_ready(
     trouble = build(name, library, limit_s)
     if not trouble:
         trouble = open_library(library)
-    if trouble:
+    if trouble:  # written down, so that the next model does not wait five minutes for the same answer
         library.parent.mkdir(parents=True, exist_ok=True)
         write_text(failed, trouble + "\n")
         return trouble
@@ -312,6 +315,7 @@ def build(name: str, library: Path, limit_s: float) -> str:
     The process loads what lies there already, or what it built. A library that was cut short by an earlier end ends it
     too, by a signal, and is then built anew.
     """
+    # In another process: a library that was cut short kills whoever loads it (SIGBUS), and that must not be a notebook.
     status, complaint = run_builder(name, limit_s)
     if status < 0 and library.is_file() and not complaint:
         library.unlink()
