@@ -42,7 +42,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from helpers import budget, hardware, workspace
-from helpers.budget import activations, planning
+from helpers.budget import planning
+from helpers.budget.step import host_room
 from helpers.config import RunConfig
 from helpers.finetune import batches
 from helpers.finetune.engine import layers as decoder
@@ -465,7 +466,7 @@ def choose_layers(model: PeftModel, config: RunConfig) -> tuple[bool, str]:
         decoder.check(base)
         checked = "attention" if config.train.keep_attention else "input"
         keeps = [checked] * count + ["everything"] * (len(layers) - count)
-        decoder.install(base, keeps, activations.host_room(config) if config.train.offload_activations else 0)
+        decoder.install(base, keeps, host_room(config) if config.train.offload_activations else 0)
         return True, f"{count} of {len(layers)} layers recompute, through helpers.finetune.engine.layers"
     if count:
         base.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""The budget: components sum to the peak's moment, memory grows with what it should, a plan fits, words help."""
+"""The budget: components sum to the peak, memory grows with what it should, a plan fits, words help."""
 
 import itertools
 import json
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from helpers import budget, cli, hardware, models
 from helpers.budget import activations, host, hours, placement, planning, vram
+from helpers.budget.step import Step
 from helpers.config import RunConfig
 from helpers.hardware import GPUS, Host, Machine
 from helpers.models import ROOT
@@ -59,7 +60,7 @@ configurations = st.fixed_dictionaries(
 
 @settings(max_examples=40, deadline=None)
 @given(configurations, st.sampled_from(budget.STAGES))
-def test_components_sum_to_the_peaks_moment_and_nothing_is_negative(values, stage):
+def test_components_sum_to_the_peak_and_nothing_is_negative(values, stage):
     found = budget.budget(seven(**values), SEVEN, T4, stage)
     assert sum(found.vram.parts.values()) == pytest.approx(found.vram.process_gib)
     assert found.vram.allocated_gib <= found.vram.reserved_gib <= found.vram.process_gib
@@ -82,19 +83,19 @@ def test_memory_grows_with_rank_context_and_batch(values, name, more):
 @settings(max_examples=30, deadline=None)
 @given(configurations)
 def test_memory_falls_as_layers_are_checkpointed(values):
-    """But for what rebuilding one layer adds: its input, and holes in what the allocator reserves.
+    """But for what recomputing one layer adds: its input, and holes in what the allocator reserves.
 
     With a few tokens and a large rank the optimizer step is the peak, which no checkpointing lowers.
     """
     config = seven(**values)
-    one_input = activations.tokens_of(config) * SEVEN.hidden * 4 / 2**30
+    one_input = Step.of(config, SEVEN).tokens * SEVEN.hidden * 4 / 2**30
     found = [
         budget.vram_of(planning.with_train(config, checkpointing=count), SEVEN, T4, "train")
         for count in (0, 8, 16, 24, 32)
     ]
-    checked = planning.with_train(config, checkpointing=32)
-    work, again = activations.forward_work(SEVEN, checked, checked=True), activations.rebuilt(SEVEN, checked)
-    holes = (0.16 * work + 0.165 * again) / 2**30
+    step = Step.of(planning.with_train(config, checkpointing=32), SEVEN)
+    buffers, again = activations.forward_buffers(step, checkpointed=True), activations.recomputed(step)
+    holes = (0.16 * buffers + 0.165 * again) / 2**30
     for more, fewer in itertools.pairwise(found):
         # the last layer may cost its input more than it saves, where everything is at its smallest
         assert more.allocated_gib >= fewer.allocated_gib - max(one_input, 0.02)
@@ -127,7 +128,7 @@ def test_on_a_t4_nothing_is_recomputed_when_everything_fits_and_as_little_as_pos
     tight = budget.plan(seven(seq_len=8192), SEVEN, T4).config
     assert 0 < tight.train.checkpointing < 32
     one_less = planning.with_train(tight, checkpointing=tight.train.checkpointing - 1)
-    assert process_gib(one_less) > planning.usable_gib(tight, SEVEN, T4)
+    assert process_gib(one_less) > planning.usable_gib(T4, "own")
 
 
 def test_the_plan_is_the_fastest_of_all_ways_that_fit():
@@ -136,8 +137,9 @@ def test_the_plan_is_the_fastest_of_all_ways_that_fit():
     for batch in (1, 2, 4, 8, 16):
         for count in range(33):
             other = planning.with_train(config, batch_size=batch, accumulation=16 // batch, checkpointing=count)
-            if process_gib(other) <= planning.usable_gib(config, SEVEN, T4):
-                assert hours.step_s(chosen, SEVEN, T4) <= hours.step_s(other, SEVEN, T4) + 1e-3
+            if process_gib(other) <= planning.usable_gib(T4, "own"):
+                fastest, other_s = (hours.step_s(Step.of(way, SEVEN), T4) for way in (chosen, other))
+                assert fastest <= other_s + 1e-3
 
 
 def test_settings_that_fit_stay_as_they_are():
@@ -157,9 +159,9 @@ def test_settings_within_a_predictions_error_of_the_limit_do_not_fit_and_the_sen
 
 def test_what_stays_free_is_more_than_any_prediction_was_under():
     """Of rows that nothing was calibrated on and whose allocator grows its segments, as `helpers` sets it."""
-    unseen = [row for rows in tables.sets().values() for row in rows if not row.fitted and row.expandable]
+    unseen = [row for rows in tables.sets().values() for row in rows if not row.calibrated and row.expandable]
     for how, margin in planning.MARGIN.items():
-        chosen = [row for row in unseen if (activations.way(row.shape, row.config) == "own") == (how == "own")]
+        chosen = [row for row in unseen if (row.step.backend == "own") == (how == "own")]
         errors = tables.compare(chosen, tables.process_gib, "process_gib").percent
         errors += tables.compare(chosen, tables.reserved_gib, "reserved_gib").percent
         assert len(errors) >= 30 and min(errors) >= -100 * margin, how
@@ -276,25 +278,25 @@ def test_every_known_model_has_a_budget_on_a_large_card(name):
 
 def test_mixtrals_experts_stay_in_16_bits_until_gptq_takes_them_one_by_one():
     mixtral = models.shape("mixtral-8x7b")
-    parts = vram.weights(mixtral, seven())
+    parts = vram.weights(seven(), mixtral)
     assert parts["experts in 16 bits"] == 2 * 32 * 8 * 3 * 4096 * 14336  # as transformers 5 loads them under NF4
     assert 84 < sum(parts.values()) / 2**30 < 86
-    assert host.quantized_bytes(seven(bits=2), mixtral) / 2**30 == pytest.approx(12.1, abs=0.2)
+    assert host.quantized_bytes(seven(bits=2).quantize, mixtral) / 2**30 == pytest.approx(12.1, abs=0.2)
     assert not budget.budget(seven(targets="attention"), mixtral, T4).fits
     with pytest.raises(ValueError, match=r"targets must be among .* one tensor holds all 8 experts"):
         budget.budget(seven(), mixtral, T4)
 
 
 def test_quantized_size_is_the_measured_one():
-    assert host.quantized_bytes(seven(), SEVEN) / 2**30 == pytest.approx(3.88, abs=0.02)
+    assert host.quantized_bytes(seven().quantize, SEVEN) / 2**30 == pytest.approx(3.88, abs=0.02)
 
 
-def test_own_layers_keep_what_their_docstring_says():
-    kept = sum(activations.kept_by_layer(SEVEN, seven()).values())
-    assert kept == 94_336
-    tokens = activations.tokens_of(seven())
-    assert activations.kept_when_checked(SEVEN, seven()) / tokens == 16_512
-    assert activations.kept_when_checked(SEVEN, seven(keep_attention=False)) / tokens == 8_192
+def test_own_layers_save_what_their_docstring_says():
+    step = Step.of(seven(), SEVEN)
+    assert sum(activations.saved_by_layer(step).values()) == 94_336
+    assert activations.saved_when_checkpointed(step) / step.tokens == 16_512
+    without = Step.of(seven(keep_attention=False), SEVEN)
+    assert activations.saved_when_checkpointed(without) / without.tokens == 8_192
 
 
 @pytest.mark.parametrize(
@@ -302,10 +304,10 @@ def test_own_layers_keep_what_their_docstring_says():
     [({}, "own"), ({"dropout": 0.1}, "plain"), ({"upcast": True}, "plain"), ({"kernels": "liger"}, "liger")],
 )
 def test_layers_that_ours_cannot_compute_are_budgeted_as_transformers(values, how):
-    assert activations.way(SEVEN, seven(**values)) == how
+    assert Step.of(seven(**values), SEVEN).backend == how
 
 
-def test_predictions_hold_on_rows_that_they_were_not_fitted_to():
+def test_predictions_hold_on_rows_that_they_were_not_calibrated_on():
     """The bounds that the project promises, on every measured row; tables.py prints the errors."""
     for name, rows in tables.sets().items():
         verdicts = tables.verdicts(rows)
@@ -314,7 +316,7 @@ def test_predictions_hold_on_rows_that_they_were_not_fitted_to():
         if allocated:
             assert sum(map(abs, allocated)) / len(allocated) < 2 and min(allocated) > -3, name
         if "H200" in name:
-            others = [row for row in rows if not row.fitted]
+            others = [row for row in rows if not row.calibrated]
             process = tables.compare(others, tables.process_gib, "process_gib").percent
             process = process or tables.compare(others, tables.reserved_gib, "reserved_gib").percent
             assert sum(map(abs, process)) / len(process) < 4 and min(process) > -5, name
@@ -353,21 +355,15 @@ def test_evaluation_needs_what_it_was_measured_to_need():
     """Both models were read in batches of 8, of the merged one 4 of 32 layers waited in host memory."""
     measured = json.loads((tables.HERE / "h200_evaluate_new.json").read_text())
     h200 = hardware.machine("h200")
-    ways = {
+    places = {
         "merged": placement.Placement("model", "fp16", 8, 4, "host memory"),
         "finetuned": placement.Placement("adapter", "nf4", 8),
     }
-    for name, way in ways.items():
-        moments = placement.vram_moments(way, seven(), SEVEN, h200.gpu.capability)
-        allocated = max(sum(parts.values()) for parts in moments.values()) / 2**30
-        ram = sum(host.ram(seven(), SEVEN, h200, "inference", moments, placement.host_gib(way, SEVEN)).values())
-        assert allocated == pytest.approx(measured[name]["peak_allocated_gib"], rel=0.01), name
-        assert (
-            -0.03
-            < allocated + placement.beyond_gib(way, seven(), SEVEN, allocated) - measured[name]["peak_reserved_gib"]
-            < 0.3
-        )
-        assert 1 < ram / measured[name]["peak_anonymous_gib"] < 1.2, name
+    for name, place in places.items():
+        needs = placement.needs(place, seven(), SEVEN, h200, counts=(200, 32))
+        assert needs["allocated_gib"] == pytest.approx(measured[name]["peak_allocated_gib"], rel=0.01), name
+        assert -0.03 < needs["reserved_gib"] - measured[name]["peak_reserved_gib"] < 0.3
+        assert 1 < needs["anonymous_gib"] / measured[name]["peak_anonymous_gib"] < 1.2, name
 
 
 def test_a_step_on_a_t4_is_within_15_percent_of_published_ones_for_a_7b_and_35_for_all():

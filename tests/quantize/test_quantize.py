@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 import helpers.quantize
+from helpers.budget import host
 from helpers.cli import configuration, main, parser
 from helpers.config import QuantizeConfig
 from helpers.inference import read_config
@@ -98,9 +99,7 @@ def test_result_is_checked_measured_and_whole(gptq_model):
     assert set(measured["layer_errors"]) == {"0", "1", "2", "3"}
     assert len(measured["modules"]) == 28
     assert all(module["error"] > 0 for module in measured["modules"])
-    assert measured["size_bytes"] == pytest.approx(
-        helpers.quantize.quantized_bytes(shape(str(TINY)), GENERAL_SET), rel=0.05
-    )
+    assert measured["size_bytes"] == pytest.approx(host.quantized_bytes(GENERAL_SET, shape(str(TINY))), rel=0.05)
     names = {path.name for path in gptq_model.iterdir()}
     assert {"model.safetensors", "quantize_config.json", "tokenizer.json", "chat_template.jinja", "gptq.log"} <= names
     assert not names & {"logs", "offload"}

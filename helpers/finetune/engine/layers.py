@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from helpers.budget import activations
+from helpers.budget import step as budget_step
 from helpers.budget.activations import MLP_TOKENS
 from helpers.finetune.engine import kernels
 from helpers.models import attention, families
@@ -300,7 +300,7 @@ class Arena:
 
     def __init__(self, room: int, pin: bool):
         """room: bytes at most, whole chunks of it are used. pin: page-locked, which copies to and from a GPU want."""
-        self.size, self.pin = activations.CHUNK_BYTES, pin
+        self.size, self.pin = budget_step.CHUNK_BYTES, pin
         self.room = room // self.size * self.size
         self.chunks: list[torch.Tensor] = []
         self.top = 0
