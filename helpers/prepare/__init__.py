@@ -126,7 +126,11 @@ def conversations(source: str, config: RunConfig, reading: Reading, template: Te
         rejected = check(parsed.rejected, place, found, leaked) if messages and parsed.rejected else None
         if messages is None or (parsed.rejected and rejected is None):
             continue
-        if all(turn.get("weight") == 0 for turn in messages if turn["role"] == "assistant") and len(messages) > 1:
+        if (
+            messages[-1].get("weight") == 0  # the last turn is an answer; most rows weigh none
+            and len(messages) > 1
+            and all(turn.get("weight") == 0 for turn in messages if turn["role"] == "assistant")
+        ):
             found.add("no-answer", place, "every answer has weight 0")
             continue
         text = "\n".join([turn["content"] for turn in messages])

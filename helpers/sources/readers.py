@@ -52,8 +52,6 @@ MAGIC = (
     (b"\xd0\xcf\x11\xe0", "an old Office document"),
     (b"{\\rtf", "a Word document"),
     (b"version https://git-lfs", "a pointer of Git LFS (git lfs pull fetches the data)"),
-    (b"\xff\xfe", "text in UTF-16"),
-    (b"\xfe\xff", "text in UTF-16"),
 )
 WEB_PAGE = re.compile(rb"\s*(<!doctype html|<html)", re.IGNORECASE)
 HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(?::[\w.-]+)?")
@@ -80,6 +78,25 @@ class Guarded(io.RawIOBase):
         refuse_bomb(self.name, self.unpacked_bytes, self.packed_bytes)
         buffer[: len(data)] = data
         return len(data)
+
+
+class FromUtf16(io.RawIOBase):
+    """The UTF-8 of a stream in UTF-16, which is what PowerShell and Excel's "Unicode text" write."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.waiting = stream, b""
+        self.decoder = codecs.getincrementaldecoder("utf-16")("replace")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.waiting and (data := self.stream.read(len(buffer))):
+            # half of a surrogate pair at the end of a part waits in the decoder for its other half
+            self.waiting = self.decoder.decode(data).encode()
+        count = min(len(buffer), len(self.waiting))
+        buffer[:count], self.waiting = self.waiting[:count], self.waiting[count:]
+        return count
 
 
 def refuse_bomb(name: str, unpacked_bytes: int, packed_bytes: int) -> None:
@@ -145,6 +162,10 @@ def read_stream(
         yield from read_zip(buffered, name, split, notes)
     elif head.startswith(b"PAR1") or kind_of(name) == "parquet":
         yield from read_parquet(buffered, name, inside)
+    elif head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        notes.append(f"{name} is in UTF-16 and is read as that")
+        text = io.BufferedReader(FromUtf16(buffered), MIB)
+        yield from read_stream(text, name, size_bytes, split, notes, inside=True)
     elif b"\x00" in head:
         raise ValueError(f"{name} is a binary file, not data: give JSON, JSONL, CSV, Parquet or text in UTF-8")
     else:

@@ -1,5 +1,6 @@
 """What data sets that nobody here wrote did to preparation, one test a trap: what was trained, lost or unsaid."""
 
+import io
 import json
 import zipfile
 
@@ -18,7 +19,7 @@ from helpers.prepare.checks import Findings, actions, check, leaks
 from helpers.prepare.duplicates import groups, jaccard, sketches, windows
 from helpers.prepare.outliers import language_name, languages
 from helpers.sources import columns, encodings
-from helpers.sources.readers import read
+from helpers.sources.readers import FromUtf16, read
 from helpers.workspace import building
 from helpers.workspace.prepared import with_own_questions
 
@@ -190,6 +191,18 @@ def test_an_accent_in_a_header_is_no_traceback(tmp_path):
     (tmp_path / "h.csv").write_bytes("question,answer,Catégorie\nOù est-ce ?,Là-bas.,x\n".encode("cp1252"))
     _, rows = made(tmp_path / "h.csv", tmp_path / "out", on_finding="invalid-utf8=repair")
     assert rows == [("Où est-ce ?", "Là-bas.")]
+
+
+@pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
+def test_what_powershell_and_excel_save_as_unicode_is_read_and_said(order, tmp_path):
+    table = "Question\tAnswer\r\n" + "".join(f"Wo ist {i} 🏠?\tÜber der Straße {i}.\r\n" for i in range(40))
+    path = tmp_path / "table.txt"
+    path.write_bytes(("\ufeff" + table).encode(order))
+    counts, rows = made(path, tmp_path / "out")
+    parts = FromUtf16(io.BytesIO(path.read_bytes()))
+    assert b"".join(iter(lambda: parts.read(7), b"")).decode() == table  # some end inside of letters
+    assert rows[39] == ("Wo ist 39 🏠?", "Über der Straße 39.") and len(rows) == 40
+    assert any("table.txt is in UTF-16" in warning for warning in counts["warnings"])
 
 
 def test_half_width_katakana_are_not_believed():
