@@ -112,8 +112,9 @@ def against_measured(budget: Budget, measured: dict) -> list[dict]:
     ]
 
 
-def to_json(budget: Budget, plan: Plan) -> dict:
+def to_json(settled: Settled) -> dict:
     """What `python -m helpers budget --json` prints."""
+    budget, plan = settled.budget, settled.plan
     return {
         # "moment" is what scripts read it by
         "vram": {"moment" if name == "phase" else name: value for name, value in asdict(budget.vram).items()},

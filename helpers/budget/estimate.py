@@ -88,6 +88,8 @@ class Plan:
     config: RunConfig
     budget: Budget
     reasons: tuple[str, ...]
+    continues: bool = False
+    """Its micro-batches are those of a checkpoint, and training goes on in them whatever else is asked for."""
 
 
 class DoesNotFit(ValueError):
@@ -308,10 +310,11 @@ def plan_in(config: RunConfig, batch_size: int, shape: ModelShape, machine: Mach
     if machine.gpu and need > found.vram.usable_gib:
         said = f"{continued} was made in {split}, which need at least {need:.1f} GiB of VRAM, this {machine.name} has"
         remedy = "continue on a GPU with more, or start anew with resume='never'"
-        return Plan(chosen, replace(found, reasons=(f"{said} {limit:.1f}: {remedy}",)), ())
+        return Plan(chosen, replace(found, reasons=(f"{said} {limit:.1f}: {remedy}",)), (), continues=True)
     layers = f"{checkpointed_layers(chosen, shape)} of {shape.layers} layers are checkpointed"
     memory = f", and {need:.1f} of {limit:.1f} GiB are needed" if machine.gpu else ""
-    return Plan(chosen, found, (f"{continued} was made in {split}, and training goes on in them: {layers}{memory}",))
+    said = f"{continued} was made in {split}, and training goes on in them: {layers}{memory}"
+    return Plan(chosen, found, (said,), continues=True)
 
 
 def settle(
@@ -323,7 +326,7 @@ def settle(
     choose what the reader has set, or a checkpoint's (`plan_in`).
     """
     found = proposed or plan(config, shape, machine)
-    runs = requested(config, found)
+    runs = planning.within_host(requested(config, found), machine)
     same = stage == "train" and runs == found.config
     return Settled(runs, found.budget if same else budget(runs, shape, machine, stage), found)
 
@@ -331,9 +334,13 @@ def settle(
 def requested(config: RunConfig, plan: Plan) -> RunConfig:
     """What runs when this is asked for: as the plan computes it, as long as context and rank stay.
 
-    Where the plan had to cut one of them the request does not fit, even with every layer checkpointed.
+    Where the plan had to cut one of them the request does not fit, even with every layer checkpointed. Checkpointing
+    that is given stays, unless a checkpoint was made in other micro-batches: training goes on in those.
     """
-    if config.train.checkpointing != "auto":
+    asked, proposed = config.train, plan.config.train
+    if plan.continues and (asked.batch_size, asked.accumulation) != (proposed.batch_size, proposed.accumulation):
+        return plan.config
+    if asked.checkpointing != "auto":
         return config
     same = (config.data.seq_len, config.adapter.rank) == (plan.config.data.seq_len, plan.config.adapter.rank)
     return plan.config if same else config.with_values(checkpointing="all")

@@ -154,8 +154,9 @@ class Panel(ipywidgets.VBox):
         try:
             config = self.config()
             self.derived.value = derived(config, self.shape)
-            self.plan = budget.plan(config.with_values(checkpointing="auto"), self.shape, self.machine)
-            needs = budget.budget(budget.requested(config, self.plan), self.shape, self.machine)
+            free = config.with_values(checkpointing="auto")  # a proposal may choose what the reader has set
+            self.plan = budget.plan(free, self.shape, self.machine)
+            needs = budget.settle(config, self.shape, self.machine, self.plan).budget
         except ValueError as error:  # what the sliders show is no run at all; the sentence says why
             self.picture.value = f"{STYLE}<div class='needs'>{verdict(False, [str(error)])}</div>"
             self.words, self.button.disabled, self.proposal.value = str(error), True, ""

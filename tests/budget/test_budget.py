@@ -142,6 +142,29 @@ def test_the_plan_is_the_fastest_of_all_ways_that_fit():
                 assert fastest <= other_s + 1e-3
 
 
+def test_what_is_asked_for_is_settled_once_and_nothing_is_cut_without_a_word():
+    free = budget.settle(seven(), SEVEN, T4)
+    assert free.config == free.plan.config and free.budget == free.plan.budget
+    given = budget.settle(seven(checkpointing=5), SEVEN, T4, budget.plan(seven(), SEVEN, T4))
+    assert given.config == seven(checkpointing=5) != given.plan.config
+    assert given.budget == budget.budget(given.config, SEVEN, T4)
+    small = Machine(replace(GPUS["t4"], vram_gib=6.5), T4.host)
+    long = budget.settle(seven(seq_len=32768), SEVEN, small)
+    assert long.plan.budget.fits and long.plan.config.data.seq_len < long.config.data.seq_len == 32768
+    with pytest.raises(budget.DoesNotFit, match="training needs"):
+        budget.check(long.budget)
+    assert budget.settle(seven(), SEVEN, T4, stage="merge").budget.stage == "merge"
+
+
+@pytest.mark.parametrize("checkpointing", ["auto", "all", 3])
+def test_training_that_goes_on_in_other_micro_batches_is_budgeted_in_those(checkpointing):
+    config = seven(batch_size=1, accumulation=8, checkpointing=checkpointing)
+    continued = budget.plan_in(config, 4, SEVEN, T4, "checkpoint-40")
+    settled = budget.settle(config, SEVEN, T4, continued)
+    assert (settled.config.train.batch_size, settled.config.train.accumulation) == (4, 2)
+    assert settled.budget == budget.budget(settled.config, SEVEN, T4)
+
+
 def test_settings_that_fit_stay_as_they_are():
     config = seven(checkpointing="all", batch_size=2)
     assert budget.plan(config, SEVEN, T4).config == config

@@ -685,6 +685,13 @@ def test_offloading_is_held_to_one_number_of_the_machine():
         assert plan.budget.fits
 
 
+def test_training_does_not_shorten_a_context_that_fits_no_way(monkeypatch):
+    small = replace(hardware.machine("t4"), free_vram_gib=6.5)
+    monkeypatch.setattr(hardware, "probe", lambda: small)
+    with pytest.raises(budget.DoesNotFit, match=r"training needs .* GiB of VRAM, this Tesla T4 has 6\.5"):
+        finetune.planned(profile("mistral-7b", seq_len=32768))
+
+
 def test_one_flat_optimizer_is_bitsandbytes_on_each_matrix():
     from bitsandbytes.optim import AdamW
 

@@ -120,7 +120,7 @@ def test_the_bar_never_leaves_its_frame(parts, limit_gib):
     places = re.findall(r"left:([\d.]+)%;width:([\d.]+)%", widgets.bar(parts, limit_gib))
     assert len(places) == len(parts)
     assert all(float(left) + float(width) <= 100.1 for left, width in places)
-    assert ("over" in widgets.bar(parts, limit_gib)) == (sum(parts.values()) > limit_gib)
+    assert ("class='over'" in widgets.bar(parts, limit_gib)) == (sum(parts.values()) > limit_gib)
 
 
 @pytest.mark.parametrize(
