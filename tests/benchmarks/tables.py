@@ -245,7 +245,7 @@ def document() -> str:
             "An H200 held to a T4's envelope (14.42 GiB for the allocator, fp16, no flash attention) unless it says "
             "*real T4*, whose rows others published; [data/measurements](data/measurements/README.md) has every row, "
             "says what was calibrated on what, and makes these tables: `python tests/benchmarks/tables.py`.",
-            "**Predicted against measured.** A run fits when its prediction leaves 3 % of the card free (5 % where "
+            "**Predicted against measured.** A run fits when its prediction leaves 3 % of the VRAM free (5 % where "
             "transformers' layers compute); the last two columns count where that was wrong.",
             accuracy(),
             step_errors(),

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sys
 import time
 from dataclasses import replace
@@ -70,6 +71,19 @@ def test_components_sum_to_the_peak_and_nothing_is_negative(values, stage):
     assert sum(found.disk.parts.values()) == pytest.approx(found.disk.peak_gib)
     assert sum(found.time.parts.values()) == pytest.approx(found.time.total_h)
     assert found.fits == (not found.reasons)
+
+
+@pytest.mark.parametrize("stage", budget.STAGES)
+@pytest.mark.parametrize("machine", ["t4", "rtx3060", "cpu"])
+def test_labels_and_sentences_use_the_words_of_the_field(stage, machine):
+    """A GPU is no card, which is a model's; layers are checkpointed, and activations saved and recomputed."""
+    strange = re.compile(r"\b(cards?|(un)?checked|kept|rebuilt|unpack\w*|moments?|reserved beyond|layer work)\b")
+    for values in ({}, {"checkpointing": 3}, {"seq_len": 32768, "checkpointing": "none"}, {"kernels": "plain"}):
+        config, place = seven(**values), hardware.machine(machine)
+        found, plan = budget.budget(config, SEVEN, place, stage), budget.plan(config, SEVEN, place)
+        labels = [label for needs in (found.vram, found.ram, found.disk, found.time) for label in needs.parts]
+        said = [*labels, found.vram.phase, *found.reasons, *found.notes, *plan.reasons, budget.table(found)]
+        assert not [text for text in said if strange.search(text)]
 
 
 @settings(max_examples=40, deadline=None)
