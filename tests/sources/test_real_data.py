@@ -242,7 +242,16 @@ def test_of_a_folder_or_zip_only_data_of_one_split_is_read(tmp_path):
     for source in ("set", "set.zip"):
         notes = []
         assert [record.row for record in read(str(tmp_path / source), notes=notes)] == pairs(4)
-        assert "data/test.jsonl, the test split" in notes[0] and "--heldout-source" in notes[0]
+        assert "data/test.jsonl, the test split" in notes[0] and "--heldout-split validation" in notes[0]
+        counts = prepare(
+            profile("tiny", heldout_split="validation"), tmp_path / f"{source}.out", str(tmp_path / source)
+        )
+        assert (counts["train_conversations"], counts["heldout_conversations"]) == (4, 2)
+        assert any("left out: data/test.jsonl" in said for said in counts["warnings"])
+        assert not any("validation" in said for said in counts["warnings"])
+    for source in ("set", "set.zip", "set/data/train.jsonl"):
+        with pytest.raises(ValueError, match=r"has no dev2 split: leave heldout_split empty"):
+            prepare(profile("tiny", heldout_split="dev2"), tmp_path / "none", str(tmp_path / source))
     assert len(list(read(str(tmp_path / "set"), "test"))) == 2
     counts, _ = made(tmp_path / "set", tmp_path / "out")
     assert counts["in"] == 4 and any("left out" in warning for warning in counts["warnings"])
