@@ -161,9 +161,12 @@ def stage_hours(
 def gptq_s(config: RunConfig, shape: ModelShape, machine: Machine) -> float:
     """Seconds of GPTQ: two passes of the calibration set, Hessians, a column-by-column sweep a module, and packing."""
     tokens = config.quantize.calibration_samples * config.quantize.calibration_tokens
+    # each layer reads the calibration set twice: to collect its Hessians, and quantized, for what the next one reads
     products = 2 * tokens * shape.linear_parameters * 2
+    # XᵀX of each module's inputs; a Cholesky factor of its inverse; and the error of each column onto those after it
     hessians = 2 * tokens * shape.layers * sum(a * a * shape.copies(n) for n, (a, _) in shape.linears.items())
     solving = shape.layers * sum((4 * a**3 + 2 * a * a * b) * shape.copies(n) for n, (a, b) in shape.linears.items())
+    # a column waits for the one before it: on a GPU that is kernel launches, not arithmetic
     columns = shape.layers * sum(a * shape.copies(n) for n, (a, _) in shape.linears.items())
     rate = 1e12 * machine.gpu.fp16_tflops * machine.gpu.efficiency if machine.gpu else 3e10 * machine.host.cpus
     slow = rate / 8 if machine.gpu else rate  # fp32
@@ -196,6 +199,7 @@ def evaluation_s(
         speed += sum(SPEED_TOKENS) * shape.layers * CPU_S_PER_LAYER / 2
         return {"reading": reading / rate, "answers": writing + batches, "speed": speed if answers else 0.0}
     gpu = machine.gpu
+    # a batch pays once for what does not grow with its rows: dequantized weights, and layers copied from the host
     dequantizing = DEQUANTIZED * shape.linear_parameters if found.precision in ("nf4", "gptq") else 0.0
     away = away_s(shape, machine, found)
     a_batch = dequantizing / (1e9 * gpu.bandwidth_share * gpu.bandwidth_gb_s) + away

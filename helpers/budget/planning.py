@@ -35,6 +35,7 @@ def search(config: RunConfig, shape: ModelShape, machine: Machine, needs: Needs)
             "without a GPU there is nothing to trade: no layer is checkpointed",
         )
     room = usable_gib(machine, Step.of(config, shape).backend)
+    # what is asked for, then other ways of computing the same steps, then less than was asked for
     if config.train.checkpointing != "auto" and needs(config) <= room:
         return config, ("these settings fit as they are",)
     found = fastest(config, shape, machine, needs, room)

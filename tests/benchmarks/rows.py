@@ -160,7 +160,7 @@ def planned() -> Iterator[Measured]:
 
 
 def facts() -> Iterator[Measured]:
-    """An earlier run on the same card, with other versions and scripts (20 November 2026)."""
+    """An earlier run on the same GPU, with other versions and scripts (20 November 2026)."""
     card = hardware.machine("h200")
     for row in read("h200_first_run.csv"):
         if row["recipe"] == "unsloth":

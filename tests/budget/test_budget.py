@@ -26,7 +26,7 @@ T4 = hardware.machine("t4")
 TINY = models.profile("tiny")
 TINY_SHAPE = models.shape(TINY.model.model)
 OLD_LAPTOP = Machine(None, Host("old laptop", 4.0, 10.0, 2))
-CARDS = ("t4", "rtx3080", "rtx3060", "l4", "4090", "a100-40")
+GPU_NAMES = ("t4", "rtx3080", "rtx3060", "l4", "4090", "a100-40")
 
 
 def seven(**values) -> RunConfig:
@@ -118,22 +118,22 @@ def test_memory_falls_as_layers_are_checkpointed(values):
 
 @settings(max_examples=15, deadline=None)
 @given(
-    st.sampled_from(CARDS),
+    st.sampled_from(GPU_NAMES),
     st.sampled_from([128, 512, 1024, 2048, 6144, 16384, 32768]),
     st.sampled_from([4, 16, 64, 256]),
     st.integers(1, 8),
     st.integers(1, 8),
     st.sampled_from(["all-linear", "attention"]),
 )
-def test_a_plan_fits_its_own_budget_and_keeps_what_was_asked(card, seq_len, rank, batch, accumulation, targets):
+def test_a_plan_fits_its_own_budget_and_keeps_what_was_asked(gpu, seq_len, rank, batch, accumulation, targets):
     config = seven(seq_len=seq_len, rank=rank, batch_size=batch, accumulation=accumulation, targets=targets)
-    found = budget.plan(config, SEVEN, hardware.machine(card))
+    found = budget.plan(config, SEVEN, hardware.machine(gpu))
     assert found.config.train.checkpointing != "auto"
     assert found.config.train.batch_size * found.config.train.accumulation == batch * accumulation
     assert found.reasons and found.budget.fits
     changed = found.config.adapter != config.adapter or found.config.data != config.data
     assert changed == ("cut from" in found.reasons[0])
-    assert found.budget == budget.budget(found.config, SEVEN, hardware.machine(card))
+    assert found.budget == budget.budget(found.config, SEVEN, hardware.machine(gpu))
 
 
 def test_on_a_t4_nothing_is_recomputed_when_everything_fits_and_as_little_as_possible_when_not():
@@ -205,17 +205,17 @@ def test_what_stays_free_is_more_than_any_prediction_was_under():
 
 
 def test_a_context_that_no_way_of_training_fits_is_cut_and_said_to_be():
-    card = Machine(replace(GPUS["t4"], vram_gib=6.5), T4.host)
-    found = budget.plan(seven(seq_len=32768), SEVEN, card)
+    gpu = Machine(replace(GPUS["t4"], vram_gib=6.5), T4.host)
+    found = budget.plan(seven(seq_len=32768), SEVEN, gpu)
     assert found.budget.fits and found.config.data.seq_len < 32768
     assert "cut from 32768" in found.reasons[0]
 
 
 def test_where_nothing_fits_the_plan_says_so_and_names_what_frees_most():
-    card = Machine(replace(GPUS["t4"], vram_gib=3.0), T4.host)
-    found = budget.plan(seven(), SEVEN, card)
+    gpu = Machine(replace(GPUS["t4"], vram_gib=3.0), T4.host)
+    found = budget.plan(seven(), SEVEN, gpu)
     assert not found.budget.fits and "nothing fits" in found.reasons[0]
-    (reason,) = budget.budget(seven(checkpointing="none", rank=64), SEVEN, card).reasons
+    (reason,) = budget.budget(seven(checkpointing="none", rank=64), SEVEN, gpu).reasons
     assert "no single change makes it fit" in reason and "frees most" in reason
 
 
@@ -253,6 +253,12 @@ def test_too_little_disk_is_said_with_what_to_delete():
     (reason,) = budget.budget(seven(checkpointing="all"), SEVEN, small, "merge").reasons
     assert "GiB of disk" in reason and "free_base=True" in reason
     assert budget.budget(seven(checkpointing="all", free_base=True), SEVEN, small, "merge").fits
+
+
+def test_work_that_a_disk_has_no_room_for_is_refused_with_both_numbers(tmp_path):
+    host.check_disk(tmp_path / "not" / "there yet", 1024, "quantizing")
+    with pytest.raises(ValueError, match=r"quantizing needs 1048576\.00 GiB of disk at .*gptq, \d+\.\d\d are free"):
+        host.check_disk(tmp_path / "gptq", 2**50, "quantizing")
 
 
 def test_a_run_that_outlasts_a_session_says_how_many_it_takes():
@@ -306,7 +312,7 @@ def test_the_command_line_exits_3_when_it_does_not_fit_and_json_has_the_contract
 
 
 @pytest.mark.parametrize("name", sorted({known.name for known in models.KNOWN.values()}))
-def test_every_known_model_has_a_budget_on_a_large_card(name):
+def test_every_known_model_has_a_budget_on_a_large_gpu(name):
     sizes = models.shape(name)
     targets = "attention" if sizes.experts > 1 else "all-linear"
     found = budget.budget(seven(checkpointing="all", targets=targets), sizes, hardware.machine("a100-80"), "run")
@@ -412,11 +418,11 @@ def test_a_step_on_a_t4_is_within_15_percent_of_published_ones_for_a_7b_and_35_f
 
 
 def test_against_measured_pairs_what_was_measured_with_what_was_predicted():
-    on_card = budget.budget(seven(checkpointing="all"), SEVEN, T4)
+    on_t4 = budget.budget(seven(checkpointing="all"), SEVEN, T4)
     measured = {"peak_allocated_gib": 5.0, "peak_reserved_gib": 5.2, "step_s": 30.0, "loss_last": 1.0, "train_s": None}
-    rows = {row["quantity"]: row for row in budget.against_measured(on_card, measured)}
+    rows = {row["quantity"]: row for row in budget.against_measured(on_t4, measured)}
     assert set(rows) == {"VRAM allocated, GiB", "VRAM reserved, GiB", "step, s"}
-    predicted = on_card.vram.allocated_gib
+    predicted = on_t4.vram.allocated_gib
     assert rows["VRAM allocated, GiB"]["difference %"] == pytest.approx(100 * (predicted / 5 - 1), abs=0.1)
     on_cpu = budget.budget(TINY, TINY_SHAPE, OLD_LAPTOP)
     assert [row["quantity"] for row in budget.against_measured(on_cpu, measured)] == ["step, s"]
@@ -453,15 +459,15 @@ def test_a_budget_takes_milliseconds():
     assert (time.process_time() - began) / 20 < 0.05  # 1 ms here; the bound is for slow machines
 
 
-def test_a_run_goes_on_on_another_card_in_its_own_micro_batches_where_they_fit():
+def test_a_run_goes_on_on_another_gpu_in_its_own_micro_batches_where_they_fit():
     config = seven(seq_len=1024, batch_size=1, accumulation=8)
-    on_t4, on_l4 = (budget.plan(config, SEVEN, hardware.machine(card)).config.train for card in ("t4", "l4"))
+    on_t4, on_l4 = (budget.plan(config, SEVEN, hardware.machine(gpu)).config.train for gpu in ("t4", "l4"))
     assert on_t4.batch_size != on_l4.batch_size, "or this shows nothing"
     there = budget.plan_in(config, on_t4.batch_size, SEVEN, hardware.machine("l4"), "checkpoint-40")
     assert there.budget.fits and there.config.train == on_t4
     back = budget.plan_in(config, on_l4.batch_size, SEVEN, T4, "checkpoint-40")
     assert back.budget.fits and back.config.train.batch_size == on_l4.batch_size
-    assert back.config.train.checkpointing > on_l4.checkpointing, "chosen anew for the smaller card"
+    assert back.config.train.checkpointing > on_l4.checkpointing, "chosen anew for the smaller GPU"
     assert back.reasons[0].startswith("checkpoint-40 was made in micro-batches of 4 × 2, and training goes on in them")
     too_much = budget.plan_in(config.with_values(seq_len=8192), 8, SEVEN, T4, "checkpoint-40").budget
     said = r"in micro-batches of 8 × 1, which need at least \d\d\.\d GiB of VRAM, this Tesla T4 has 14\.6: continue on"
@@ -472,9 +478,9 @@ def test_a_run_goes_on_on_another_card_in_its_own_micro_batches_where_they_fit()
     )
 
 
-@pytest.mark.parametrize("card", ["p100", "v100"])
-def test_a_card_that_pytorch_has_no_kernels_for_does_not_fit_and_says_why(card):
-    machine = hardware.machine(card)
+@pytest.mark.parametrize("gpu", ["p100", "v100"])
+def test_a_gpu_that_pytorch_has_no_kernels_for_does_not_fit_and_says_why(gpu):
+    machine = hardware.machine(gpu)
     capability = ".".join(map(str, machine.gpu.capability))
     for stage in budget.STAGES:
         found = budget.budget(seven(checkpointing="all"), SEVEN, machine, stage)
