@@ -19,12 +19,12 @@ def figures() -> list[dict[str, str]]:
     seven, config, t4 = shape("mistral-7b-v0.3"), profile("mistral-7b", accumulation=1), hardware.machine("t4")
     usual_recipe = config.with_values(upcast=True, kernels="plain", attention="math", checkpointing="all")
     ours = estimate.plan(config.with_values(batch_size=1), seven, t4).budget.vram
-    leanest = training_gib(seven, config, checkpointing="all", seq_len=512)
-    usual = training_gib(seven, usual_recipe)
-    without, with_all = (training_gib(seven, usual_recipe, checkpointing=how) for how in ("none", "all"))
+    leanest = training_gib(config, seven, checkpointing="all", seq_len=512)
+    usual = training_gib(usual_recipe, seven)
+    without, with_all = (training_gib(usual_recipe, seven, checkpointing=how) for how in ("none", "all"))
     half, quarter = 2 * seven.parameters / GIB, sum(vram.weights(config, seven).values()) / GIB
     saved_by_double = sum(vram.weights(config.with_values(double_quant=False), seven).values()) / GIB - quarter
-    lora_16 = training_gib(seven, usual_recipe, weights="fp16")
+    lora_16 = training_gib(usual_recipe, seven, weights="fp16")
     full = 16 * seven.parameters / GIB  # weights, gradients in 16 bits; master weights and two moments in fp32
     per_weight = nf4.bits_per_weight(double_quant=True)
     article = article_step_s()
@@ -96,7 +96,7 @@ def row(claim: str, says: str, gives: str, verdict: str) -> dict[str, str]:
     return {"claim": claim, "says": says, "formula gives": gives, "verdict": verdict}
 
 
-def training_gib(shape: ModelShape, config: RunConfig, **values: Any) -> float:
+def training_gib(config: RunConfig, shape: ModelShape, **values: Any) -> float:
     """GiB of a training process on a large GPU, with some settings changed."""
     large = replace(hardware.machine("a100-80"), gpu=replace(hardware.GPUS["t4"], vram_gib=80.0))
     return estimate.vram_of(config.with_values(**values), shape, large, "train").process_gib
