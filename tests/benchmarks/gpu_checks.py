@@ -216,7 +216,7 @@ def drive_offload(device, hidden: int, layers: int, contexts: list[int]) -> dict
 
     from helpers.budget.activations import offloaded_bytes
     from helpers.budget.step import Step, host_room
-    from helpers.finetune.engine.layers import Offload
+    from helpers.finetune.engine.offload import Offload
     from helpers.models import gpu as card
     from helpers.models import profile, shape
 
