@@ -16,7 +16,8 @@ KAGGLE_WORKING = Path("/kaggle/working")
 KAGGLE_KEEPS_GIB = 20e9 / GIB
 """What that folder may hold; the disk itself shows more (Kaggle's own first cell of a notebook says so)."""
 SMALLEST_7B_GIB = 6.0
-"""VRAM that QLoRA of a 7B needs with everything checkpointed and short contexts, a little room included."""
+"""VRAM in which the 7B's profile trains as it is, a little room included. No second arithmetic: the budget, which lies
+above this file, gives it, and a test holds the two together."""
 
 
 @dataclass(frozen=True)

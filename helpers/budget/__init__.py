@@ -39,28 +39,9 @@ from helpers.budget.estimate import (
 from helpers.budget.guides import figures as guide_figures
 
 __all__ = (
-    "STAGES",
-    "Budget",
-    "Disk",
-    "DoesNotFit",
-    "Plan",
-    "Ram",
-    "Settled",
-    "Time",
-    "Vram",
-    "against_measured",
-    "budget",
-    "check",
-    "guide_figures",
-    "plan",
-    "plan_in",
-    "requested",
-    "settle",
-    "summary",
-    "table",
-    "to_json",
-    "vram_of",
-)
+    "STAGES", "Budget", "Disk", "DoesNotFit", "Plan", "Ram", "Settled", "Time", "Vram", "against_measured", "budget",
+    "check", "guide_figures", "plan", "plan_in", "requested", "settle", "summary", "table", "to_json", "vram_of",
+)  # fmt: skip
 GIB = 2**30
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from helpers.budget import activations, vram
 from helpers.budget.step import Step, lora_parameters
-from helpers.config import QuantizeConfig, RunConfig
+from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape, gguf_types
 from helpers.workspace import existing
@@ -115,14 +115,14 @@ def gptq_hessian_bytes(shape: ModelShape) -> float:
     return 3 * 4 * widest**2
 
 
-def quantized_bytes(asked: QuantizeConfig, shape: ModelShape) -> float:
+def quantized_bytes(config: RunConfig, shape: ModelShape) -> float:
     """Bytes of the GPTQ model: codes, a scale of 16 bits and a zero of `bits` a group, the rest in 16 bits.
 
     >>> from helpers.models import shape
-    >>> round(quantized_bytes(QuantizeConfig(), shape("mistral-7b-v0.3")) / GIB, 2)
+    >>> round(quantized_bytes(RunConfig(), shape("mistral-7b-v0.3")) / GIB, 2)
     3.88
     """
-    bits = 0.0
+    asked, bits = config.quantize, 0.0
     for name, (inputs, outputs) in shape.linears.items():
         groups = 1 if asked.group_size < 0 else -(-inputs // asked.group_size)
         bits += shape.copies(name) * outputs * (inputs * asked.bits + groups * (16 + asked.bits))
@@ -161,9 +161,9 @@ def check_disk(output: Path, needed_bytes: float, work: str) -> None:
         )
 
 
-def quantizing_disk_bytes(asked: QuantizeConfig, shape: ModelShape) -> float:
+def quantizing_disk_bytes(config: RunConfig, shape: ModelShape) -> float:
     """Bytes that GPTQ writes at most: its result, as much again for layers that GPTQModel parks, and small files."""
-    return 2 * quantized_bytes(asked, shape) + GIB // 16
+    return 2 * quantized_bytes(config, shape) + GIB // 16
 
 
 def checkpoint_bytes(config: RunConfig, shape: ModelShape) -> float:
@@ -186,7 +186,7 @@ def disk(config: RunConfig, shape: ModelShape, stage: str, in_cache: bool = True
         parts["adapter"] = 4 * lora_parameters(config, shape) / GIB
         parts["merged model"] = merged
     if stage in ("quantize", "run"):
-        parts["GPTQ model"] = quantized_bytes(config.quantize, shape) / GIB
+        parts["GPTQ model"] = quantized_bytes(config, shape) / GIB
         parts["layers parked by GPTQ"] = parts["GPTQ model"]
     return {name: size for name, size in parts.items() if size}
 

@@ -151,7 +151,7 @@ def stage_hours(
         parts |= {"GPTQ": gptq_s(config, shape, machine) / 3600}
     else:
         found = list(places)
-        stored = {"gptq": host.quantized_bytes(config.quantize, shape) / 1e9}
+        stored = {"gptq": host.quantized_bytes(config, shape) / 1e9}
         read = sum(stored.get(one.kind, gigabytes) for one in found)
         seconds = sum(sum(evaluation_s(config, shape, machine, one).values()) for one in found)
         parts |= {"loading": read * READ_S_PER_GB / 3600, "evaluation": seconds / 3600}

@@ -211,7 +211,7 @@ def weights(found: Placement, config: RunConfig, shape: ModelShape) -> dict[str,
         return vram.weights(config, shape) | {"LoRA weights": vram.FULL * lora_parameters(config, shape)}
     if found.kind == "gptq":
         rest = vram.HALF * (shape.parameters - shape.linear_parameters)
-        return {"4-bit weights": host.quantized_bytes(config.quantize, shape) - rest, "16-bit weights": rest}
+        return {"4-bit weights": host.quantized_bytes(config, shape) - rest, "16-bit weights": rest}
     layer = layer_bytes(shape)
     held = {"16-bit weights": vram.HALF * shape.parameters - found.away * layer}
     return held | ({"buffer for a waiting layer": layer} if found.away else {})

@@ -100,7 +100,7 @@ def quantize(
     _, own = calibration_sets(config, given)
     refuse_output(output, [model, *own], "quantize")
     rows, check_rows = calibration_rows(model, config, own, widest_input(sizes))
-    host.check_disk(output, host.quantizing_disk_bytes(config, sizes), "quantizing")
+    host.check_disk(output, host.quantizing_disk_bytes(RunConfig(quantize=config), sizes), "quantizing")
     with exclusive(work):
         run = merged_config(model).with_values(**asdict(config))
         remove_all(work)

@@ -211,6 +211,15 @@ def test_a_context_that_no_way_of_training_fits_is_cut_and_said_to_be():
     assert "cut from 32768" in found.reasons[0]
 
 
+def test_the_smallest_gpu_that_is_offered_the_7b_trains_its_profile_uncut_and_a_fifth_less_does_not():
+    smallest = Machine(replace(GPUS["t4"], vram_gib=hardware.SMALLEST_7B_GIB), T4.host)
+    assert hardware.suggested_profile(smallest) == "mistral-7b"
+    found = budget.settle(seven(), SEVEN, smallest)
+    assert found.budget.fits and found.config.data == seven().data and found.config.adapter == seven().adapter
+    less = replace(smallest, free_vram_gib=0.8 * hardware.SMALLEST_7B_GIB)
+    assert not budget.settle(seven(), SEVEN, less).budget.fits
+
+
 def test_where_nothing_fits_the_plan_says_so_and_names_what_frees_most():
     gpu = Machine(replace(GPUS["t4"], vram_gib=3.0), T4.host)
     found = budget.plan(seven(), SEVEN, gpu)
@@ -324,14 +333,14 @@ def test_mixtrals_experts_stay_in_16_bits_until_gptq_takes_them_one_by_one():
     parts = vram.weights(seven(), mixtral)
     assert parts["experts in 16 bits"] == 2 * 32 * 8 * 3 * 4096 * 14336  # as transformers 5 loads them under NF4
     assert 84 < sum(parts.values()) / 2**30 < 86
-    assert host.quantized_bytes(seven(bits=2).quantize, mixtral) / 2**30 == pytest.approx(12.1, abs=0.2)
+    assert host.quantized_bytes(seven(bits=2), mixtral) / 2**30 == pytest.approx(12.1, abs=0.2)
     assert not budget.budget(seven(targets="attention"), mixtral, T4).fits
     with pytest.raises(ValueError, match=r"targets must be among .* one tensor holds all 8 experts"):
         budget.budget(seven(), mixtral, T4)
 
 
 def test_quantized_size_is_the_measured_one():
-    assert host.quantized_bytes(seven().quantize, SEVEN) / 2**30 == pytest.approx(3.88, abs=0.02)
+    assert host.quantized_bytes(seven(), SEVEN) / 2**30 == pytest.approx(3.88, abs=0.02)
 
 
 def test_own_layers_save_what_their_docstring_says():
