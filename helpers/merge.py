@@ -61,7 +61,7 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, re
     # Two merges into one folder would each count the other's shards as finished, so the lock comes before any look.
     with exclusive(work):
         earlier = read_state(progress)
-        # Shards of the base that an earlier try has merged and deleted are known from its notes: their headers are gone.
+        # Shards of the base that an earlier try has merged and deleted are known from its notes alone.
         tensors = stored_tensors(
             base_folder, freed=[Stored(n, base_folder / f, tuple(s), k) for n, f, s, k in earlier.get("tensors", [])]
         )
@@ -218,7 +218,7 @@ def read_state(progress: Path) -> dict:
 def fingerprint(tensors: list[Stored], adapter: Path, config: MergeConfig, freed: dict) -> dict:
     """What must be the same for an interrupted merge to go on: base, adapter, settings."""
     files = {}
-    # Of the base size and time: 14.5 GB of checksums would take as long as merging it. Of the adapter every byte.
+    # Of the base size and time, as checksums of 14.5 GB take up to 40 s; of the adapter every byte.
     for file in {tensor.file for tensor in tensors}:
         files[file.name] = [file.stat().st_size, file.stat().st_mtime_ns] if file.exists() else freed.get(file.name)
     return {
@@ -273,7 +273,7 @@ def write_shards(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     last_use = {tensor.file: name for name, shard in plan.items() for tensor in shard}
     largest_change, peak_bytes = 0.0, 0
-    # Memory: one tensor in fp32 and its delta, at most 2 × 4 bytes × 4096 × 14336 in a 7B's MLP, not the model.
+    # In memory: a few fp32 copies of one tensor, 224 MiB each for a matrix of a 7B's MLP (4096 × 14336), not the model.
     bar = tqdm(total=sum(2 * tensor.values for shard in plan.values() for tensor in shard), unit="B", unit_scale=True)
     with bar, safe_open(adapter.folder / ADAPTER_WEIGHTS, "pt") as factors, torch.inference_mode():
         for name, shard in plan.items():

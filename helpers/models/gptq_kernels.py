@@ -123,7 +123,7 @@ def why_not(kernel: str, settings: dict, dtype: Any, device: str, say: Say = pri
         "sym": settings.get("sym", True),
     }
     try:
-        # The import prints a banner and probes the machine; it is not made before a GPTQ model is opened
+        # Imported here, as it takes seconds and prints a banner: only who opens a GPTQ model pays for it
         with quiet():
             from gptqmodel.nn_modules.qlinear.exllamav2 import ExllamaV2Linear
             from gptqmodel.utils.importer import hf_select_quant_linear_v2
@@ -315,7 +315,7 @@ def build(name: str, library: Path, limit_s: float) -> str:
     The process loads what lies there already, or what it built. A library that was cut short by an earlier end ends it
     too, by a signal, and is then built anew.
     """
-    # In another process: a library that was cut short kills whoever loads it (SIGBUS), and that must not be a notebook.
+    # In another process: a library that was cut short ends whoever loads it by a signal, a notebook too.
     status, complaint = run_builder(name, limit_s)
     if status < 0 and library.is_file() and not complaint:
         library.unlink()

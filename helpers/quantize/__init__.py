@@ -34,12 +34,11 @@ from helpers.quantize.calibration import CalibrationError as CalibrationError
 from helpers.quantize.process import QuantizationFailed
 from helpers.quantize.weights import rounded as rounded
 from helpers.quantize.weights import stored_weight as stored_weight
-from helpers.workspace import beside, building, exclusive, existing, refuse_output, write_manifest
+from helpers.workspace import beside, building, exclusive, refuse_output, write_manifest
 
 if TYPE_CHECKING:
     import torch
 
-GIB = 2**30
 METHODS = {
     "gptq": gptq,
 }
@@ -79,7 +78,7 @@ def quantize(
     refuse_output(output, [model, *own], "quantize")
     rows, check_rows = texts.draw(model, config, own, method.least_tokens(sizes))
     run = merged_config(model).with_values(**asdict(config))
-    check_disk(output, host.quantized_bytes(run, sizes))
+    host.check_disk(output, host.quantizing_disk_bytes(run, sizes), "quantizing")
     # Everything above reads only. From here on the work folder is this process's, whatever an earlier end left in it.
     with exclusive(work):
         remove_all(work)
@@ -159,13 +158,3 @@ def remove_all(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def check_disk(output: Path, result_bytes: int) -> None:
-    """The result, and as much again for layers that a method parks on disk. Raises ValueError with both numbers."""
-    needed, free = 2 * result_bytes + GIB // 16, shutil.disk_usage(existing(output)).free
-    if needed > free:
-        raise ValueError(
-            f"quantizing needs {needed / GIB:.2f} GiB of disk at {output}, {free / GIB:.2f} are free: "
-            f"free some, or give an output folder on another disk"
-        )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+from helpers.budget import placement
 from helpers.config import QuantizeConfig
 from helpers.inference import read_config
 from helpers.models import loading, methods
@@ -122,8 +123,7 @@ def open_model(folder: Path, offload: Path, gpu_gib: float | None = None, say: S
     where = {}
     if place == "cuda":
         where = {"device_map": "cuda"}
-        # 1.5 GiB stay for what computes beside the weights
-        room = int((gpu_gib or torch.cuda.mem_get_info()[0] / GIB) * GIB) - 3 * GIB // 2
+        room = placement.weights_room(int((gpu_gib or torch.cuda.mem_get_info()[0] / GIB) * GIB))
         if sum(file.stat().st_size for file in folder.glob("*.safetensors")) > room:
             # "cpu": 0 sends the others to disk: 14.5 GB of a merged 7B do not fit the host's 12.7 either
             where = {"device_map": "auto", "max_memory": {0: room, "cpu": 0}, "offload_folder": str(offload)}
