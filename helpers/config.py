@@ -27,6 +27,12 @@ OWN_SOURCE, FIRST_RUN = "HuggingFaceH4/ultrachat_200k", 2000
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 CHOSEN = "chosen"
 """In a file of settings: who chose them and when, no setting itself."""
+GONE = {
+    f"{name}={value}": f"{name}={value} is no longer there: it needed the package liger-kernel and was no faster than "
+    f"{name}={default}, which needs none; leave {name} out"
+    for name, value, default in (("kernels", "liger", "own"), ("loss", "fused", "chunked"))
+}
+"""What a setting no longer takes -> why, and what to do."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 
@@ -155,10 +161,10 @@ class TrainConfig:
     """Keep the inputs of checkpointed layers in host memory."""
     offload_gib: Annotated[float, Field(ge=0, le=1024)] = 6.0
     """Host memory for these inputs in GiB, at most; half of what is free where that is less. The rest: on the GPU."""
-    loss: Literal["chunked", "fused", "full"] = "chunked"
-    """How cross-entropy is computed: in chunks without all logits, by Liger's fused kernel, or from all logits."""
-    kernels: Literal["own", "liger", "plain"] = "own"
-    """Layers that compute; own: ours where they know the model, else transformers'; liger, plain: those always."""
+    loss: Literal["chunked", "full"] = "chunked"
+    """How cross-entropy is computed: in chunks, without all logits at once, or from all of them."""
+    kernels: Literal["own", "plain"] = "own"
+    """Layers that compute; own: custom layers where they know the model, else transformers'; plain: those always."""
     packing: bool = False
     """Several conversations in one sequence, each attending to itself alone: fewer padding tokens."""
     neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
@@ -307,6 +313,8 @@ def sentence(problem: dict) -> str:
     name = problem["field"]
     if problem["type"] == "unexpected_keyword_argument":
         return f"there is no setting {name}"
+    if gone := GONE.get(f"{name}={problem['input']}"):
+        return gone
     return f"{name} must be {allowed_range(name) or ' or '.join(problem['wanted'])}, not {problem['input']!r}"
 
 
