@@ -102,6 +102,9 @@ def parser() -> argparse.ArgumentParser:
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
             usage=f"python -m helpers {stage} [FLAG …]",
+            epilog=None
+            if stage != "prepare"
+            else "Later stages' settings are flags too: python -m helpers run --help.",
             allow_abbrev=False,
         )
         for name, how in (COMMON_FLAGS | EXTRA_FLAGS[stage]).items():
@@ -110,14 +113,15 @@ def parser() -> argparse.ArgumentParser:
         others = sub.add_argument_group("settings of other stages, kept with the run")
         for field in setting_fields():
             if field.name not in OWN_FLAGS.get(stage, set()) | {"profile"}:
-                add_setting(own if is_read(stage, field.name) else others, field)
+                mine = is_read(stage, field.name)
+                add_setting(own if mine else others, field, shown=mine or stage != "prepare")
     return top
 
 
-def add_setting(group: argparse._ArgumentGroup, field: Field) -> None:
+def add_setting(group: argparse._ArgumentGroup, field: Field, shown: bool) -> None:
     """A setting's flag, whose help is the field's docstring, what it can be, and its default in each profile."""
     name, flag = field.name, "--" + field.name.replace("_", "-")
-    says = told(explained(name), values_in_words(name), default_in_words(name))
+    says = told(explained(name), values_in_words(name), default_in_words(name)) if shown else argparse.SUPPRESS
     if field.type is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=says)
     else:
