@@ -525,17 +525,21 @@ def run_evaluate(options: argparse.Namespace, config: RunConfig) -> Outcome:
     run = workspace_of(options, config)
     chosen = dict(name_and_folder(pair) for pair in options.models) if options.models else run_models(run, config)
     output = options.output or run.folder("evaluate")
+    key = os.environ.get("RECIPES_JUDGE_KEY", "")
     if options.judge:
         judge.check(options.judged, chosen, options.judge_model)
+        judge.reply("Reply with TIE.", options.judge, options.judge_model, key)  # known before the hours, not after
     result = evaluate.evaluate(chosen, config, options.data or run.folder("prepare"), output)
     if output == run.folder("evaluate"):
         shutil.copy(output / "report.json", run.root)
     text = evaluate.table(result) + f"\n\n{output / 'report.html'}"
-    if options.judge:
-        key = os.environ.get("RECIPES_JUDGE_KEY", "")
+    if not options.judge:
+        return DONE, result, text
+    try:
         judged = judge.ask(output, options.judged, options.judge, options.judge_model, key)
-        result, text = result | {"judged": judged}, f"{text}\n\njudged\n{tables.text(judged)}"
-    return DONE, result, text
+    except ValueError as error:
+        return FAILED, result | {"judged": {"failed": str(error)}}, f"{text}\n\nnot judged: {error}"
+    return DONE, result | {"judged": judged}, f"{text}\n\njudged\n{tables.text(judged)}"
 
 
 def name_and_folder(pair: str) -> tuple[str, str]:

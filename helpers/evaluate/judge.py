@@ -68,12 +68,18 @@ def check(judged: str, models: Collection[str], judge: str | None) -> tuple[str,
 
 
 def ask(folder: Path, judged: str, url: str, model: str, key: str = "") -> dict[str, Any]:
-    """What an endpoint says of two models' answers in an evaluation's folder: the tally, with the models' names."""
+    """What an endpoint says of two models' answers in an evaluation's folder: the tally, with the models' names.
+
+    Without a decided pair there is no share and no p. Raises ValueError with one sentence when it does not answer.
+    """
     lines = (folder / "generations.jsonl").read_text(encoding="utf-8").splitlines()
     generations = [json.loads(line) for line in lines]
     one, other = check(judged, generations[0]["models"], model)
-    found = tally(ask_endpoint(blind_pairs(generations, one, other), url, model, key), one, other)
-    return {"judge": model, "model": other, "against": one} | asdict(found)
+    preferred = ask_endpoint(blind_pairs(generations, one, other), url, model, key)
+    about = {"judge": model, "model": other, "against": one}
+    if not any(preferred):
+        return about | {"wins": 0, "losses": 0, "ties": len(preferred), "verdict": "no difference shown"}
+    return about | asdict(tally(preferred, one, other))
 
 
 def blind_pairs(generations: Sequence[dict[str, Any]], one: str, other: str, seed: int = 0) -> list[Pair]:

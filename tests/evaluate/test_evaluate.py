@@ -695,11 +695,18 @@ def test_an_evaluations_folder_is_judged_from_the_command_line(endpoint, tmp_pat
     (tmp_path / "generations.jsonl").write_text(lines, encoding="utf-8")
     found = judge.ask(tmp_path, "base,gptq", endpoint[0], "qwen")
     assert (found["model"], found["against"], found["wins"], found["losses"]) == ("gptq", "base", 12, 0)
+    endpoint[1].always_left = True  # so that what it says changes with the side
+    found = judge.ask(tmp_path, "base,gptq", endpoint[0], "qwen")
+    assert (found["wins"], found["losses"], found["ties"], found["verdict"]) == (0, 0, 12, "no difference shown")
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [(["--judge-model", "qwen", "--judged", "base,mine"], "two of base, gptq"), ([], "a judge needs a name")],
+    [
+        (["--judge-model", "qwen", "--judged", "base,mine"], "two of base, gptq"),
+        ([], "a judge needs a name"),
+        (["--judge-model", "qwen"], "did not answer as an OpenAI-compatible endpoint does"),
+    ],
 )
 def test_a_judge_that_cannot_judge_is_refused_before_the_evaluation(arguments, sentence, tmp_path, capfd):
     models_given = ["--models", f"base={tmp_path}", f"gptq={tmp_path}"]
