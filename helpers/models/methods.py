@@ -37,7 +37,7 @@ RECORDS = (
         "gptq",
         "GPTQ",
         card="A QLoRA fine-tuned model, quantized with GPTQ to {bits} bits, groups of {group_size}; "
-        "`AutoModelForCausalLM.from_pretrained` loads it with optimum and gptqmodel installed.",
+        "transformers opens it with optimum and gptqmodel installed.",
         opening=gptq_kernels.opening,
         computes_as="gptq",
     ),
