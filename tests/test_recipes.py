@@ -156,11 +156,10 @@ def dequantized(folder: Path, module: str):
 '''
 USE = """
 import json
-from dataclasses import asdict
 from pathlib import Path
 from helpers import evaluate, hardware, inference, models, quantize
 from helpers.budget import placement
-from helpers.evaluate import report
+from helpers.export import share
 from helpers.workspace import Workspace, run_models
 
 config = models.profile("tiny", quant_method="bitsandbytes", calibration="general", calibration_tokens=192)
@@ -175,7 +174,6 @@ figures = quantize.quantize(models.TINY, run.folder("quantize"), config.quantize
 found = run_models(run, models.profile("tiny"))
 loaded = inference.load(found["bitsandbytes"], config)
 place = placement.place("bitsandbytes", config, models.shape("mistral-7b-v0.3"), hardware.machine("t4"))
-entry = {"kind": loaded.kind, "path": loaded.path, "loaded_as": loaded.how}
 name = "model.layers.0.self_attn.q_proj"
 error = quantize.dequantized(run.folder("quantize"), name) - quantize.stored_weight(models.TINY, name)
 json.dump(
@@ -186,7 +184,7 @@ json.dump(
         "how": loaded.how,
         "precision": place.precision,
         "best": str(evaluate.best(found)),
-        "card": report.model_card("bitsandbytes", entry, asdict(config)),
+        "card": share.card_of(run.folder("quantize")),
         "error": error.abs().max().item(),
         "files": sorted(file.name for file in run.folder("quantize").iterdir()),
     },
@@ -247,7 +245,7 @@ def test_add_a_metric(monkeypatch):
         answers = [Generation(row["answer"] + more, 4, 4, ended=True) for row in questions]
         references = [row["answer"] for row in questions]
         evidence[name] = evaluate.Evidence(perplexity=read, answers=answers, references=references)
-        entry = {"kind": "model", "path": name, "loaded_as": "fp32", "intervals": {}}
+        entry = {"kind": "model", "path": name, "loaded_as": "fp32", "intervals": {}, "context": 192, "stride": 96}
         found[name] = entry | evaluate.answer_figures(evidence[name], questions, True, entry["intervals"], 0)
     found["finetuned"]["against"] = {"base": evaluate.compare_models(evidence["finetuned"], evidence["base"])}
     assert found["finetuned"]["length"] == 1 > found["base"]["length"]
