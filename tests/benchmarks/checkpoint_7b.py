@@ -10,7 +10,6 @@ and the two 8-bit moments of its optimizer with their block scales, through work
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,8 +17,7 @@ from statistics import median
 
 import torch
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from t4 import ROOT  # noqa: F401 - and with it the path to helpers
 
 from helpers import models
 from helpers.workspace import checkpoints
@@ -81,24 +79,14 @@ def main() -> None:
         shutil.rmtree(folder)
     step_s = MICRO_STEP_S * config.train.accumulation * config.train.batch_size
     between_s = step_s * config.train.save_steps
-    print(
-        json.dumps(
-            {
-                "weights": sum(tensor.numel() for tensor in tensors.values()),
-                "adapter_mib": round(sizes["adapter_model.safetensors"] / 2**20, 1),
-                "optimizer_mib": round(sizes["optimizer.pt"] / 2**20, 1),
-                "checkpoint_mib": round(sum(sizes.values()) / 2**20, 1),
-                "kept": config.train.keep_checkpoints,
-                "write_and_check_s": round(median(write_s), 2),
-                "check_again_s": round(median(check_s), 2),
-                "t4_step_s": step_s,
-                "save_steps": config.train.save_steps,
-                "share_percent": round(100 * median(write_s) / between_s, 3),
-                "share_percent_if_five_times_slower": round(100 * DISK_SLOWDOWN * median(write_s) / between_s, 3),
-            },
-            indent=1,
-        )
-    )
+    share = 100 * median(write_s) / between_s
+    found = {"weights": sum(tensor.numel() for tensor in tensors.values())}
+    found |= {"adapter_mib": round(sizes["adapter_model.safetensors"] / 2**20, 1)}
+    found |= {"optimizer_mib": round(sizes["optimizer.pt"] / 2**20, 1)}
+    found |= {"checkpoint_mib": round(sum(sizes.values()) / 2**20, 1), "kept": config.train.keep_checkpoints}
+    found |= {"write_and_check_s": round(median(write_s), 2), "check_again_s": round(median(check_s), 2)}
+    found |= {"t4_step_s": step_s, "save_steps": config.train.save_steps, "share_percent": round(share, 3)}
+    print(json.dumps(found | {"share_percent_if_five_times_slower": round(DISK_SLOWDOWN * share, 3)}, indent=1))
 
 
 if __name__ == "__main__":
