@@ -133,7 +133,9 @@ def build(job: dict) -> list[dict]:
 def dense(job: dict) -> list[dict]:
     """The shape in 16 bits, then the same model's linear layers in NF4; and the GPTQ folder for the other tasks."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    from helpers.models.templates import load_tokenizer
 
     random_model.make_gptq(Path(job["work"]) / "gptq", **job["shape"])
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
@@ -142,7 +144,7 @@ def dense(job: dict) -> list[dict]:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(random_model.config_of(**job["shape"]), dtype=dtype).eval()
     torch.set_default_dtype(torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(Path(job["work"]) / "gptq")
+    tokenizer = load_tokenizer(str(Path(job["work"]) / "gptq"))
     rows = [{"model": "fp16"} | measured(model, tokenizer, "model")]
     into_nf4(model, dtype)
     return [*rows, {"model": "nf4"} | measured(model, tokenizer, "model")]
@@ -169,11 +171,12 @@ def into_nf4(model, dtype) -> None:
 def gptq(job: dict) -> list[dict]:
     """The GPTQ folder opened with one kernel, as helpers.inference does."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from helpers import quantize
     from helpers.inference import read_config
     from helpers.models.gptq_kernels import TORCH, gptq_kernel, why_not
+    from helpers.models.templates import load_tokenizer
 
     folder = Path(job["work"]) / "gptq"
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
@@ -189,7 +192,7 @@ def gptq(job: dict) -> list[dict]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, **chosen).eval()
     load_s = time.monotonic() - began
     row = {"model": job["kernel"], "ready_s": round(ready_s, 2), "load_s": round(load_s, 1)}
-    row |= measured(model, AutoTokenizer.from_pretrained(folder), "gptq")
+    row |= measured(model, load_tokenizer(str(folder)), "gptq")
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(300, 700, (1, 512), generator=generator).to(device)
     module = "model.layers.0.mlp.down_proj"
