@@ -146,19 +146,11 @@ def memory(folder: Path, file_gb: float, books: bool = False) -> None:
         stop.set()
         watcher.join()
     assert made["in"] == count == made["kept"] + sum(made["dropped"].values())
-    print(
-        json.dumps(
-            {
-                "what": "prepare of a large file" + (" of books" if books else ""),
-                "bytes": path.stat().st_size,
-                "conversations": count,
-                "tokens": made["train_tokens"] + made["heldout_tokens"],
-                "wall_s": round(time.monotonic() - start),
-                "peak_anonymous_gib": round(peak[0] / 2**30, 2),
-                "peak_resident_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30, 2),
-            }
-        )
-    )
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found = {"what": "prepare of a large file" + (" of books" if books else ""), "bytes": path.stat().st_size}
+    found |= {"conversations": count, "tokens": made["train_tokens"] + made["heldout_tokens"]}
+    found |= {"wall_s": round(time.monotonic() - start), "peak_anonymous_gib": round(peak[0] / 2**30, 2)}
+    print(json.dumps(found | {"peak_resident_gib": round(resident / 2**30, 2)}))
 
 
 def main() -> None:

@@ -47,6 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.task:
         tasks.answer(partial(rows_of, options.task))
+    options.work = options.work.resolve()
     for folder in (options.work, options.output, options.work / "drive"):
         folder.mkdir(parents=True, exist_ok=True)
     shape = {"name": str(TINY), "layers": 2} if options.toy else {"name": random_model.SHAPE, "layers": options.layers}

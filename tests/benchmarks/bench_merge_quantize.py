@@ -65,7 +65,7 @@ class Bench:
     """Work folder, output and deadline of one call."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.work, self.output, self.options = options.work, options.output, options
+        self.work, self.output, self.options = options.work.resolve(), options.output, options
         self.end = time.monotonic() + options.deadline_s
         self.work.mkdir(parents=True, exist_ok=True)
         self.output.mkdir(parents=True, exist_ok=True)

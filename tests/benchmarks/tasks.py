@@ -15,6 +15,7 @@ def start(script: str, task: str, job: dict, log: Path, environment: dict[str, s
         process = subprocess.Popen(
             [sys.executable, script, "--task", task],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True, env=seen,
+            cwd=log.parent,  # GPTQModel writes its logs where it stands
         )  # fmt: skip
     process.stdin.write(json.dumps(job))
     process.stdin.close()
