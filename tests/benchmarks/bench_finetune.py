@@ -124,10 +124,7 @@ def clock_callback(steps: int):
 
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == steps and torch.cuda.is_available():
-                self.peak = {
-                    "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
-                    "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
-                }
+                self.peak = peak()
                 self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
                 self.profiler.__enter__()
             synchronize()
@@ -151,6 +148,14 @@ def clock_callback(steps: int):
             self.kernels = {name[:70]: round(value, 4) for name, value in spent.most_common(14)}
 
     return Clock()
+
+
+def peak() -> dict[str, float]:
+    """What the allocator took at most, in GiB."""
+    import torch
+
+    sizes = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    return {f"{name}_gib": round(size / GIB, 3) for name, size in sizes.items()}
 
 
 def synchronize() -> None:
@@ -190,6 +195,7 @@ def emit(out: Path, record: dict) -> None:
 
 def ours(engine: str, model: Path, out: Path, rows: list[dict]) -> None:
     """Rows through helpers.finetune, one load of the base for all of them; planned: as a T4's plan has them."""
+    import recipes
     import torch
 
     finetune = t4.fine_tuning_in_fp16()
@@ -221,34 +227,20 @@ def ours(engine: str, model: Path, out: Path, rows: list[dict]) -> None:
                 "predicted_reserved_gib": round(expected.vram.reserved_gib, 3),
                 "predicted_tok_s": round(int(row["seq"]) * int(row["batch"]) / expected.time.step_s),
             }
-        folder = Path(tempfile.mkdtemp())
         trainer = None
         try:
             if base is None:
                 base, tokenizer = finetune.load_base(config)
                 base.config.max_position_embeddings = 10**6  # the memory of a long context does not depend on it
-                originals = [layer.forward for layer in base.model.layers], base.forward
-            for layer, forward in zip(base.model.layers, originals[0], strict=True):
-                layer.forward = forward
-            base.forward = originals[1]
-            adapted = finetune.attach_adapter(base, config)
-            prepared = random_model.write_prepared(
-                folder, model, (steps + profiled) * int(row["batch"]), int(row["seq"])
-            )
-            trainer = finetune.build_trainer(config, adapted, tokenizer, prepared, folder / "checkpoints")
-            trainer.args.save_strategy = "no"
-            trainer.args.set_save(strategy="no")
-            clock = clock_callback(steps)
-            trainer.add_callback(clock)
+            clock, sequences = clock_callback(steps), (steps + profiled) * int(row["batch"])
+            trainer = recipes.own_trainer(base, tokenizer, config, [clock], sequences, Path(tempfile.mkdtemp()))
+            adapted = trainer.model
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
                 record["ready_gib"] = round(torch.cuda.memory_allocated() / GIB, 3)
             trainer.train()
             if not clock.peak and torch.cuda.is_available():
-                clock.peak = {
-                    "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
-                    "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
-                }
+                clock.peak = peak()
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
             record |= {"layers": trainer.layers_reason, "applied": trainer.watch.applied}
             record |= figures(clock, row, steps, losses)

@@ -176,8 +176,8 @@ def measure_training(base, tokenizer, row, folder: Path, leaked_bytes: int) -> t
     figures, phases = {}, Phases()
     watch = watching(phases, row, base.model.layers)
     if row.recipe == "own":
-        scratch = Path(tempfile.mkdtemp())
-        trainer = recipes.own_trainer(base, tokenizer, row, folder, [watch], STEPS, scratch)
+        config, sequences = recipes.config_of(row, folder, STEPS), STEPS * row.batch * row.accumulation
+        trainer = recipes.own_trainer(base, tokenizer, config, [watch], sequences, Path(tempfile.mkdtemp()))
         model = trainer.model
     else:
         model = recipes.adapt(base, row)
@@ -186,7 +186,7 @@ def measure_training(base, tokenizer, row, folder: Path, leaked_bytes: int) -> t
         ids = torch.randint(300, 31000, (rows, row.seq), generator=generator).tolist()
         dataset = Dataset.from_dict({"input_ids": ids})
         trainer = recipes.trainer(model, tokenizer, row, dataset, [watch], STEPS, Path(tempfile.mkdtemp()))
-        recipes.without_skipped_steps(trainer)
+    recipes.without_skipped_steps(trainer)
     figures["ready_gib"] = torch.cuda.memory_allocated() / GIB
     split_phases(trainer, phases)
     torch.cuda.reset_peak_memory_stats()

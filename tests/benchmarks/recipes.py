@@ -88,14 +88,11 @@ def adapt(base, row: Row):
     if not checkpointed:
         base.gradient_checkpointing_disable()
     base.set_attn_implementation({"efficient": "efficient", "math": "sdpa", "eager": "eager"}[row.attention])
+    targets = ALL_LINEAR if row.targets == "all-linear" else ATTENTION
     lora = LoraConfig(
-        r=row.rank,
-        lora_alpha=row.rank,
-        lora_dropout=row.dropout,
-        target_modules=ALL_LINEAR if row.targets == "all-linear" else ATTENTION,
-        bias="none",
+        r=row.rank, lora_alpha=row.rank, lora_dropout=row.dropout, target_modules=targets, bias="none",
         task_type="CAUSAL_LM",
-    )
+    )  # fmt: skip
     return get_peft_model(base, lora)
 
 
@@ -170,21 +167,19 @@ def config_of(row: Row, folder: Path, steps: int):
     )
 
 
-def own_trainer(base, tokenizer, row: Row, folder: Path, callbacks: list, steps: int, scratch: Path):
-    """helpers.finetune's trainer for a row, with a loss scale that skips no step."""
+def own_trainer(base, tokenizer, config, callbacks: list, sequences: int, scratch: Path):
+    """helpers.finetune's trainer over so many random sequences; nothing is saved."""
     from helpers import finetune
 
-    for layer in base.model.layers:  # an earlier row's own layers and loss
-        layer.__dict__.pop("forward", None)
-    base.__dict__.pop("forward", None)
-    config = config_of(row, folder, steps)
-    prepared = write_prepared(scratch / "prepared", folder, steps * row.batch * row.accumulation, row.seq)
+    for module in (base, *base.model.layers):  # an earlier row's custom layers and loss
+        module.__dict__.pop("forward", None)
+    prepared = write_prepared(scratch / "prepared", Path(config.model.model), sequences, config.data.seq_len)
     model = finetune.attach_adapter(base, config)
     built = finetune.build_trainer(config, model, tokenizer, prepared, scratch / "checkpoints")
     built.args.set_save(strategy="no")
     for callback in callbacks:
         built.add_callback(callback)
-    return without_skipped_steps(built)
+    return built
 
 
 def without_skipped_steps(built):
