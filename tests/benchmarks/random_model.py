@@ -154,10 +154,9 @@ def make_gptq(folder: Path, name: str = SHAPE, layers: int | None = None) -> Pat
         drawn = torch.randint(1, 16, (8, inputs // 8, outputs), dtype=torch.int64, device=device)
         codes = sum(drawn[place] << 4 * place for place in range(8))
         spread = 0.5 + torch.rand((inputs // GROUP, outputs), device=device)
-        zeros = torch.full((inputs // GROUP, outputs // 8), 0x77777777, dtype=torch.int32)
         return {
             f"{module}.qweight": torch.where(codes < 2**31, codes, codes - 2**32).int(),
-            f"{module}.qzeros": zeros,
+            f"{module}.qzeros": torch.full((inputs // GROUP, outputs // 8), 0x77777777, dtype=torch.int32),
             f"{module}.scales": (spread * 0.02 / 4.3).half(),  # codes of 1..15 less 8 spread by 4.3
             f"{module}.g_idx": torch.arange(inputs, dtype=torch.int32) // GROUP,
         }
