@@ -72,7 +72,7 @@ def packed(
     batches = []
     for start in range(0, len(order), window):
         bins: list[tuple[int, list[int]]] = []  # (tokens left, rows)
-        # Best fit decreasing: into the fullest bin that takes it; at most 11/9 of the fewest bins, plus 4 (Johnson, 1973)
+        # Best fit decreasing: into the fullest bin that takes it. At most 11/9 of the fewest bins, and 4 (Johnson 1973)
         for row in sorted(order[start : start + window], key=lambda row: -lengths[row]):
             fitting = [place for place, (left, _) in enumerate(bins) if left >= lengths[row]]
             if fitting:
