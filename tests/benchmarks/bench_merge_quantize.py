@@ -15,6 +15,7 @@ import re
 import shutil
 import threading
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -202,15 +203,9 @@ def run_gptq(job: dict) -> dict:
 
     shutil.rmtree(job["output"], ignore_errors=True)
     Path(job["output"]).mkdir(parents=True)
-    from dataclasses import asdict
-
-    settings = QuantizeConfig(calibration_samples=SAMPLES, calibration_tokens=TOKENS)
-    gptq_task(
-        job | {"config": asdict(settings), "rows": rows},
-        report,
-        variant["batch_tokens"],
-        **{"pack_impl": "cpu"} | variant.get("library", {}),
-    )
+    settings = asdict(QuantizeConfig(calibration_samples=SAMPLES, calibration_tokens=TOKENS))
+    library = {"pack_impl": "cpu"} | variant.get("library", {})
+    gptq_task(job | {"config": settings, "rows": rows}, report, variant["batch_tokens"], **library)
     seconds = time.monotonic() - start
     ends = [
         max(module["at_s"] for module in modules if module["layer"] == layer)
@@ -240,11 +235,8 @@ def run_open(job: dict) -> dict:
     settings = read_config(job["output"])["quantization_config"]
     kernel = gptq_kernel(settings, torch.float16, kernels=(job["kernel"],))
     model = AutoModelForCausalLM.from_pretrained(job["output"], dtype=torch.float16, device_map="cuda", **kernel)
-    result = {
-        "kernel": job["kernel"],
-        "open_s": round(time.monotonic() - start, 1),
-        "perplexity": perplexity(model, rows),
-    }
+    result = {"kernel": job["kernel"], "open_s": round(time.monotonic() - start, 1)}
+    result |= {"perplexity": perplexity(model, rows)}
     ids, took = torch.tensor([rows[0][:128]], device="cuda"), []
     for new in (1, NEW_TOKENS, NEW_TOKENS):  # the first two compile and try variants
         start = time.monotonic()
@@ -268,10 +260,8 @@ def run_check(job: dict) -> dict:
 
     start = time.monotonic()
     model = open_model(Path(job["model"]), Path(job["output"]) / "offload", gpu_gib=t4.ALLOCATOR_GIB)
-    result = {
-        "open_s": round(time.monotonic() - start, 1),
-        "perplexity": perplexity(model, random_rows(4, job["vocab"])),
-    }
+    result = {"open_s": round(time.monotonic() - start, 1)}
+    result |= {"perplexity": perplexity(model, random_rows(4, job["vocab"]))}
     return result | {"seconds": round(time.monotonic() - start, 1)}
 
 

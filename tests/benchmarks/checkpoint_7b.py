@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from statistics import median
 
+import random_model
 import torch
 from safetensors.torch import save_file
-from t4 import ROOT  # noqa: F401 - and with it the path to helpers
 
 from helpers import models
 from helpers.workspace import checkpoints
@@ -28,17 +28,6 @@ BLOCK = 256
 """Values that share a scale in bitsandbytes' 8-bit optimizers."""
 DISK_SLOWDOWN = 5
 """A rented machine's disk and two slow cores against this machine, at worst."""
-
-
-def adapter(config, shape) -> dict[str, torch.Tensor]:
-    """LoRA factors of all layers, fp32, by PEFT's names."""
-    rank, tensors = config.adapter.rank, {}
-    for layer in range(shape.layers):
-        for name, (inputs, outputs) in shape.linears.items():
-            place = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{place}.lora_A.weight"] = torch.randn(rank, inputs)
-            tensors[f"{place}.lora_B.weight"] = torch.randn(outputs, rank)
-    return tensors
 
 
 def optimizer_state(tensors: dict[str, torch.Tensor]) -> dict:
@@ -60,8 +49,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    config, shape = models.profile("mistral-7b"), models.shape("mistral-7b-v0.3")
-    tensors = adapter(config, shape)
+    config, tensors = models.profile("mistral-7b"), random_model.lora_factors(random_model.config_of())
     state = optimizer_state(tensors)
     folder = options.folder or Path(tempfile.mkdtemp())
     write_s, check_s = [], []

@@ -104,16 +104,21 @@ def matrices(config) -> dict[str, tuple[int, int]]:
     return {name.removesuffix(".weight"): sizes[name] for name in sizes if ".layers." in name and len(sizes[name]) == 2}
 
 
+def lora_factors(config) -> dict:
+    """Random factors of rank 16 for all linear layers, in fp32 and by PEFT's names."""
+    factors = {}
+    for module, (outputs, inputs) in matrices(config).items():
+        factors[f"base_model.model.{module}.lora_A.weight"] = normal((16, inputs)).float().cpu()
+        factors[f"base_model.model.{module}.lora_B.weight"] = normal((outputs, 16)).float().cpu() / 4
+    return factors
+
+
 def make_adapter(folder: Path, base: Path, config) -> None:
     """A random adapter of rank 16 on all linear layers, as PEFT saves it."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    factors = {}
-    for module, (outputs, inputs) in matrices(config).items():
-        factors[f"base_model.model.{module}.lora_A.weight"] = normal((16, inputs)).float().cpu()
-        factors[f"base_model.model.{module}.lora_B.weight"] = normal((outputs, 16)).float().cpu() / 4
-    save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(lora_factors(config), folder / "adapter_model.safetensors", metadata={"format": "pt"})
     targets = sorted({module.rpartition(".")[2] for module in matrices(config)})
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32, "target_modules": targets}
     settings |= {"base_model_name_or_path": str(base)}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(path) for path in (ROOT, HERE) if str(path) not in sys.path]
+sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
 GIB = 2**30
 TOTAL_GIB, ALLOCATOR_GIB = 14.56, float(os.environ.get("CAP_GIB", "14.42"))

@@ -382,8 +382,7 @@ def install(model: torch.nn.Module, saves: list[str], offload_bytes: int = 0) ->
     offload_bytes: of host memory, for layers' inputs. Without gradients, or with a key-value cache, layers compute as
     before.
     """
-    device = next(model.parameters()).device
-    host = Offload(device, offload_bytes) if offload_bytes else None
+    host = Offload(next(model.parameters()).device, offload_bytes) if offload_bytes else None
     places = Places(host)
     layers = [Layer(module, saved, host) for module, saved in zip(model.model.layers, saves, strict=True)]
     linears = [linear for layer in layers for group in layer.groups for linear in group.linears]
