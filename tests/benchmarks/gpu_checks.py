@@ -125,7 +125,7 @@ def train_tiny() -> dict:
     config = profile("tiny", batch_size=2, accumulation=1, max_steps=4, seq_len=64, epochs=1.0)
     prepared = random_model.write_prepared(folder / "prepared", TINY, 8, 64)
     measured = finetune.finetune(config, prepared, folder / "finetune")
-    used = [torch.cuda.max_memory_reserved(card) for card in range(torch.cuda.device_count())]
+    used = [torch.cuda.max_memory_reserved(number) for number in range(torch.cuda.device_count())]
     passed = measured["steps_applied"] > 0 and not any(used[1:])
     return {"passed": passed, "visible": len(used), "reserved_bytes": used, "loss_last": measured["loss_last"]}
 
@@ -214,8 +214,7 @@ def drive_offload(device, hidden: int, layers: int, contexts: list[int]) -> dict
     from helpers.budget.activations import offloaded_bytes
     from helpers.budget.step import Step, host_room
     from helpers.finetune.engine.offload import Offload
-    from helpers.models import gpu as card
-    from helpers.models import profile, shape
+    from helpers.models import gpu, profile, shape
 
     sizes = replace(shape("mistral-7b-v0.3"), hidden=hidden, layers=layers)
     asked = profile("mistral-7b", batch_size=1, checkpointing="all", offload_activations=True)
@@ -235,19 +234,18 @@ def drive_offload(device, hidden: int, layers: int, contexts: list[int]) -> dict
         row["arena_gib"] = round(len(host.arena.chunks) * host.arena.size / GIB, 4)
         rows.append(row | pinned())
     del host
-    card.free_memory()
+    gpu.free_memory()
     exact = all(row["arena_gib"] == row["counted_gib"] >= row.get("pinned_gib", 0.0) for row in rows)
     return {"passed": exact and right, "came_back": right, "contexts": rows, "after": memory()}
 
 
 def waiting(models: Path) -> dict:
-    """The tiny model's logits and answers with two of four layers away, beside all of it on the card."""
+    """The tiny model's logits and answers with two of four layers away, beside all of it on the GPU."""
     need_gpus(1)
     import torch
 
     from helpers import hardware, inference
-    from helpers.models import TINY, profile
-    from helpers.models import gpu as card
+    from helpers.models import TINY, gpu, profile
     from helpers.models import offload as parked
 
     memory_once = torch.empty(2**20, dtype=torch.uint8)
@@ -259,8 +257,8 @@ def waiting(models: Path) -> dict:
     found, passed, before = {}, locked == [True, False], memory()["allocated_gib"]
     for name, machine in {
         "whole": None,
-        "host memory": small_card(config, 100.0),
-        "disk": small_card(config, 0.0),
+        "host memory": small_gpu(config, 100.0),
+        "disk": small_gpu(config, 0.0),
     }.items():
         loaded = inference.load(TINY, config, machine)
         with torch.inference_mode():
@@ -271,14 +269,14 @@ def waiting(models: Path) -> dict:
         passed &= same and (machine is None or loaded.how.endswith(f"2 of 4 layers from {name}"))
         found[name] = {"how": loaded.how, "same": same} | (expected if machine is None else {})
         del loaded
-        card.free_memory()
+        gpu.free_memory()
     found["whole"] = {"how": found["whole"]["how"]}
     left_gib = memory()["allocated_gib"] - before
     return {"passed": passed and left_gib < 0.05, "left_gib": left_gib, "gpu": hardware.probe().name, **found}
 
 
-def small_card(config, ram_gib: float):
-    """A machine whose card keeps two of the tiny model's layers away."""
+def small_gpu(config, ram_gib: float):
+    """A machine whose GPU keeps two of the tiny model's layers away."""
     from dataclasses import replace
 
     from helpers import hardware
