@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
 
 EXTRA_FLAGS: dict[str, dict[str, dict]] = {
     "budget": {
-        "--stage": {"dest": "budget_stage", "default": "train", "choices": budget.STAGES},
+        "--stage": {"dest": "budget_stage", "default": "train", "choices": (*budget.STAGES, "export")},
         "--verify": {"action": "store_true", "help": "run a few real steps on this GPU: predicted against measured"},
     },
     "prepare": {
@@ -142,7 +142,8 @@ EXTRA_FLAGS: dict[str, dict[str, dict]] = {
         "--to": {"default": "gguf", "choices": ("gguf",), "help": "the format"},
         "--type": {"default": "q4_k_m", "help": "f16, q8_0, q6_k, q5_k_m, q4_k_m, …; several with commas between"},
         "--modelfile": {"action": "store_true", "help": "Ollama's Modelfile and a README beside it too"},
-        "--output": {"type": Path, "help": "FILE.gguf (default: export/NAME.gguf in the run's folder)"},
+        "--imatrix": {"help": "importance matrix: a file, or `own`, collected on the run's conversations"},
+        "--output": {"type": Path, "help": "FILE.gguf (default: the run's export folder, with a Modelfile)"},
     },
     "run": {"--resume": {"default": "auto", "choices": ("auto", "never")}},
 }
@@ -239,6 +240,8 @@ Outcome = tuple[int, dict, str]
 def run_budget(options: argparse.Namespace, config: RunConfig) -> Outcome:
     """What it needs; exit 3 when it does not fit."""
     shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
+    if options.budget_stage == "export":
+        return budget_of_export(config, shape, machine)
     plan = budget.plan(config, shape, machine)
     estimate = budget.budget(budget.requested(config, plan), shape, machine, stage=options.budget_stage)
     result = budget.to_json(estimate, plan)
@@ -248,6 +251,19 @@ def run_budget(options: argparse.Namespace, config: RunConfig) -> Outcome:
 
         result["verify"] = verify.verify(plan.config)
         text += "\n" + verify.table(result["verify"])
+    return (DONE if estimate.fits else DOES_NOT_FIT), result, text
+
+
+def budget_of_export(config: RunConfig, shape: models.ModelShape, machine: hardware.Machine) -> Outcome:
+    """What every type of a GGUF file takes to make, and what runs on a laptop of 8 GB, with and without a GPU."""
+    from dataclasses import asdict
+
+    from helpers.budget import export
+
+    estimate, types = export.needs(config, shape, machine), export.choices(shape, machine.host.cpus)
+    laptop = export.runs_on(shape, ram_gib=8, vram_gib=6)
+    result = asdict(estimate) | {"plan": asdict(config), "types": [asdict(one) for one in types], "laptop_8_gb": laptop}
+    text = f"{budget.table(estimate)}\n\n{export.table(types, laptop)}"
     return (DONE if estimate.fits else DOES_NOT_FIT), result, text
 
 
@@ -310,17 +326,18 @@ def run_quantize(options: argparse.Namespace, config: RunConfig) -> Outcome:
 def run_export(options: argparse.Namespace, config: RunConfig) -> Outcome:
     from helpers import export
 
-    run = workspace_of(options, config)
-    output = options.output or run.folder("export") / f"{Path(config.model.model).name}.gguf"
-    if options.output is None:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    run, output = workspace_of(options, config), options.output
     if options.adapter:
         from helpers.inference import base_of
 
-        base = Path(base_of(options.adapter, config))
+        base, output = Path(base_of(options.adapter, config)), output or run.root / "adapter.gguf"
         return done("export", output, export.export_adapter(options.adapter, base, output))
-    model = options.merged or run.folder("merge")
-    return done("export", output, export.export(model, output, options.type, options.modelfile, run.folder("prepare")))
+    weights = export.importance_matrix(run, config, options.type, options.imatrix)
+    if output is None and options.merged is None:
+        return done("export", run.folder("export"), export.export_run(run, config, options.type, weights))
+    model, output = options.merged or run.folder("merge"), output or Path(f"{options.merged.name}.gguf")
+    made = export.export(model, output, options.type, options.modelfile, run.folder("prepare"), weights)
+    return done("export", output, made)
 
 
 def run_evaluate(options: argparse.Namespace, config: RunConfig) -> Outcome:

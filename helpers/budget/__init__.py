@@ -434,6 +434,7 @@ STAGE_NAMES = {
     "merge": "merging",
     "quantize": "GPTQ",
     "inference": "evaluation",
+    "export": "the export",
     "run": "the whole run",
 }
 PARTS_OF_A_RUN = ("train", "merge", "quantize", "inference")

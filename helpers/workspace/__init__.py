@@ -53,6 +53,7 @@ NOTEBOOKS = {
     "merge": "04_gptq_quantization.ipynb",
     "quantize": "04_gptq_quantization.ipynb",
     "evaluate": "05_evaluation.ipynb",
+    "export": "06_export.ipynb",
 }
 BEFORE = {"finetune": ("prepare",), "merge": ("finetune",), "quantize": ("merge",)}
 """What a stage is made from."""

@@ -10,16 +10,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import helpers.budget.export
 import helpers.export
-import helpers.models.gguf_types
 from helpers import cli
 from helpers.models import TINY, gguf_types
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: `make setup` installs requirements-gguf.txt")
 pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: `make setup` installs requirements-gguf.txt")
 
-from helpers.export import engine, gguf_file, lora, modelfile, quants, vocabulary  # noqa: E402
-from helpers.models import attention, gguf_model, packed  # noqa: E402
+from helpers.export import check, gguf_file, importance, lora, modelfile, quants, vocabulary  # noqa: E402
+from helpers.models import attention, gguf_engine, gguf_model, packed  # noqa: E402
+from helpers.show import gguf as show  # noqa: E402
 
 QUESTION = [{"role": "user", "content": "Which animal does Edith keep?"}]
 # Of the tiny model's tensors, sorted by name, as llama.cpp's own llama_model_quantize writes them from its F16 file
@@ -46,7 +47,19 @@ def digest(file):
 
 
 @pytest.mark.parametrize(
-    "module", [helpers.export, helpers.models.gguf_types, gguf_file, vocabulary, quants, modelfile, lora]
+    "module",
+    [
+        helpers.export,
+        gguf_types,
+        gguf_file,
+        vocabulary,
+        quants,
+        modelfile,
+        lora,
+        importance,
+        helpers.budget.export,
+        show,
+    ],
 )
 def test_examples_in_docstrings(module):
     assert doctest.testmod(module).failed == 0
@@ -117,11 +130,11 @@ def test_llama_cpp_reads_the_tokens_of_training_and_says_which_it_does_not(files
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     rows = (TINY.parent / "heldout_conversations.jsonl").read_text(encoding="utf-8").splitlines()
     chats = [json.loads(row)["messages"][:-1] for row in rows]
-    with engine.serving(files["q4_k_m"]) as ask:
-        assert engine.check_tokens(ask, tokenizer, list(helpers.export.PROBES), chats) == len(chats) + 5
+    with gguf_engine.serving(files["q4_k_m"]) as server:
+        assert check.check_tokens(server, tokenizer, list(check.PROBES), chats) == len(chats) + 5
         tokenizer.add_tokens(["Edith"])
         with pytest.raises(ValueError, match=r"where training read .*Edith"):
-            engine.check_tokens(ask, tokenizer, [QUESTION[0]["content"]], [])
+            check.check_tokens(server, tokenizer, [QUESTION[0]["content"]], [])
 
 
 def test_llama_cpp_answers_as_transformers_does(files):
@@ -129,8 +142,8 @@ def test_llama_cpp_answers_as_transformers_does(files):
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
     answer = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
-    with engine.serving(files["f16"]) as ask:
-        said = ask("/completion", {"prompt": ids, "n_predict": 12, "temperature": 0, "return_tokens": True})
+    with gguf_engine.serving(files["f16"]) as server:
+        said = server.ask("/completion", {"prompt": ids, "n_predict": 12, "temperature": 0, "return_tokens": True})
     expected = answer.tolist()
     if expected[-1] == tokenizer.eos_token_id:
         expected = expected[:-1]
@@ -157,8 +170,8 @@ def test_an_adapter_alone_gives_llama_cpp_what_peft_computes(files, tmp_path, rs
     ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
     with torch.no_grad():
         expected = torch.log_softmax(model.eval()(torch.tensor([ids])).logits[0, -1], -1)
-    with engine.serving(files["f16"], lora=tmp_path / "adapter.gguf") as ask:
-        said = ask("/completion", {"prompt": ids, "n_predict": 1, "n_probs": 5, "temperature": 0})
+    with gguf_engine.serving(files["f16"], lora=tmp_path / "adapter.gguf") as server:
+        said = server.ask("/completion", {"prompt": ids, "n_predict": 1, "n_probs": 5, "temperature": 0})
     for entry in said["completion_probabilities"][0]["top_logprobs"]:
         assert abs(entry["logprob"] - expected[entry["id"]].item()) < 0.02  # keys and values are fp16 there
 

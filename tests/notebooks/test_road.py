@@ -1,6 +1,6 @@
 """From prepare to report on machines that vanish, with a Drive that fails, from bases as they lie on the hub.
 
-Five notebooks, five machines (road.py), a sixth because one is lost in the middle of training. A quarter of first
+Six notebooks, six machines (road.py), a seventh because one is lost in the middle of training. A quarter of first
 tries in Drive fail. What has to stand at the end is in Drive: a model that answers through its own chat template, the
 report, and a training that did not begin anew.
 """
@@ -96,7 +96,7 @@ def walk(request, walks) -> Walk:
 
 
 def walk_on(folder: Path, base: Path, seed: int) -> Walk:
-    """All five notebooks; training's machine is killed as its second checkpoint begins to reach Drive."""
+    """All six notebooks; training's machine is killed as its second checkpoint begins to reach Drive."""
     found = Walk(Road(folder, base=base, rows=ROWS, settings=SETTINGS), too_little_gib(base), folder / "faults.log")
     for number, notebook in enumerate(NOTEBOOKS):
         injected = {"seed": seed + number, "log": found.log}
