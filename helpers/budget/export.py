@@ -18,10 +18,10 @@ from helpers.budget import Budget, Disk, DoesNotFit, Ram, Time, Vram, host
 from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape
-from helpers.models.gguf_types import FILE_TYPES, FileType, file_type, recipe, row_bytes
+from helpers.models.gguf_sizes import file_bytes, kinds, weight_bytes
+from helpers.models.gguf_types import FILE_TYPES, FileType, file_type
 
 GIB = 2**30
-ALIGNMENT = 32
 MODEL_TYPES = ("mistral", "llama")
 RATES = {
     "F32": 470.0, "F16": 470.0, "Q8_0": 300.0, "Q5_1": 410.0, "Q5_0": 320.0, "Q4_0": 480.0, "Q6_K": 33.0, "Q5_K": 17.5,
@@ -63,58 +63,6 @@ class Choice:
     run_gib: float
     """RAM to run it without a GPU: the file, keys and values at the context, work space."""
     needs_importance: bool
-
-
-# ---- sizes -----------------------------------------------------------------------------------------------------------
-
-
-def matrices(shape: ModelShape) -> Iterable[tuple[str, int, int]]:
-    """(GGUF name, rows, columns) of every matrix."""
-    yield "token_embd.weight", shape.vocab, shape.hidden
-    for layer in range(shape.layers):
-        for linear, part in PARTS.items():
-            inputs, outputs = shape.linears[linear]
-            yield f"blk.{layer}.{part}.weight", outputs, inputs
-    if not shape.tied:
-        yield "output.weight", shape.vocab, shape.hidden
-
-
-PARTS = {
-    "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
-    "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
-}  # fmt: skip
-"""transformers' linear layers -> GGUF's."""
-
-
-def kinds(shape: ModelShape, file: FileType, importance: bool = False) -> Iterable[tuple[str, int, int]]:
-    """(type, rows, columns) of every matrix of a file."""
-    grouping = shape.heads // shape.kv_heads
-    for name, rows, columns in matrices(shape):
-        yield recipe(name, columns, file, shape.layers, grouping, importance), rows, columns
-
-
-def weight_bytes(shape: ModelShape, file: FileType, importance: bool = False) -> int:
-    """Bytes of all weights, each tensor filled up to the file's alignment; norms are fp32."""
-    found = sum(aligned(rows * row_bytes(columns, kind)) for kind, rows, columns in kinds(shape, file, importance))
-    return found + (2 * shape.layers + 1) * aligned(4 * shape.hidden)
-
-
-def aligned(size: int) -> int:
-    """The next multiple of the alignment."""
-    return size + -size % ALIGNMENT
-
-
-def header_bytes(shape: ModelShape) -> int:
-    """Bytes before the weights, roughly: a word takes 22 (Mistral's, with score and kind), a tensor some 70.
-
-    `export.gguf_file.sizes` has it to the byte, from a model's folder.
-    """
-    return aligned(22 * shape.vocab + 70 * (9 * shape.layers + 3) + 3000)
-
-
-def file_bytes(shape: ModelShape, file: FileType, importance: bool = False) -> int:
-    """Bytes of a GGUF file."""
-    return weight_bytes(shape, file, importance) + header_bytes(shape)
 
 
 def kv_cache_gib(shape: ModelShape, context: int) -> float:
