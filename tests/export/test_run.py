@@ -12,10 +12,10 @@ import torch
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: `make setup` installs requirements-gguf.txt")
 pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: `make setup` installs requirements-gguf.txt")
 
-from helpers import budget, cli, export, hardware, inference, models, workspace  # noqa: E402
+from helpers import budget, cli, export, hardware, models, workspace  # noqa: E402
 from helpers.budget import export as export_budget  # noqa: E402
 from helpers.budget import placement  # noqa: E402
-from helpers.export import gguf_file, importance  # noqa: E402
+from helpers.export import gguf_file, importance, quants  # noqa: E402
 from helpers.models import TINY, gguf_engine, gguf_header, gguf_sizes, gguf_types  # noqa: E402
 from helpers.show import gguf as show  # noqa: E402
 from helpers.workspace import Workspace  # noqa: E402
@@ -113,26 +113,20 @@ def test_an_importance_matrix_is_the_mean_square_of_what_meets_a_matrix(run, wei
     assert np.array_equal(found["blk.2.ffn_gate.weight"], found["blk.2.ffn_up.weight"])  # they see the same
 
 
-def test_an_importance_matrix_makes_two_bits_better(run, exported, weights, tmp_path):
-    """Against even weights, which make the same file without knowing anything."""
-    even = {name: np.ones_like(values) for name, values in importance.read(weights, TINY).items()}
-    plain = tmp_path / "even.gguf"
-    gguf_file.write(TINY, {plain: gguf_types.file_type("iq2_xxs")}, even)
-    weighed = run.folder("export") / "tiny-mistral-IQ2_XXS.gguf"
-    whole, two_bits, two_bits_even = (
-        inference.load(file, config()).model for file in (TINY, run.folder("export") / weighed.name, plain)
-    )
-    assert divergence(whole, two_bits, run) < 0.9 * divergence(whole, two_bits_even, run)
-
-
-def divergence(whole, model, run):
-    """Mean KL divergence of a model from the whole one on the first prepared conversations, nats a token."""
-    found = []
-    with torch.no_grad():
-        for ids in importance.rows_of(run.folder("prepare"), rows=10):
-            expected, got = (torch.log_softmax(one(torch.tensor([ids])).logits[0], -1) for one in (whole, model))
-            found.append((expected.exp() * (expected - got)).sum(-1))
-    return torch.cat(found).mean().item()
+@pytest.mark.parametrize("kind", ["IQ2_XXS", "Q3_K", "Q4_K"])
+def test_an_importance_matrix_brings_every_matrix_nearer_to_what_it_computed(weights, kind):
+    """What a matrix gives to the inputs that it meets, against rounding with even weights."""
+    settings, means = gguf_file.settings_of(TINY), importance.read(weights, TINY)
+    for tensor in gguf_file.tensors_of(TINY, settings):
+        if tensor.name not in means:
+            continue
+        rows, mean = next(gguf_file.pieces(tensor, settings))[:64], means[tensor.name]
+        errors = []
+        for used in (mean, np.ones_like(mean)):
+            blocks = quants.quantize(rows, kind, used)
+            difference = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind]) - rows
+            errors.append((np.square(difference) * mean).sum())
+        assert errors[0] < errors[1], tensor.name
 
 
 def test_an_importance_matrix_of_another_model_is_refused(run, weights, tmp_path):
