@@ -5,7 +5,10 @@ import hashlib
 import json
 from pathlib import Path
 
+import faults
+import kill_at
 import numpy as np
+import odd_shape
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,8 +26,9 @@ from helpers.models import attention, gguf_engine, gguf_model, packed  # noqa: E
 from helpers.show import gguf as show  # noqa: E402
 
 QUESTION = [{"role": "user", "content": "Which animal does Edith keep?"}]
-# Of the tiny model's tensors, sorted by name, as llama.cpp's own llama_model_quantize writes them from its F16 file
-# (cyllama 0.2.18, 39 of 39 equal for each type).
+# Of all tensors, sorted by name, as llama.cpp's own llama_model_quantize writes them from an F16 file: the tiny
+# model's, those of odd_shape.py, whose rows are no whole blocks. And the types that it chooses for IQ2_XXS (cyllama
+# 0.2.18).
 DIGESTS = json.loads(Path(__file__).with_name("gguf_digests.json").read_text(encoding="utf-8"))
 TYPES = [name for name, kind in gguf_types.FILE_TYPES.items() if not kind.needs_importance]
 
@@ -36,6 +40,14 @@ def files(tmp_path_factory):
     command = ["export", "--profile", "tiny", "--model", str(TINY), "--type", ",".join(TYPES), "--modelfile"]
     assert cli.main([*command, "--output", str(folder / "tiny.gguf")]) == 0
     return {name: folder / f"tiny-{gguf_types.FILE_TYPES[name].name}.gguf" for name in TYPES}
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """A folder with the model of odd_shape.py in every type that needs no importance matrix."""
+    folder = tmp_path_factory.mktemp("odd")
+    gguf_file.write(odd_shape.write(folder / "model"), helpers.export.outputs(folder / "odd.gguf", ",".join(TYPES)))
+    return folder
 
 
 def digest(file):
@@ -67,7 +79,23 @@ def test_examples_in_docstrings(module):
 
 @pytest.mark.parametrize("name", TYPES)
 def test_every_tensor_is_what_llama_cpp_writes(files, name):
-    assert digest(files[name]) == DIGESTS[name]
+    assert digest(files[name]) == DIGESTS["tiny"][name]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_widths_that_no_block_of_256_fits_are_written_as_llama_cpp_does(odd, name):
+    assert digest(odd / f"odd-{gguf_types.FILE_TYPES[name].name}.gguf") == DIGESTS["odd"][name]
+
+
+@pytest.mark.parametrize(("model", "layers"), [("tiny", 4), ("odd", odd_shape.LAYERS)])
+def test_two_bits_take_the_types_that_llama_cpp_takes(files, odd, model, layers):
+    f16 = {"tiny": files["f16"], "odd": odd / "odd-F16.gguf"}[model]
+    kind, found = gguf_types.file_type("iq2_xxs"), {}
+    for tensor in gguf.GGUFReader(f16).tensors:
+        if len(tensor.shape) == 2:
+            chosen = gguf_types.recipe(tensor.name, int(tensor.shape[0]), kind, layers, grouping=4, importance=True)
+            found.setdefault(chosen, []).append(tensor.name)
+    assert {chosen: sorted(names) for chosen, names in found.items()} == DIGESTS["iq2_xxs_types"][model]
 
 
 def test_types_have_the_blocks_that_gguf_says():
@@ -214,3 +242,30 @@ def test_a_tokenizer_of_another_kind_and_a_quantized_model_are_refused_by_name(t
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ValueError, match=r"already quantized \(gptq\)"):
         gguf_file.settings_of(tmp_path)
+
+
+def test_a_file_under_its_name_is_whole_whenever_the_export_is_killed(tmp_path):
+    """Killed at the first and the last of each kind of change, of two files in one pass."""
+    names = ("q8_0", "f16")
+    whole = {name: tmp_path / f"whole-{name}.gguf" for name in names}
+    gguf_file.write(TINY, {file: gguf_types.file_type(name) for name, file in whole.items()})
+
+    def act(folder):
+        files = {folder / f"{name}.gguf": gguf_types.file_type(name) for name in names}
+        gguf_file.write(TINY, files, check=lambda file: gguf.GGUFReader(file), name="tiny-mistral")
+
+    scene, log = tmp_path / "scene", tmp_path / "log"
+    scene.mkdir()
+    assert not kill_at.is_killed(lambda: act(scene), scene, moment=10**6, log=log)
+    moments = [event.value for event in faults.moments(log)]
+    chosen = {event.value for event in kill_at.each_kind(faults.moments(log))} | set(moments[:: len(moments) // 6])
+    assert len(chosen) >= 10
+    for moment in sorted(chosen):
+        for file in scene.iterdir():
+            file.unlink()
+        assert kill_at.is_killed(lambda: act(scene), scene, moment)
+        for name in names:
+            left = scene / f"{name}.gguf"
+            assert not left.exists() or left.read_bytes() == whole[name].read_bytes()
+    act(scene)  # over whatever the last one left
+    assert {file.name for file in scene.iterdir()} == {f"{name}.gguf" for name in names}
