@@ -66,7 +66,7 @@ def serving(
     try:
         import xllamacpp
     except ImportError:
-        raise ValueError("llama.cpp is not here: pip install --no-deps -r requirements-gguf.txt") from None
+        raise ValueError("llama.cpp is not here: pip install --no-deps -r requirements/gguf.txt") from None
 
     settings = xllamacpp.CommonParams()
     settings.model.path = str(file)

@@ -34,7 +34,7 @@ def reader(file: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise ValueError("GGUF needs the package gguf: pip install --no-deps -r requirements-gguf.txt") from None
+        raise ValueError("GGUF needs the package gguf: pip install --no-deps -r requirements/gguf.txt") from None
     try:
         return GGUFReader(file)
     except (ValueError, IndexError, OSError) as error:

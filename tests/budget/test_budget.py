@@ -45,8 +45,8 @@ configurations = st.fixed_dictionaries(
         "targets": st.sampled_from(["all-linear", "attention", "q_proj,v_proj"]),
         "optimizer": st.sampled_from(["paged_adamw_8bit", "adamw_8bit", "adamw_torch"]),
         "attention": st.sampled_from(["efficient", "eager", "math"]),
-        "loss": st.sampled_from(["chunked", "fused", "full"]),
-        "kernels": st.sampled_from(["own", "liger", "plain"]),
+        "loss": st.sampled_from(["chunked", "full"]),
+        "kernels": st.sampled_from(["own", "plain"]),
         "upcast": st.booleans(),
         "double_quant": st.booleans(),
         "dropout": st.sampled_from([0.0, 0.05]),
@@ -299,7 +299,7 @@ def test_own_layers_keep_what_their_docstring_says():
 
 @pytest.mark.parametrize(
     ("values", "how"),
-    [({}, "own"), ({"dropout": 0.1}, "plain"), ({"upcast": True}, "plain"), ({"kernels": "liger"}, "liger")],
+    [({}, "own"), ({"dropout": 0.1}, "plain"), ({"upcast": True}, "plain"), ({"kernels": "plain"}, "plain")],
 )
 def test_layers_that_ours_cannot_compute_are_budgeted_as_transformers(values, how):
     assert activations.way(SEVEN, seven(**values)) == how
@@ -351,7 +351,7 @@ def test_merge_and_gptq_need_what_they_were_measured_to_need(task, stage, values
 
 def test_evaluation_needs_what_it_was_measured_to_need():
     """Both models were read in batches of 8, of the merged one 4 of 32 layers waited in host memory."""
-    measured = json.loads((tables.HERE / "h200_evaluate_new.json").read_text())
+    measured = json.loads((tables.MEASURED / "h200_evaluate_new.json").read_text())
     h200 = hardware.machine("h200")
     ways = {
         "merged": placement.Placement("model", "fp16", 8, 4, "host memory"),

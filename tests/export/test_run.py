@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-gguf = pytest.importorskip("gguf", reason="gguf is not installed: `make setup` installs requirements-gguf.txt")
-pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: `make setup` installs requirements-gguf.txt")
+gguf = pytest.importorskip("gguf", reason="gguf is not installed: `make setup` installs requirements/gguf.txt")
+pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: `make setup` installs requirements/gguf.txt")
 
 from helpers import budget, cli, export, hardware, models, workspace  # noqa: E402
 from helpers.budget import export as export_budget  # noqa: E402

@@ -1,10 +1,9 @@
-"""Fine-tuning: the same losses as plain PEFT and trl whatever is recomputed, offloaded, packed or fused.
+"""Fine-tuning: the same losses as plain PEFT and trl whatever is checkpointed, offloaded or packed.
 
 On a GPU in fp16, with the 7B's widths and memory-efficient attention, `tests/benchmarks/bench_finetune.py` checks the
 same (its engine `check`).
 """
 
-import importlib.util
 import json
 import random
 import re
@@ -31,8 +30,13 @@ from trl import SFTConfig, SFTTrainer
 from helpers import budget, config, finetune, hardware, workspace
 from helpers.budget import activations
 from helpers.finetune import batches
+from helpers.finetune.base import adapters
+from helpers.finetune.data import load_split
 from helpers.finetune.engine import kernels, layers, losses
+from helpers.finetune.engine.offload import Offload
 from helpers.finetune.engine.optimizers import FlatOptimizer
+from helpers.finetune.trainer import FineTuner, choose_layers
+from helpers.finetune.watch import Watch
 from helpers.models import TINY, profile, shape
 from helpers.workspace import checkpoints
 
@@ -138,8 +142,8 @@ def reference_losses(config, prepared: Path, folder: Path) -> list[float]:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, lora)
-    start = {name: value.detach().clone() for name, value in finetune.adapters(model)}
-    rows = finetune.load_split(prepared, "train")
+    start = {name: value.detach().clone() for name, value in adapters(model)}
+    rows = load_split(prepared, "train")
     lengths = [len(ids) for ids in rows["input_ids"]]
     plan = batches.micro_batches(
         lengths, config.train.batch_size, config.data.seq_len, 1.0, config.seed, packing=config.train.packing
@@ -169,7 +173,7 @@ def reference_losses(config, prepared: Path, folder: Path) -> list[float]:
         train_dataset=rows.select([row for batch in plan for row in batch]).remove_columns(["id", "messages"]),
         processing_class=AutoTokenizer.from_pretrained(config.model.model, pad_token="<unk>"),
     )
-    for name, value in finetune.adapters(trainer.model):
+    for name, value in adapters(trainer.model):
         value.data = start[name]  # trl has rounded it to bf16
     trainer.train()
     return logged_losses(trainer)
@@ -188,14 +192,14 @@ def plain_packed_losses(small, equal_lengths, tmp_path_factory):
 
 VARIANTS = {
     "defaults": {},
-    "all layers recompute": {"checkpointing": "all"},
-    "attention too": {"checkpointing": "all", "keep_attention": False},
-    "one layer recomputes": {"checkpointing": 1, "keep_attention": False},
+    "all layers checkpointed": {"checkpointing": "all"},
+    "attention recomputed too": {"checkpointing": "all", "keep_attention": False},
+    "one layer checkpointed": {"checkpointing": 1, "keep_attention": False},
     "offloaded": {"checkpointing": "all", "keep_attention": False, "offload_activations": True},
-    "offloaded, attention kept": {"checkpointing": "all", "offload_activations": True},
+    "offloaded, attention saved": {"checkpointing": "all", "offload_activations": True},
     "full loss": {"loss": "full"},
     "packed": {"packing": True, "batch_size": 1, "equal": True},
-    "packed, all recompute, offloaded": {
+    "packed, all checkpointed, offloaded": {
         "packing": True,
         "batch_size": 1,
         "equal": True,
@@ -341,13 +345,13 @@ def stopped(small, prepared, tmp_path_factory) -> tuple[Path, Path]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("RECIPES_LASTING", str(folder / "drive"))
         run = workspace.open_run(settings, folder / "gone" / "run")
-        stop = finetune.Watch.on_step_end
+        stop = Watch.on_step_end
 
         def stop_at_5(watch, args, state, control, **kwargs):
             watch.interrupted = 2 if state.global_step == 5 else None
             stop(watch, args, state, control, **kwargs)
 
-        patched.setattr(finetune.Watch, "on_step_end", stop_at_5)
+        patched.setattr(Watch, "on_step_end", stop_at_5)
         with pytest.raises(KeyboardInterrupt, match="stopped after step 5"):
             finetune.finetune(settings, prepared, run.folder("finetune"))
     shutil.rmtree(folder / "gone")
@@ -427,7 +431,7 @@ def test_a_fresh_start_leaves_what_is_in_drive_until_its_first_checkpoint_is_the
     output, drive, _ = another_machine
     lying = drive / "mistral-t4-recipes" / "run" / "finetune.partial" / "checkpoints"
     before = bytes_of(lying)
-    monkeypatch.setattr(finetune.FineTuner, "training_step", lambda *inputs, **named: 1 / 0)
+    monkeypatch.setattr(FineTuner, "training_step", lambda *inputs, **named: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         finetune.finetune(small_config(small, **LONG), prepared, output, resume="never")
     assert bytes_of(lying) == before
@@ -441,7 +445,7 @@ def test_a_fresh_start_leaves_what_is_in_drive_until_its_first_checkpoint_is_the
     ],
     ids=str,
 )
-def test_on_another_card_training_goes_on_in_the_checkpoints_split(values, another_machine, small, prepared, capsys):
+def test_on_another_gpu_training_goes_on_in_the_checkpoints_split(values, another_machine, small, prepared, capsys):
     output, _, calm = another_machine
     other = small_config(small, **(LONG | values))
     assert finetune.plan(other, output).config.train.batch_size == 4
@@ -482,14 +486,13 @@ def test_a_disk_that_is_full_at_the_end_is_a_sentence_and_only_the_end_is_repeat
         ({"seq_len": 129}, "seq_len=129 is more than the 128 tokens that this model was made for"),
         ({"seq_len": 16}, "has 39 tokens, more than seq_len=16: prepare again"),
         ({"patience": 2}, "patience needs eval_steps"),
-        ({"loss": "fused", "kernels": "liger"}, "kernels=liger needs a GPU and the package liger-kernel"),
+        ({"kernels": "liger"}, "kernels=liger is no longer there: it needed the package liger-kernel"),
+        ({"loss": "fused"}, "no faster than loss=chunked, which needs none; leave loss out"),
         ({"checkpointing": 3}, "checkpointing=3 layers, but this model has 2: choose 0 to 2"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_settings_that_cannot_be_trained(values, sentence, small, prepared, tmp_path):
-    if "kernels" in values and torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
-        pytest.skip("Liger's kernels run on this machine; runs where they do not")
     with pytest.raises(ValueError, match=re.escape(sentence)):
         our_trainer(small_config(small, **values), prepared, tmp_path)
 
@@ -545,9 +548,9 @@ def adapted(small: Path, window: int | None = None, **values):
     base.config.sliding_window = window
     model = finetune.attach_adapter(base, settings)
     generator = torch.Generator().manual_seed(5)
-    for _, value in finetune.adapters(model):
+    for _, value in adapters(model):
         value.data = torch.randn(value.shape, generator=generator) / 10
-    finetune.choose_layers(model, settings)
+    choose_layers(model, settings)
     return model.get_base_model()
 
 
@@ -561,7 +564,7 @@ def hidden_states(model, embedded: torch.Tensor, batch: dict) -> torch.Tensor:
 @pytest.mark.parametrize(
     "values",
     [{}, {"checkpointing": "all", "keep_attention": False}, {"dropout": 1e-9}, {"attention": "math"}],
-    ids=["own layers", "own, recomputing", "transformers' layers, no mask", "transformers' layers"],
+    ids=["custom layers", "checkpointed", "transformers' layers, no mask", "transformers' layers"],
 )
 def test_packed_conversations_do_not_see_each_other(values, window, small):
     model = adapted(small, window, **values)
@@ -585,7 +588,7 @@ def test_a_sliding_window_is_transformers(small):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         losses.append(loss.item())
-        grads.append(torch.cat([value.grad.reshape(-1) for _, value in finetune.adapters(model)]))
+        grads.append(torch.cat([value.grad.reshape(-1) for _, value in adapters(model)]))
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     torch.testing.assert_close(grads[0], grads[1], atol=1e-5, rtol=1e-3)
     assert losses[1] != pytest.approx(losses[2], abs=1e-3)
@@ -619,12 +622,12 @@ def test_padding_on_either_side_changes_nothing(train, side, window, small):
     ],
     ids=str,
 )
-def test_a_layer_keeps_what_the_budget_says(values, small):
+def test_a_layer_saves_for_backward_what_the_budget_says(values, small):
     settings, model = small_config(small, seq_len=32, batch_size=2, **values), adapted(small, **values)
-    sizes, kept = shape(str(small)), []
+    sizes, saved = shape(str(small)), []
 
     def note(tensor):
-        kept.append(tensor.nbytes)
+        saved.append(tensor.nbytes)
         return tensor
 
     layer = model.model.layers[0]
@@ -634,25 +637,25 @@ def test_a_layer_keeps_what_the_budget_says(values, small):
         layer(x, position_embeddings=positions)
     counts = activations.kept_when_checked if values["checkpointing"] == "all" else activations.kept
     statistics = 4 * 64 * sizes.heads * (values.get("keep_attention", True))  # SDPA on a CPU has none
-    assert sum(kept) == 2 * (counts(sizes, settings) - statistics)  # fp32 here, 16 bits there
+    assert sum(saved) == 2 * (counts(sizes, settings) - statistics)  # fp32 here, 16 bits there
 
 
 def test_host_memory_that_is_full_leaves_inputs_on_the_device(small, prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(activations, "CHUNK_BYTES", 3_000)  # an input lies across several
     values = {"checkpointing": "all", "max_steps": 3, "offload_gib": 20_000 / 2**30}
-    kept, offloaded = (
+    on_gpu, offloaded = (
         our_trainer(small_config(small, offload_activations=offload, **values), prepared, tmp_path)
         for offload in (False, True)
     )
-    kept.train()
+    on_gpu.train()
     offloaded.train()
-    assert logged_losses(offloaded) == pytest.approx(logged_losses(kept), abs=1e-6)
+    assert logged_losses(offloaded) == pytest.approx(logged_losses(on_gpu), abs=1e-6)
 
 
 @pytest.mark.parametrize("room", [1_000, 50_000, 10**9])
 def test_offloaded_inputs_come_back_and_take_what_is_counted(room, monkeypatch):
     monkeypatch.setattr(activations, "CHUNK_BYTES", 4096)
-    sizes, offload = shape("mistral-7b-v0.3"), layers.Offload(torch.device("cpu"), room)
+    sizes, offload = shape("mistral-7b-v0.3"), Offload(torch.device("cpu"), room)
     draw, most = random.Random(room), 0
     for turn in range(12):
         tokens, depth = draw.randrange(16, 700), draw.randrange(1, 6)
@@ -711,7 +714,7 @@ def test_one_flat_optimizer_is_bitsandbytes_on_each_matrix():
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_a_kernel_that_unpacks_other_weights_is_not_trained_with(small, monkeypatch):
+def test_a_kernel_that_dequantizes_to_other_weights_is_not_trained_with(small, monkeypatch):
     model = adapted(small, weights="nf4")
     layers.check(model)
     weight = model.model.layers[0].self_attn.q_proj.base_layer.weight
@@ -722,4 +725,4 @@ def test_a_kernel_that_unpacks_other_weights_is_not_trained_with(small, monkeypa
     monkeypatch.setattr(kernels, "dequantizer", lambda weight: lambda *arguments: used.append(1) or right(*arguments))
     layers.install(model, ["everything"] * len(model.model.layers))
     model(input_ids=torch.tensor([[1, 5, 9]]))
-    assert len(used) == 7 * len(model.model.layers), "the layers unpack with what was chosen"
+    assert len(used) == 7 * len(model.model.layers), "the layers dequantize with what was chosen"

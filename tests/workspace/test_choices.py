@@ -177,8 +177,8 @@ def executed(name: str, run_root, **moved) -> nbformat.NotebookNode:
     cells = notebook.cells
     parameters = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
     parameters.source += f"\nprofile, workspace = 'tiny', {str(run_root)!r}"
-    shown = next((place for place, cell in enumerate(cells) if "widgets.panel(" in cell.source), len(cells) - 1)
-    moves = "\n".join(f"panel.controls[{knob!r}].value = {value}" for knob, value in moved.items())
+    shown = next((place for place, cell in enumerate(cells) if "panel.panel(" in cell.source), len(cells) - 1)
+    moves = "\n".join(f"sliders.controls[{knob!r}].value = {value}" for knob, value in moved.items())
     cells.insert(shown + 1, nbformat.v4.new_code_cell(moves))
     last = next((place for place, cell in enumerate(cells) if "finetune.finetune(" in cell.source), len(cells))
     del cells[last + 1 :]
