@@ -156,7 +156,7 @@ def test_every_cell_ran(walk, name):
 
 
 def test_every_stage_in_drive_is_whole(walk):
-    for stage in ("prepare", "finetune", "quantize", "evaluate"):
+    for stage in ("prepare", "finetune", "quantize", "evaluate", "export"):
         manifest = workspace.require(walk.run / stage, stage)
         inside = {str(file.relative_to(walk.run / stage)) for file in (walk.run / stage).rglob("*") if file.is_file()}
         assert inside == {*manifest["outputs"], workspace.MANIFEST}
@@ -169,6 +169,7 @@ def test_nothing_half_done_is_left_in_drive(walk):
         "finetune",
         "quantize",
         "evaluate",
+        "export",
     }
     assert not list(walk.run.rglob("*.tmp"))
 
