@@ -16,6 +16,7 @@ from helpers.budget import export as budget
 from helpers.config import RunConfig
 from helpers.models.gguf_types import FILE_TYPES, FileType, file_type, row_bytes
 from helpers.workspace import Workspace, building, lasting_twin, place, refuse_output
+from helpers.workspace.files import is_file
 
 FORMATS = ("gguf",)
 CONTEXT = 2048
@@ -137,7 +138,7 @@ def take_home(run: Workspace) -> list[str]:
     twin = lasting_twin(folder)
     for file in sorted(folder.glob("*.gguf")):
         size = f"{file.stat().st_size / 2**30:.2f} GiB"
-        if twin is not None and (twin / file.name).is_file():
+        if twin is not None and is_file(twin / file.name):
             said.append(f"{file.name}, {size}: kept in {twin}; from Drive, drive.google.com downloads it")
         elif place() == "colab":
             from google.colab import files
