@@ -55,13 +55,19 @@ class Server:
 
 @contextmanager
 def serving(
-    file: Path, context: int = 512, threads: int | None = None, lora: Path | None = None, as_stored: bool = False
+    file: Path,
+    context: int = 512,
+    threads: int | None = None,
+    lora: Path | None = None,
+    as_stored: bool = False,
+    exact: bool = False,
 ) -> Iterator[Server]:
     """Yield llama-server on a file while the block runs.
 
-    threads: default one for a small file, else a core each. as_stored: weights stay the file's pages, which the system
-    can drop, instead of a copy in the order that this CPU multiplies fastest; and nothing is computed at the start.
-    Raises ValueError for a file that llama.cpp does not open.
+    threads: default one for a small file, else a core each. as_stored: weights stay the file's pages, which the
+    system can drop, instead of a copy in the order that this CPU multiplies fastest; and nothing is computed at the
+    start. exact: keys and values in fp32 and plain attention, for comparisons. Raises ValueError for a file that
+    llama.cpp does not open.
     """
     try:
         import xllamacpp
@@ -73,6 +79,9 @@ def serving(
     settings.n_ctx, settings.n_parallel, settings.verbosity = context, 1, 0
     settings.no_extra_bufts, settings.warmup = as_stored, not as_stored
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads or threads_for(Path(file))
+    if exact:
+        settings.cache_type_k = settings.cache_type_v = type(settings.cache_type_k)(0)  # GGML_TYPE_F32
+        settings.flash_attn_type = type(settings.flash_attn_type)(0)  # LLAMA_FLASH_ATTN_TYPE_DISABLED
     if lora is not None:
         settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
     try:

@@ -165,17 +165,53 @@ def test_llama_cpp_reads_the_tokens_of_training_and_says_which_it_does_not(files
             check.check_tokens(server, tokenizer, [QUESTION[0]["content"]], [])
 
 
-def test_llama_cpp_answers_as_transformers_does(files):
+@pytest.fixture(scope="module")
+def questions():
+    """40 held-out conversations up to their last question, as token ids."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
+    rows = (TINY.parent / "heldout_conversations.jsonl").read_text(encoding="utf-8").splitlines()[:40]
+    chats = [json.loads(row)["messages"][:-1] for row in rows]
+    return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+
+
+def test_sixteen_bits_in_llama_cpp_say_what_transformers_says(files, questions):
+    """Next token of 40 conversations: the whole distribution, and its likeliest word; and 40 greedy answers."""
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
-    answer = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
-    with gguf_engine.serving(files["f16"]) as server:
-        said = server.ask("/completion", {"prompt": ids, "n_predict": 12, "temperature": 0, "return_tokens": True})
-    expected = answer.tolist()
-    if expected[-1] == tokenizer.eos_token_id:
-        expected = expected[:-1]
-    assert said["tokens"][: len(expected)] == expected
+    divergences = []
+    with gguf_engine.serving(files["f16"], exact=True) as server, torch.no_grad():
+        for ids in questions:
+            expected = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1], -1).double()
+            one = {"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": len(expected)}
+            said = server.ask("/completion", one)["completion_probabilities"][0]["top_logprobs"]
+            found = torch.full_like(expected, -torch.inf)
+            found[[entry["id"] for entry in said]] = torch.tensor([entry["logprob"] for entry in said]).double()
+            assert found.argmax() == expected.argmax()
+            found -= found.logsumexp(0)  # the server adds up in fp32: to 1.00002
+            likely = expected > -30  # below it a probability is no number in the server's JSON any more
+            divergences.append((expected.exp() * (expected - found))[likely].sum().item())
+            answer = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+            asked = {"prompt": ids, "n_predict": 12, "temperature": 0, "return_tokens": True}
+            written = server.ask("/completion", asked)["tokens"]
+            end = answer[-1] == model.generation_config.eos_token_id
+            assert [token for token in written if token != answer[-1] or not end] == answer[: len(answer) - end]
+    assert sum(divergences) / len(divergences) < 2e-6  # 0.93e-6 here; llama.cpp rounds activations to 16 bits
+
+
+def test_more_bits_are_nearer_to_the_whole_model(files, questions):
+    """KL divergence over every token of 20 held-out questions, PyTorch on the files' blocks."""
+    whole = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    found = {}
+    with torch.no_grad():
+        expected = [torch.log_softmax(whole(torch.tensor([ids])).logits[0], -1) for ids in questions[:20]]
+        for name in ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m"):
+            model, parts = gguf_model.load(files[name], torch.float32, "cpu", attention.register()), []
+            for ids, known in zip(questions[:20], expected, strict=True):
+                parts.append(
+                    (known.exp() * (known - torch.log_softmax(model(torch.tensor([ids])).logits[0], -1))).sum(-1)
+                )
+            found[name] = torch.cat(parts).mean().item()
+    assert found["f16"] < 1e-6
+    assert found["q8_0"] < found["q6_k"] <= found["q5_k_m"] < found["q4_k_m"] < found["q3_k_m"]
 
 
 @pytest.mark.parametrize("rslora", [False, True])
