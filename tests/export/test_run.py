@@ -198,7 +198,7 @@ def test_a_gguf_of_a_7b_is_placed_whole_on_a_t4_by_its_bytes():
     size = gguf_sizes.weight_bytes(SEVEN, gguf_types.file_type("q4_k_m"))
     found = placement.place("gguf", seven, SEVEN, t4, size)
     assert not found.problem and not found.away and found.precision == "gguf"
-    assert 4.07 < placement.needed_gib(found, seven, SEVEN, t4) < placement.room_gib(seven, SEVEN, t4)
+    assert 4.07 < placement.needed_gib(found, seven, SEVEN, t4) < placement.room_gib(t4)
     large = placement.place("gguf", seven, SEVEN, t4, 14 * 2**30)
     assert "GiB of VRAM" in large.problem
     assert budget.budget(seven, SEVEN, t4, stage="inference", evaluated={"gguf": "gguf"}).fits
