@@ -215,9 +215,9 @@ EXTRA_FLAGS: dict[str, dict[str, dict]] = {
         "--stage": {
             "dest": "budget_stage",
             "default": "train",
-            "choices": budget.STAGES,
+            "choices": (*budget.STAGES, "export"),
             "metavar": "STAGE",
-            "help": told("Whose needs", ", ".join(budget.STAGES), "train"),
+            "help": told("Whose needs", ", ".join((*budget.STAGES, "export")), "train"),
         },
         "--verify": {
             "action": "store_true",
@@ -318,6 +318,14 @@ EXTRA_FLAGS: dict[str, dict[str, dict]] = {
             "action": "store_true",
             "help": told("Ollama's Modelfile and a README beside a GGUF file too", "on or off", "off"),
         },
+        "--imatrix": {
+            "metavar": "FILE",
+            "help": told(
+                "Importance matrix that the rounding of a GGUF file is weighed by",
+                "a file, or own: collected on the run's conversations",
+                "own where a type needs one, else none",
+            ),
+        },
         "--public": {
             "action": "store_true",
             "help": told("Everybody may read the repository on the hub", "on or off", "off"),
@@ -328,7 +336,7 @@ EXTRA_FLAGS: dict[str, dict[str, dict]] = {
             "help": told(
                 "Where to",
                 "FILE.gguf, a folder, FILE.zip, or OWNER/NAME on the hub",
-                "export/ in the run's folder, Drive where it is mounted, none for the hub",
+                "the run's folder, there export/ for gguf; Drive where it is mounted; none for the hub",
             ),
         },
     },
@@ -408,6 +416,8 @@ Outcome = tuple[int, dict, str]
 def run_budget(options: argparse.Namespace, config: RunConfig) -> Outcome:
     """What it needs; exit 3 when it does not fit."""
     shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
+    if options.budget_stage == "export":
+        return budget_of_export(config, shape, machine)
     settled = budget.settle(config, shape, machine, stage=options.budget_stage)
     result = budget.to_json(settled)
     text = "\n".join([budget.table(settled.budget), *(f"Plan: {reason}" for reason in settled.plan.reasons)])
@@ -417,6 +427,19 @@ def run_budget(options: argparse.Namespace, config: RunConfig) -> Outcome:
         result["verify"] = verify.verify(settled.plan.config)
         text += "\n" + verify.table(result["verify"])
     return (DONE if settled.budget.fits else DOES_NOT_FIT), result, text
+
+
+def budget_of_export(config: RunConfig, shape: models.ModelShape, machine: hardware.Machine) -> Outcome:
+    """What every type of a GGUF file takes to make, and what runs on a laptop of 8 GB, with and without a GPU."""
+    from dataclasses import asdict
+
+    from helpers.budget import export
+
+    estimate, types = export.needs(config, shape, machine), export.choices(shape, machine.host.cpus)
+    laptop = export.runs_on(shape, ram_gib=8, vram_gib=6)
+    result = asdict(estimate) | {"plan": asdict(config), "types": [asdict(one) for one in types], "laptop_8_gb": laptop}
+    text = f"{budget.table(estimate)}\n\n{export.table(types, laptop)}"
+    return (DONE if estimate.fits else DOES_NOT_FIT), result, text
 
 
 def run_prepare(options: argparse.Namespace, config: RunConfig) -> Outcome:
@@ -491,19 +514,20 @@ def by_layer(figures: dict) -> dict:
 def run_export(options: argparse.Namespace, config: RunConfig) -> Outcome:
     from helpers import export
 
-    run = workspace_of(options, config)
+    run, output = workspace_of(options, config), options.output
     if options.to != "gguf":
         return run_share(options, run)
-    output = options.output or run.folder("export") / f"{Path(config.model.model).name}.gguf"
-    if options.output is None:
-        output.parent.mkdir(parents=True, exist_ok=True)
     if options.adapter:
         from helpers.inference import base_of
 
-        base = Path(base_of(options.adapter, config))
+        base, output = Path(base_of(options.adapter, config)), output or run.root / "adapter.gguf"
         return done("export", output, export.export_adapter(options.adapter, base, output))
-    model = options.merged or run.folder("merge")
-    return done("export", output, export.export(model, output, options.type, options.modelfile, run.folder("prepare")))
+    weights = export.importance_matrix(run, config, options.type, options.imatrix)
+    if output is None and options.merged is None:
+        return done("export", run.folder("export"), export.export_run(run, config, options.type, weights))
+    model, output = options.merged or run.folder("merge"), output or Path(f"{options.merged.name}.gguf")
+    made = export.export(model, output, options.type, options.modelfile, run.folder("prepare"), weights)
+    return done("export", output, made)
 
 
 def run_share(options: argparse.Namespace, run: Workspace) -> Outcome:
@@ -514,7 +538,7 @@ def run_share(options: argparse.Namespace, run: Workspace) -> Outcome:
     if options.to == "hub":
         where = share.to_hub(stage, share.repository(options.output), private=not options.public)
     elif options.to == "zip":
-        where = share.to_download(stage, options.output or run.folder("export") / f"{stage.name}.zip")
+        where = share.to_download(stage, options.output or run.root / f"{stage.name}.zip")
     else:
         where = share.to_folder(stage, options.output or share.drive())
     return DONE, {"output": str(where)}, f"export done: {where}"

@@ -21,7 +21,7 @@ from helpers.budget import placement
 from helpers.budget.placement import Placement
 from helpers.config import RunConfig
 from helpers.hardware import Machine
-from helpers.models import ModelShape, families, hub_config, loading, methods, offload, shape_from_config
+from helpers.models import ModelShape, families, gguf_header, hub_config, loading, methods, offload, shape_from_config
 from helpers.models.gpu import gives_back
 from helpers.models.hub import snapshot
 from helpers.models.opening import Opening
@@ -41,7 +41,7 @@ class Loaded:
     model: Any
     tokenizer: Any
     kind: str
-    """model, adapter, or a method of quantization."""
+    """model, adapter, gguf, or a method of quantization."""
     how: str
     """Precision and reason, for the report."""
     path: str
@@ -76,11 +76,13 @@ class Generation:
 
 
 def kind(name: str | Path) -> str:
-    """model, adapter, or the name of a method of quantization.
+    """model, adapter, gguf, or the name of a method of quantization.
 
     A name that is no folder is taken for a hub id when it looks like one. Raises ValueError when it is neither.
     """
     folder = Path(name)
+    if gguf_header.is_gguf(folder):
+        return "gguf"
     if (folder / ADAPTER).is_file():
         return "adapter"
     method = methods.of(read_config(name))
@@ -95,6 +97,8 @@ def kinds(models: dict[str, str | Path]) -> dict[str, str]:
 def read_config(name: str | Path) -> dict:
     """config.json of a folder or a hub model. Raises ValueError with one sentence."""
     folder = Path(name)
+    if gguf_header.is_gguf(folder):
+        return gguf_header.config(folder)
     if (folder / CONFIG).is_file():
         try:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -152,8 +156,8 @@ def load(name: str | Path, config: RunConfig | None = None, machine: Machine | N
     from transformers import AutoModelForCausalLM
 
     config = config or RunConfig()
-    if is_gguf(name):
-        return load_gguf(Path(name), config)
+    if gguf_header.is_gguf(name):
+        return load_gguf(Path(name), config, machine or hardware.probe())
     name = pinned(name, config)
     what = kind(name)
     source = base_of(Path(name), config) if what == "adapter" else str(name)
@@ -196,24 +200,25 @@ def load(name: str | Path, config: RunConfig | None = None, machine: Machine | N
     return Loaded(model, tokenizer, what, words, str(name), source, load_s, place, tokens)
 
 
-def is_gguf(name: str | Path) -> bool:
-    """Whether a name is a GGUF file, by its first bytes."""
-    if not Path(name).is_file():
-        return False
-    with Path(name).open("rb") as stream:
-        return stream.read(4) == b"GGUF"
-
-
-def load_gguf(file: Path, config: RunConfig) -> Loaded:
-    """A GGUF file as a model whose matrices stay packed; its tokens are those of the run's model, which made it."""
+def load_gguf(file: Path, config: RunConfig, machine: Machine) -> Loaded:
+    """A GGUF file as a model whose matrices stay packed. Raises ValueError for what does not fit."""
     from helpers.models import attention, gguf_model
 
+    shape = shape_from_config(read_config(file), str(file))
+    place = placement.place("gguf", config, shape, machine, gguf_header.weight_bytes(file))
+    if place.problem:
+        raise ValueError(f"{file} cannot be opened: {place.problem}")
     dtype, placed = loading.precision().dtype, loading.device()
     started = time.perf_counter()
-    tokenizer = open_tokenizer(pinned(config.model.model, config), config)
+    tokenizer = open_tokenizer(file, config)
     model = gguf_model.load(file, dtype, placed, attention.register())
-    how = "gguf, dequantized by PyTorch when used"
-    return Loaded(model, tokenizer, "gguf", how, str(file), str(file), time.perf_counter() - started)
+    less = f", batches of {place.batch_size}" if place.batch_size < config.evaluate.eval_batch_size else ""
+    bits = str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
+    how = f"{gguf_header.type_name(file)} in blocks, PyTorch in {bits}{less}"
+    asked = config.evaluate
+    tokens = place.batch_size * (asked.eval_context + asked.max_new_tokens) if machine.gpu else None
+    load_s = time.perf_counter() - started
+    return Loaded(model, tokenizer, "gguf", how, str(file), str(file), load_s, place, tokens)
 
 
 def in_words(place: Placement, shape: ModelShape, dtype: Any, config: RunConfig, kernel: str = "") -> str:
@@ -241,6 +246,9 @@ def attention_kernel(config: RunConfig, model: dict) -> str | None:
 
 def open_tokenizer(name: str | Path, config: RunConfig) -> Any:
     """A model's tokenizer with pad token and chat template; of an adapter that brings none, its base's."""
+    if kind(name) == "gguf":  # its own says no merges: beside it lies the one that it was made of, or the run has it
+        beside = Path(name).absolute().parent
+        return load_tokenizer(beside if (beside / "tokenizer.json").is_file() else pinned(config.model.model, config))
     brings = any((Path(name) / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
     return load_tokenizer(base_of(Path(name), config) if kind(name) == "adapter" and not brings else name)
 

@@ -23,6 +23,7 @@ from helpers.models.templates import brings_tokenizer, ends, hand_on
 from helpers.workspace import (
     MANIFEST,
     SCRATCH,
+    Workspace,
     building,
     checksum,
     empty_folder,
@@ -102,6 +103,14 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, re
                 empty_folder(work)
             raise
     return stage.measurements
+
+
+def merged(run: Workspace, config: RunConfig) -> Path:
+    """The folder of a run's merged model, which is made where it is not: only the machine that made it has it."""
+    output = run.folder("merge")
+    if not (output / MANIFEST).is_file():
+        merge(config.model.model, run.folder("finetune") / "adapter", output, config.merge, config.model.revision)
+    return output
 
 
 def source_of(adapter: Path) -> Path:

@@ -11,6 +11,7 @@ Here is what others call; the arithmetic lies below it:
     estimate.py                                     a budget from its parts, a plan, what runs of it
     step.py vram.py activations.py                  a training step: what computes, tensor by tensor
     host.py hours.py placement.py                   RAM and disk, seconds, evaluated models on a small GPU
+    export.py                                       GGUF files: bytes, minutes, and where they run
     planning.py guides.py nf4.py                    the search for what fits, claims of guides, 4 bits
 """
 

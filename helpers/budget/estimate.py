@@ -18,6 +18,7 @@ STAGE_NAMES = {
     "merge": "merging",
     "quantize": "GPTQ",
     "inference": "evaluation",
+    "export": "the export",
     "run": "the whole run",
 }
 

@@ -33,7 +33,12 @@ READ_S_PER_GB = 6.0
 """Reading a model's files, the safe side of what rented disks do."""
 DEQUANTIZED = 4.5
 """Bytes moved for a 4-bit weight that is written out in 16 bits and read again: half a byte, two and two."""
-DECODED = {"fp16": (2.0, 2.0), "int8": (1.0, 1.0), "nf4": (0.53, DEQUANTIZED), "gptq": (0.53, 0.53)}
+GGUF_DEQUANTIZED = 50.0
+"""The same for a GGUF file's, in a dozen of PyTorch's own operators on 32-bit numbers: counted, not measured."""
+DECODED = {
+    "fp16": (2.0, 2.0), "int8": (1.0, 1.0), "nf4": (0.53, DEQUANTIZED), "gptq": (0.53, 0.53),
+    "gguf": (GGUF_DEQUANTIZED, GGUF_DEQUANTIZED),
+}  # fmt: skip
 """Bytes moved for a weight and a new token: with one row, and with more. bitsandbytes has a fused product for one row
 only; GPTQ's here is ExLlamaV2's, fused up to 50 rows (MAX_Q_GEMM_ROWS in its sources), while Triton's and PyTorch's
 dequantize for every token."""
@@ -43,7 +48,8 @@ share, 0.63, of PCIe 3 and 4 with 16 lanes."""
 SPEED_TOKENS = (148, 100)
 """Tokens that evaluate/cost.py decodes one by one, and several at once: three runs of 32, four to warm up, profiles."""
 PYTHON_S_PER_DECODED_LAYER = {
-    "fp16": (0.0008, 0.0008), "int8": (0.0017, 0.0021), "nf4": (0.0017, 0.0021), "gptq": (0.0009, 0.0009)
+    "fp16": (0.0008, 0.0008), "int8": (0.0017, 0.0021), "nf4": (0.0017, 0.0021), "gptq": (0.0009, 0.0009),
+    "gguf": (0.0035, 0.0035),
 }  # fmt: skip
 """Python's time for a layer and a new token, with one row and with more; NF4 with PEFT's adapter (an H200's host:
 h200_decode.csv, h200_evaluate_new.json)."""
@@ -153,7 +159,7 @@ def stage_hours(
     else:
         found = list(places)
         stored = dict.fromkeys(METHODS, host.quantized_bytes(config, shape) / 1e9)
-        read = sum(stored.get(one.kind, gigabytes) for one in found)
+        read = sum(one.stored_bytes / 1e9 or stored.get(one.kind, gigabytes) for one in found)
         seconds = sum(sum(evaluation_s(config, shape, machine, one).values()) for one in found)
         parts |= {"loading": read * READ_S_PER_GB / 3600, "evaluation": seconds / 3600}
     return {name: hours for name, hours in parts.items() if hours}
@@ -201,7 +207,8 @@ def evaluation_s(
         return {"reading": reading / rate, "answers": writing + batches, "speed": speed if answers else 0.0}
     gpu = machine.gpu
     # a batch pays once for what does not grow with its rows: dequantized weights, and layers copied from the host
-    dequantizing = DEQUANTIZED * shape.linear_parameters if found.precision in ("nf4", "gptq") else 0.0
+    moved = {"nf4": DEQUANTIZED, "gptq": DEQUANTIZED, "gguf": GGUF_DEQUANTIZED}.get(found.precision, 0.0)
+    dequantizing = moved * shape.linear_parameters
     away = away_s(shape, machine, found)
     a_batch = dequantizing / (1e9 * gpu.bandwidth_share * gpu.bandwidth_gb_s) + away
     one, many = (token_s(shape, gpu, found.precision, rows, away) for rows in (1, found.batch_size))

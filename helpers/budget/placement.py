@@ -25,7 +25,7 @@ from helpers.budget import hours as pace
 from helpers.budget.step import lora_parameters
 from helpers.config import RunConfig
 from helpers.hardware import Machine
-from helpers.models import ModelShape
+from helpers.models import ModelShape, gguf_sizes
 from helpers.models.methods import METHODS
 
 GIB = 2**30
@@ -44,9 +44,9 @@ class Placement:
     """How one model is opened: the last `away` of its decoder layers are not on the GPU."""
 
     kind: str
-    """model (16 bits), adapter, or a method of quantization (models/methods.py)."""
+    """model (16 bits), adapter, gguf, or a method of quantization (models/methods.py)."""
     precision: str
-    """fp16 (any 16 bits), nf4, int8 or gptq."""
+    """fp16 (any 16 bits), nf4, int8, gptq or gguf."""
     batch_size: int
     away: int = 0
     away_in: str = ""
@@ -55,6 +55,8 @@ class Placement:
     """False: only perplexity is measured, because answers would take too long."""
     problem: str = ""
     """Why it is not evaluated at all; a sentence."""
+    stored_bytes: int = 0
+    """Of a GGUF file: bytes of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +72,19 @@ class Evaluation:
 
 def plan(
     config: RunConfig,
-    models: Mapping[str, tuple[str, ModelShape]],
+    models: Mapping[str, tuple[str, ModelShape] | tuple[str, ModelShape, int]],
     machine: Machine,
     counts: tuple[int, int] | None = None,
 ) -> Evaluation:
     """Place models, given as name -> (kind, shape), on a machine, and say what was cut and what is left out.
 
-    counts: texts and questions, default what the configuration's data has. A model with layers away gets LONGEST_S,
-    and most of that goes into answers: where it does not do, all models answer fewer questions, but not fewer than
-    FEWEST_QUESTIONS. A model that would need that is not asked for answers, or not evaluated at all.
+    Of a GGUF file a third value, the bytes of its tensors. counts: texts and questions, default what the
+    configuration's data has. A model with layers away gets LONGEST_S, and most of that goes into answers: where it does
+    not do, all models answer fewer questions, but not fewer than FEWEST_QUESTIONS. A model that would need that is not
+    asked for answers, or not evaluated at all.
     """
     texts, questions = counts or (host.heldout_rows(config), host.questions(config))
-    places = {name: place(kind, config, shape, machine) for name, (kind, shape) in models.items()}
+    places = {name: place(one[0], config, one[1], machine, *one[2:]) for name, one in models.items()}
     seconds = {
         name: pace.evaluation_s(config, models[name][1], machine, found, (texts, questions))
         for name, found in places.items()
@@ -103,15 +106,16 @@ def plan(
     return Evaluation(config.with_values(max_questions=fewer), places, tuple(notes))
 
 
-def place(kind: str, config: RunConfig, shape: ModelShape, machine: Machine) -> Placement:
+def place(kind: str, config: RunConfig, shape: ModelShape, machine: Machine, stored_bytes: int = 0) -> Placement:
     """How a model is opened: whole on the GPU in the batches that were asked for, if that fits.
 
     Otherwise a 16-bit model leaves layers away, and reads in smaller batches where that is faster (more layers then
     stay); an adapter's base and a GPTQ model are only read in smaller batches. `problem` says when nothing fits.
     """
-    stored = METHODS[kind].computes_as if kind in METHODS else "fp16"
-    precision = config.model.weights if kind == "adapter" else stored
-    whole = Placement(kind, precision, config.evaluate.eval_batch_size)
+    stored = {"adapter": config.model.weights, "gguf": "gguf"}.get(kind, "fp16")
+    precision = METHODS[kind].computes_as if kind in METHODS else stored
+    stored_bytes = stored_bytes or gguf_sizes.default_bytes(shape) if kind == "gguf" else 0
+    whole = Placement(kind, precision, config.evaluate.eval_batch_size, stored_bytes=stored_bytes)
     if machine.gpu is None or fits(whole, config, shape, machine):
         return whole
     each = (fewest_away(whole, batch, config, shape, machine) for batch in halved(whole.batch_size))
@@ -214,6 +218,8 @@ def weights(found: Placement, config: RunConfig, shape: ModelShape) -> dict[str,
     if found.kind in METHODS:
         rest = vram.HALF * (shape.parameters - shape.linear_parameters)
         return {"4-bit weights": host.quantized_bytes(config, shape) - rest, "16-bit weights": rest}
+    if found.kind == "gguf":
+        return {"GGUF blocks": found.stored_bytes, "blocks dequantized at once": gguf_sizes.dequantizing_bytes(shape)}
     layer = layer_bytes(shape)
     held = {"16-bit weights": vram.HALF * shape.parameters - found.away * layer}
     return held | ({"buffer for a waiting layer": layer} if found.away else {})

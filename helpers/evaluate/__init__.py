@@ -11,6 +11,7 @@ small card (budget/placement.py). What cannot be opened so has no figures and no
 import json
 import time
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from helpers.inference import (
     pinned,
     read_config,
 )
-from helpers.models import ModelShape, shape_from_config
+from helpers.models import ModelShape, gguf_engine, gguf_header, shape_from_config
 from helpers.models.gpu import free_memory, gives_back
 from helpers.models.methods import METHODS
 from helpers.show import plots
@@ -102,7 +103,10 @@ def evaluate(
 def plan(models: dict[str, str | Path], config: RunConfig, machine: Machine, counts: tuple[int, int]) -> Evaluation:
     """How the models are opened and what is read; prints what is not as asked. Raises ValueError when none can be."""
     planned = placement.plan(
-        config, {name: (kind(path), shape_of(path, config)) for name, path in models.items()}, machine, counts
+        config,
+        {name: (kind(path), shape_of(path, config), stored_bytes(path)) for name, path in models.items()},
+        machine,
+        counts,
     )
     if all(place.problem for place in planned.places.values()):
         raise ValueError("; ".join(planned.notes))
@@ -115,6 +119,11 @@ def shape_of(path: str | Path, config: RunConfig) -> ModelShape:
     """The shape of a model, of an adapter its base's."""
     source = base_of(Path(path), config) if kind(path) == "adapter" else path
     return shape_from_config(read_config(source), str(source))
+
+
+def stored_bytes(path: str | Path) -> int:
+    """Bytes of a GGUF file's tensors; 0 of anything else, whose shape says them."""
+    return gguf_header.weight_bytes(Path(path)) if kind(path) == "gguf" else 0
 
 
 def left_out(path: str | Path, place: Placement) -> dict[str, Any]:
@@ -140,7 +149,7 @@ def write_cards(report: dict[str, dict[str, Any]], config: RunConfig, folder: Pa
         made_with = run_configuration(Path(entry["path"])) or asdict(config)
         card = report_pages.model_card(name, entry, made_with)
         write_text(folder / f"{name}.md", card)
-        if report_pages.put_card(card, Path(entry["path"])):
+        if entry["kind"] != "gguf" and report_pages.put_card(card, Path(entry["path"])):
             grown = cost.disk_bytes(entry["path"]) - entry["size_bytes"]
             for key in {"size_bytes", "size_with_base_bytes"} & set(entry):
                 entry[key] += grown
@@ -260,10 +269,19 @@ def evaluate_one(
         entry["tasks"] = run_tasks(loaded, asked.tasks, loaded.placement.batch_size)
     del loaded
     free_memory()
+    if entry["kind"] == "gguf" and prompts:  # the engine that it is made for, beside PyTorch's figures
+        entry |= llama_cpp_speed(path)
     evidence = Evidence(perplexity=read, answers=answers, references=[row["answer"] for row in prompts])
     entry |= perplexity_figures(read)
     entry |= answer_figures(evidence, prompts, exact, entry["intervals"], config.seed)
     return entry, evidence
+
+
+def llama_cpp_speed(path: str | Path) -> dict[str, float]:
+    """Tokens a second of llama.cpp itself on a GGUF file, on this CPU; nothing where llama.cpp is not installed."""
+    if find_spec("xllamacpp") is None:
+        return {}
+    return gguf_engine.speed(Path(path))
 
 
 def predictions(

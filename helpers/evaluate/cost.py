@@ -18,7 +18,9 @@ PROMPT_TOKENS, NEW_TOKENS = 128, 32
 
 
 def disk_bytes(name: str | Path) -> int | None:
-    """Bytes of all files in a model's own folder; of a hub model, of its snapshot in the cache. None when not there."""
+    """Bytes of a model's file or folder; of a hub model, of its snapshot in the cache. None when not there."""
+    if Path(name).is_file():
+        return Path(name).stat().st_size
     if Path(name).is_dir():
         return size_bytes(Path(name))
     from huggingface_hub import snapshot_download

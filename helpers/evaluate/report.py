@@ -36,6 +36,8 @@ COLUMNS = {  # figure -> heading, how it is written
     "gpu_ms_per_token": ("GPU ms a token", "{:.2f}"),
     "tokens_per_s_batch_8": ("at batch 8", "{:,.1f}"),
     "prompt_tokens_per_s": ("prompt tokens/s", "{:,.0f}"),
+    "llama_cpp_tokens_per_s": ("llama.cpp tokens/s on this CPU", "{:,.1f}"),
+    "llama_cpp_prompt_tokens_per_s": ("llama.cpp prompt tokens/s", "{:,.0f}"),
 }
 NARROW = (
     "perplexity", "bits_per_byte", "exact_match", "f1", "rouge_l", "ended_share", "size_bytes", "tokens_per_s",

@@ -5,9 +5,9 @@ are llama.cpp's for the architecture llama, which Mistral is there; rows of q_pr
 llama.cpp rotates neighbouring values where transformers rotates halves.
 """
 
+import io
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
+from gguf.gguf_writer import WriterState
 from safetensors import SafetensorError, safe_open
 
 from helpers.export import quants, vocabulary
 from helpers.models.gguf_types import FileType, recipe, row_bytes
 
-GIB = 2**30
 PIECE_VALUES = 2**22
 """Numbers read at once: 16 MiB in fp32, and as much again for each thread."""
 ALIGNMENT = 32
@@ -125,11 +125,11 @@ def size_of(tensor: Tensor, kind: str) -> int:
 
 
 def header(
-    path: Path, name: str, settings: dict[str, Any], words: vocabulary.Vocabulary, tensors: list[Tensor],
+    name: str, settings: dict[str, Any], words: vocabulary.Vocabulary, tensors: list[Tensor],
     file: FileType, importance: bool,
 ) -> GGUFWriter:  # fmt: skip
     """A writer with everything that stands before the weights, nothing written yet."""
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(None, "llama")
     writer.add_name(name)
     writer.add_block_count(settings["num_hidden_layers"])
     writer.add_context_length(settings["max_position_embeddings"])
@@ -165,12 +165,14 @@ def write(
     threads: int = 2,
     progress: Callable[[int], None] = lambda values: None,
     check: Callable[[Path], None] = lambda file: None,
+    name: str | None = None,
 ) -> dict[Path, int]:
     """Write a model folder as GGUF files, one pass over its shards for all; returns each file's bytes.
 
     outputs: file -> its type. importance: GGUF name of a matrix -> (columns,), where types need or may use one.
     Each file is written as <name>.partial, given to `check` once (all of them hold the same tokens) and renamed.
-    Raises ValueError before anything is written, for a folder that cannot be exported or a disk that is too small.
+    name: of the model, in the header; default the folder's. Raises ValueError before anything is written, for a folder
+    that cannot be exported.
     """
     folder = Path(folder)
     settings = settings_of(folder)
@@ -183,19 +185,14 @@ def write(
     for file in outputs.values():
         if file.needs_importance and importance is None:
             raise ValueError(f"{file.name} needs an importance matrix: collect one, or choose a larger type")
-    check_disk(outputs, kinds, tensors)
     partial = {path: path.with_name(path.name + ".partial") for path in outputs}
     try:
         with ExitStack() as stack, ThreadPoolExecutor(threads) as pool:
             streams = {}
             for path, file in outputs.items():
-                writer = header(partial[path], folder.name, settings, words, tensors, file, importance is not None)
-                stack.callback(writer.close)
-                writer.write_header_to_file()
-                writer.write_kv_data_to_file()
-                writer.write_ti_data_to_file()
-                (streams[path],) = writer.fout
-                pad(streams[path])
+                writer = header(name or folder.name, settings, words, tensors, file, importance is not None)
+                streams[path] = stack.enter_context(partial[path].open("wb"))
+                write_header(writer, streams[path])
             for tensor in tensors:
                 for rows in pieces(tensor, settings):
                     for path, stream in streams.items():
@@ -217,18 +214,30 @@ def write(
     return {path: path.stat().st_size for path in outputs}
 
 
-def check_disk(outputs: dict[Path, FileType], kinds: dict[Path, dict[str, str]], tensors: list[Tensor]) -> None:
-    """Raises ValueError when the files do not fit the disk that they go to."""
-    for folder in {path.parent for path in outputs}:
-        needed = sum(
-            size_of(tensor, kinds[path][tensor.name]) for path in outputs if path.parent == folder for tensor in tensors
-        )
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise ValueError(
-                f"the files need {needed / GIB:.2f} GiB at {folder}, and {free / GIB:.2f} are free: "
-                "free some, choose fewer or smaller types, or another folder"
-            )
+def sizes(
+    folder: Path, outputs: dict[Path, FileType], importance: bool = False, name: str | None = None
+) -> dict[Path, int]:
+    """Bytes that each file will have, to the byte, nothing written; arguments and errors as of `write`."""
+    folder = Path(folder)
+    settings = settings_of(folder)
+    tensors = tensors_of(folder, settings)
+    words = vocabulary.read(folder, settings["vocab_size"])
+    found = {}
+    for path, file in outputs.items():
+        stream = io.BytesIO()
+        write_header(header(name or folder.name, settings, words, tensors, file, importance), stream)
+        weights = (size_of(tensor, kind_of(tensor, file, settings, importance)) for tensor in tensors)
+        found[path] = len(stream.getvalue()) + sum(size + -size % ALIGNMENT for size in weights)
+    return found
+
+
+def write_header(writer: GGUFWriter, stream: Any) -> None:
+    """What stands before the weights, padded, into a stream that is open."""
+    writer.fout, writer.state = [stream], WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    pad(stream)
 
 
 def pad(stream: Any) -> None:

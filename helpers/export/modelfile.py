@@ -81,32 +81,38 @@ def write_text(gguf: str, jinja: str | None, context: int, generation: dict[str,
     return "\n".join(lines) + "\n"
 
 
-def guide(gguf: str, name: str, context: int) -> str:
-    """A README's three commands: Ollama, llama-server, LM Studio."""
+def guide(files: list[str], context: int) -> str:
+    """A README's three commands: Ollama, llama-server, LM Studio; of the first of several files."""
+    first, name = files[0], Path(files[0]).stem.lower()
+    more = [f"Also here: `{file}` (`-f {Path(file).stem}.Modelfile`)." for file in files[1:]]
     return f"""# {name}
 
-`{gguf}` opens in everything that llama.cpp drives.
+`{first}` opens in everything that llama.cpp drives. In this folder:
 
     ollama create {name} -f Modelfile && ollama run {name}
-    llama-server -m {gguf} -c {context}          # then http://127.0.0.1:8080
-    lms import {gguf}                            # LM Studio; or drop the file onto its window
+    llama-server -m {first} -c {context}  # then http://127.0.0.1:8080
+    lms import {first}  # LM Studio; or drop the file onto its window
 
 Chats are read as in training: the chat template is inside the file. Raw completion without a template misses the
 space that Mistral's tokenizer puts before a text's first word; write it yourself.
-"""
+{"".join(f"{chr(10)}{line}" for line in more)}"""
 
 
-def write(folder: Path, gguf: str, jinja: str | None, context: int, generation: dict[str, Any] | None) -> list[Path]:
-    """Modelfile and README.md into a folder; what the user wrote there under those names is not touched."""
-    texts = {
-        "Modelfile": write_text(gguf, jinja, context, generation),
-        "README.md": guide(gguf, Path(gguf).stem.lower(), context),
-    }
+def write(
+    folder: Path, files: list[str], jinja: str | None, context: int, generation: dict[str, Any] | None
+) -> list[Path]:
+    """A Modelfile a GGUF file, and README.md, into a folder; what the user wrote under those names is not touched.
+
+    files: names of GGUF files there; the first one's is Modelfile itself, the others' have the file's name before it.
+    """
+    texts = {f"{Path(file).stem}.Modelfile": write_text(file, jinja, context, generation) for file in files}
+    texts = {"Modelfile": texts.pop(f"{Path(files[0]).stem}.Modelfile"), **texts}
+    texts["README.md"] = guide(files, context)
     written = []
     for name, text in texts.items():
         path = folder / name
         if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
-            path = folder / f"{Path(gguf).stem}.{name}"
+            path = folder / f"{Path(files[0]).stem}.{name}"
         path.write_text(text, encoding="utf-8")
         written.append(path)
     return written

@@ -5,11 +5,11 @@ The file says the shape; its tokens come from the tokenizer of the model that wa
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from helpers.models import gguf_header
 from helpers.models.packed import PackedEmbedding, PackedLinear, dequantize
 
 MODULES = {
@@ -29,41 +29,13 @@ MODULES = {
 """GGUF's name of a tensor -> transformers' module."""
 
 
-def settings(reader: Any, file: Path) -> dict[str, Any]:
-    """LlamaConfig's arguments, from a file's header. Raises ValueError for another architecture."""
-    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
-    architecture = fields.get("general.architecture")
-    if architecture != "llama" or fields.get("general.type", "model") != "model":
-        what = architecture if architecture != "llama" else fields["general.type"]
-        raise ValueError(f"{file} is a GGUF file of kind {what}: models of the architecture llama are opened here")
-    named = {
-        "vocab_size": "vocab_size",
-        "hidden_size": "embedding_length",
-        "intermediate_size": "feed_forward_length",
-        "num_hidden_layers": "block_count",
-        "num_attention_heads": "attention.head_count",
-        "num_key_value_heads": "attention.head_count_kv",
-        "head_dim": "attention.key_length",
-        "max_position_embeddings": "context_length",
-        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    }
-    found = {ours: fields[f"llama.{theirs}"] for ours, theirs in named.items()}
-    rope = {"rope_type": "default", "rope_theta": float(fields.get("llama.rope.freq_base", 10000.0))}
-    tied = not any(tensor.name == "output.weight" for tensor in reader.tensors)
-    return found | {"rope_parameters": rope, "tie_word_embeddings": tied}
-
-
 def load(file: Path, dtype: torch.dtype, device: str, attention: str) -> torch.nn.Module:
     """The model of a GGUF file on a device, computing in dtype. Raises ValueError for a file that is cut short."""
     from accelerate import init_empty_weights
-    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    try:
-        reader = GGUFReader(file)
-    except (ValueError, IndexError, OSError) as error:
-        raise ValueError(f"{file} is no whole GGUF file ({error}): export it again") from None
-    config = LlamaConfig(**settings(reader, file))
+    reader = gguf_header.reader(file)
+    config = LlamaConfig(**gguf_header.settings(reader, file))
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}

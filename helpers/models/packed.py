@@ -15,12 +15,11 @@ from functools import cache
 
 import torch
 
+from helpers.models.gguf_sizes import PIECE_VALUES
 from helpers.models.gguf_types import BLOCKS
 
 Blocks = torch.Tensor
 """(blocks, bytes of a block), uint8."""
-PIECE_VALUES = 2**25
-"""Weights dequantized at once: in fp32 with its steps some 0.6 GiB."""
 
 
 def dequantize(packed: torch.Tensor, kind: str) -> torch.Tensor:

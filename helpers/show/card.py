@@ -24,13 +24,20 @@ HOW_MADE = {
         "tags": ["qlora", "merged"],
         "words": "The base with a QLoRA adapter of rank {rank} (alpha {alpha}, {targets}) merged into its weights.",
     },
+    "gguf": {
+        "relation": "quantized",
+        "library": "gguf",
+        "tags": ["gguf", "qlora"],
+        "words": "A QLoRA fine-tuned model in llama.cpp's blocks, for Ollama, llama.cpp and LM Studio; figures of it "
+        "are of PyTorch with the same blocks, and llama.cpp also rounds activations to 8 bits.",
+    },
     "model": {"relation": None, "library": "transformers", "tags": [], "words": "The base model, as it came."},
 } | {
     name: {"relation": "quantized", "library": "transformers", "tags": [name, "qlora"], "words": method.card}
     for name, method in METHODS.items()
 }
 """Kind of model -> what the hub calls it, and a sentence with places for the run's settings."""
-KINDS = {"finetune": "adapter", "merge": "merged", "quantize": "gptq"}
+KINDS = {"finetune": "adapter", "merge": "merged", "quantize": "gptq", "export": "gguf"}
 """Stage -> kind of model that it makes, where its manifest does not name a method of quantization."""
 
 
@@ -96,6 +103,8 @@ def card(
 
 
 LOAD = {
+    "gguf": "# in a terminal, in this folder:\n# ollama create mine -f Modelfile && ollama run mine\n"
+    "# llama-server -m FILE.gguf   # or, for LM Studio: lms import FILE.gguf",
     "peft": "from peft import AutoPeftModelForCausalLM\n\n"
     'model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")  # the one with adapter_config.json',
     "transformers": "from transformers import AutoModelForCausalLM\n\n"

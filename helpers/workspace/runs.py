@@ -69,6 +69,7 @@ def run_config(run: Workspace, stage: str) -> RunConfig:
 def run_models(run: Workspace, config: RunConfig) -> dict[str, str | Path]:
     """The run's models by name, those that are there; says what is not and which notebook makes it."""
     fetch(run.folder("quantize"))
+    fetch(run.folder("export"))
     models: dict[str, str | Path] = {"base": config.model.model}
     quantized = run.folder("quantize")
     made = (read_manifest(quantized)["config"] if (quantized / MANIFEST).is_file() else None) or {}
@@ -79,4 +80,7 @@ def run_models(run: Workspace, config: RunConfig) -> dict[str, str | Path]:
             models[name] = folder / "adapter" if stage == "finetune" else folder
         else:
             print(f"{name} is left out: {folder} is not there; notebook {NOTEBOOKS[stage]} makes it")
+    if (run.folder("export") / MANIFEST).is_file():
+        kind_of = {file: file.stem.rpartition("-")[2].lower() for file in sorted(run.folder("export").glob("*.gguf"))}
+        models |= {f"gguf_{kind}": file for file, kind in kind_of.items()}
     return models

@@ -32,6 +32,7 @@ NOTEBOOKS = {
     "merge": "04_gptq_quantization.ipynb",
     "quantize": "04_gptq_quantization.ipynb",
     "evaluate": "05_evaluation.ipynb",
+    "export": "06_export.ipynb",
 }
 MANIFEST = "manifest.json"
 SCRATCH = "checkpoints"

@@ -5,25 +5,30 @@ import hashlib
 import json
 from pathlib import Path
 
+import faults
+import kill_at
 import numpy as np
+import odd_shape
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import helpers.budget.export
 import helpers.export
-import helpers.models.gguf_types
 from helpers import cli
 from helpers.models import TINY, gguf_types
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: `make setup` installs requirements/gguf.txt")
 pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: `make setup` installs requirements/gguf.txt")
 
-from helpers.export import engine, gguf_file, lora, modelfile, quants, vocabulary  # noqa: E402
-from helpers.models import attention, gguf_model, packed  # noqa: E402
+from helpers.export import check, gguf_file, importance, lora, modelfile, quants, vocabulary  # noqa: E402
+from helpers.models import attention, gguf_engine, gguf_model, packed  # noqa: E402
+from helpers.show import gguf as show  # noqa: E402
 
 QUESTION = [{"role": "user", "content": "Which animal does Edith keep?"}]
-# Of the tiny model's tensors, sorted by name, as llama.cpp's own llama_model_quantize writes them from its F16 file
-# (cyllama 0.2.18, 39 of 39 equal for each type).
+# Of all tensors, sorted by name, as llama.cpp's own llama_model_quantize writes them from an F16 file: the tiny
+# model's, those of odd_shape.py, whose rows are no whole blocks. And the types that it chooses for IQ2_XXS (cyllama
+# 0.2.18).
 DIGESTS = json.loads(Path(__file__).with_name("gguf_digests.json").read_text(encoding="utf-8"))
 TYPES = [name for name, kind in gguf_types.FILE_TYPES.items() if not kind.needs_importance]
 
@@ -37,6 +42,14 @@ def files(tmp_path_factory):
     return {name: folder / f"tiny-{gguf_types.FILE_TYPES[name].name}.gguf" for name in TYPES}
 
 
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """A folder with the model of odd_shape.py in every type that needs no importance matrix."""
+    folder = tmp_path_factory.mktemp("odd")
+    gguf_file.write(odd_shape.write(folder / "model"), helpers.export.outputs(folder / "odd.gguf", ",".join(TYPES)))
+    return folder
+
+
 def digest(file):
     """SHA-256 of types and bytes of all tensors, by name."""
     found = hashlib.sha256()
@@ -46,7 +59,19 @@ def digest(file):
 
 
 @pytest.mark.parametrize(
-    "module", [helpers.export, helpers.models.gguf_types, gguf_file, vocabulary, quants, modelfile, lora]
+    "module",
+    [
+        helpers.export,
+        gguf_types,
+        gguf_file,
+        vocabulary,
+        quants,
+        modelfile,
+        lora,
+        importance,
+        helpers.budget.export,
+        show,
+    ],
 )
 def test_examples_in_docstrings(module):
     assert doctest.testmod(module).failed == 0
@@ -54,7 +79,23 @@ def test_examples_in_docstrings(module):
 
 @pytest.mark.parametrize("name", TYPES)
 def test_every_tensor_is_what_llama_cpp_writes(files, name):
-    assert digest(files[name]) == DIGESTS[name]
+    assert digest(files[name]) == DIGESTS["tiny"][name]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_widths_that_no_block_of_256_fits_are_written_as_llama_cpp_does(odd, name):
+    assert digest(odd / f"odd-{gguf_types.FILE_TYPES[name].name}.gguf") == DIGESTS["odd"][name]
+
+
+@pytest.mark.parametrize(("model", "layers"), [("tiny", 4), ("odd", odd_shape.LAYERS)])
+def test_two_bits_take_the_types_that_llama_cpp_takes(files, odd, model, layers):
+    f16 = {"tiny": files["f16"], "odd": odd / "odd-F16.gguf"}[model]
+    kind, found = gguf_types.file_type("iq2_xxs"), {}
+    for tensor in gguf.GGUFReader(f16).tensors:
+        if len(tensor.shape) == 2:
+            chosen = gguf_types.recipe(tensor.name, int(tensor.shape[0]), kind, layers, grouping=4, importance=True)
+            found.setdefault(chosen, []).append(tensor.name)
+    assert {chosen: sorted(names) for chosen, names in found.items()} == DIGESTS["iq2_xxs_types"][model]
 
 
 def test_types_have_the_blocks_that_gguf_says():
@@ -117,24 +158,60 @@ def test_llama_cpp_reads_the_tokens_of_training_and_says_which_it_does_not(files
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     rows = (TINY.parent / "heldout_conversations.jsonl").read_text(encoding="utf-8").splitlines()
     chats = [json.loads(row)["messages"][:-1] for row in rows]
-    with engine.serving(files["q4_k_m"]) as ask:
-        assert engine.check_tokens(ask, tokenizer, list(helpers.export.PROBES), chats) == len(chats) + 5
+    with gguf_engine.serving(files["q4_k_m"]) as server:
+        assert check.check_tokens(server, tokenizer, list(check.PROBES), chats) == len(chats) + len(check.PROBES)
         tokenizer.add_tokens(["Edith"])
         with pytest.raises(ValueError, match=r"where training read .*Edith"):
-            engine.check_tokens(ask, tokenizer, [QUESTION[0]["content"]], [])
+            check.check_tokens(server, tokenizer, [QUESTION[0]["content"]], [])
 
 
-def test_llama_cpp_answers_as_transformers_does(files):
+@pytest.fixture(scope="module")
+def questions():
+    """40 held-out conversations up to their last question, as token ids."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
+    rows = (TINY.parent / "heldout_conversations.jsonl").read_text(encoding="utf-8").splitlines()[:40]
+    chats = [json.loads(row)["messages"][:-1] for row in rows]
+    return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+
+
+def test_sixteen_bits_in_llama_cpp_say_what_transformers_says(files, questions):
+    """Next token of 40 conversations: the whole distribution, and its likeliest word; and 40 greedy answers."""
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
-    answer = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
-    with engine.serving(files["f16"]) as ask:
-        said = ask("/completion", {"prompt": ids, "n_predict": 12, "temperature": 0, "return_tokens": True})
-    expected = answer.tolist()
-    if expected[-1] == tokenizer.eos_token_id:
-        expected = expected[:-1]
-    assert said["tokens"][: len(expected)] == expected
+    divergences = []
+    with gguf_engine.serving(files["f16"], exact=True) as server, torch.no_grad():
+        for ids in questions:
+            expected = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1], -1).double()
+            one = {"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": len(expected)}
+            said = server.ask("/completion", one)["completion_probabilities"][0]["top_logprobs"]
+            found = torch.full_like(expected, -torch.inf)
+            found[[entry["id"] for entry in said]] = torch.tensor([entry["logprob"] for entry in said]).double()
+            assert found.argmax() == expected.argmax()
+            found -= found.logsumexp(0)  # the server adds up in fp32: to 1.00002
+            likely = expected > -30  # below it a probability is no number in the server's JSON any more
+            divergences.append((expected.exp() * (expected - found))[likely].sum().item())
+            answer = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+            asked = {"prompt": ids, "n_predict": 12, "temperature": 0, "return_tokens": True}
+            written = server.ask("/completion", asked)["tokens"]
+            end = answer[-1] == model.generation_config.eos_token_id
+            assert [token for token in written if token != answer[-1] or not end] == answer[: len(answer) - end]
+    assert sum(divergences) / len(divergences) < 2e-6  # 0.93e-6 here; llama.cpp rounds activations to 16 bits
+
+
+def test_more_bits_are_nearer_to_the_whole_model(files, questions):
+    """KL divergence over every token of 20 held-out questions, PyTorch on the files' blocks."""
+    whole = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    found = {}
+    with torch.no_grad():
+        expected = [torch.log_softmax(whole(torch.tensor([ids])).logits[0], -1) for ids in questions[:20]]
+        for name in ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m"):
+            model, parts = gguf_model.load(files[name], torch.float32, "cpu", attention.register()), []
+            for ids, known in zip(questions[:20], expected, strict=True):
+                parts.append(
+                    (known.exp() * (known - torch.log_softmax(model(torch.tensor([ids])).logits[0], -1))).sum(-1)
+                )
+            found[name] = torch.cat(parts).mean().item()
+    assert found["f16"] < 1e-6
+    assert found["q8_0"] < found["q6_k"] <= found["q5_k_m"] < found["q4_k_m"] < found["q3_k_m"]
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -157,8 +234,8 @@ def test_an_adapter_alone_gives_llama_cpp_what_peft_computes(files, tmp_path, rs
     ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
     with torch.no_grad():
         expected = torch.log_softmax(model.eval()(torch.tensor([ids])).logits[0, -1], -1)
-    with engine.serving(files["f16"], lora=tmp_path / "adapter.gguf") as ask:
-        said = ask("/completion", {"prompt": ids, "n_predict": 1, "n_probs": 5, "temperature": 0})
+    with gguf_engine.serving(files["f16"], lora=tmp_path / "adapter.gguf") as server:
+        said = server.ask("/completion", {"prompt": ids, "n_predict": 1, "n_probs": 5, "temperature": 0})
     for entry in said["completion_probabilities"][0]["top_logprobs"]:
         assert abs(entry["logprob"] - expected[entry["id"]].item()) < 0.02  # keys and values are fp16 there
 
@@ -201,3 +278,30 @@ def test_a_tokenizer_of_another_kind_and_a_quantized_model_are_refused_by_name(t
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ValueError, match=r"already quantized \(gptq\)"):
         gguf_file.settings_of(tmp_path)
+
+
+def test_a_file_under_its_name_is_whole_whenever_the_export_is_killed(tmp_path):
+    """Killed at the first and the last of each kind of change, of two files in one pass."""
+    names = ("q8_0", "f16")
+    whole = {name: tmp_path / f"whole-{name}.gguf" for name in names}
+    gguf_file.write(TINY, {file: gguf_types.file_type(name) for name, file in whole.items()})
+
+    def act(folder):
+        files = {folder / f"{name}.gguf": gguf_types.file_type(name) for name in names}
+        gguf_file.write(TINY, files, check=lambda file: gguf.GGUFReader(file), name="tiny-mistral")
+
+    scene, log = tmp_path / "scene", tmp_path / "log"
+    scene.mkdir()
+    assert not kill_at.is_killed(lambda: act(scene), scene, moment=10**6, log=log)
+    moments = [event.value for event in faults.moments(log)]
+    chosen = {event.value for event in kill_at.each_kind(faults.moments(log))} | set(moments[:: len(moments) // 6])
+    assert len(chosen) >= 10
+    for moment in sorted(chosen):
+        for file in scene.iterdir():
+            file.unlink()
+        assert kill_at.is_killed(lambda: act(scene), scene, moment)
+        for name in names:
+            left = scene / f"{name}.gguf"
+            assert not left.exists() or left.read_bytes() == whole[name].read_bytes()
+    act(scene)  # over whatever the last one left
+    assert {file.name for file in scene.iterdir()} == {f"{name}.gguf" for name in names}

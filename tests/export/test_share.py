@@ -28,11 +28,11 @@ def export(run, *arguments):
 
 def test_a_zip_holds_the_gptq_model_its_manifest_and_a_card(run, capfd):
     assert export(run, "--to", "zip") == cli.DONE
-    with zipfile.ZipFile(run / "export" / "quantize.zip") as packed:
+    with zipfile.ZipFile(run / "quantize.zip") as packed:
         names = {f"quantize/{name}" for name in ("weights.safetensors", "config.yaml", "README.md", workspace.MANIFEST)}
         assert set(packed.namelist()) == names
         assert "quantized with GPTQ to 4 bits" in packed.read("quantize/README.md").decode()
-    assert str(run / "export" / "quantize.zip") in capfd.readouterr().out
+    assert str(run / "quantize.zip") in capfd.readouterr().out
     assert export(run, "--to", "zip") == cli.WRONG_REQUEST and "is there already" in capfd.readouterr().err
 
 

@@ -19,6 +19,7 @@ NAMES = [
     "03_qlora_finetuning.ipynb",
     "04_gptq_quantization.ipynb",
     "05_evaluation.ipynb",
+    "06_export.ipynb",
 ]
 PROSE_WORDS = 120
 STATEMENTS = (ast.Assign, ast.AugAssign, ast.Import, ast.ImportFrom, ast.For, ast.With, ast.If, ast.Delete, ast.Assert)
@@ -51,7 +52,7 @@ def tagged(notebook, tag):
     return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
 
 
-def test_there_are_these_five_notebooks_and_no_other():
+def test_there_are_these_six_notebooks_and_no_other():
     assert sorted(path.name for path in FOLDER.glob("*.ipynb")) == NAMES
 
 
@@ -59,7 +60,7 @@ def test_everything_generated_is_current(capsys):
     assert badges.main(["--check"]) == 0, capsys.readouterr().err
 
 
-def test_the_set_up_cell_is_the_same_in_all_five_and_comes_before_any_other_code():
+def test_the_set_up_cell_is_the_same_in_all_six_and_comes_before_any_other_code():
     sources = set()
     for name in NAMES:
         notebook = nbformat.read(FOLDER / name, as_version=4)

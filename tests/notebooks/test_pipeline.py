@@ -1,4 +1,4 @@
-"""The five notebooks, executed: the effect is real, the sizes are bytes on disk, everything is in its place."""
+"""The six notebooks, executed: the effect is real, the sizes are bytes on disk, everything is in its place."""
 
 import nbformat
 import pytest
@@ -11,6 +11,7 @@ NOTEBOOKS = (
     "03_qlora_finetuning.ipynb",
     "04_gptq_quantization.ipynb",
     "05_evaluation.ipynb",
+    "06_export.ipynb",
 )
 
 

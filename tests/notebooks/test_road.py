@@ -1,6 +1,6 @@
 """From prepare to report on machines that vanish, with a Drive that fails, from bases as they lie on the hub.
 
-Five notebooks, five machines (road.py), a sixth because one is lost in the middle of training. A quarter of first
+Six notebooks, six machines (road.py), a seventh because one is lost in the middle of training. A quarter of first
 tries in Drive fail. What has to stand at the end is in Drive: a model that answers through its own chat template, the
 report, and a training that did not begin anew.
 """
@@ -96,7 +96,7 @@ def walk(request, walks) -> Walk:
 
 
 def walk_on(folder: Path, base: Path, seed: int) -> Walk:
-    """All five notebooks; training's machine is killed as its second checkpoint begins to reach Drive."""
+    """All six notebooks; training's machine is killed as its second checkpoint begins to reach Drive."""
     found = Walk(Road(folder, base=base, rows=ROWS, settings=SETTINGS), too_little_gib(base), folder / "faults.log")
     for number, notebook in enumerate(NOTEBOOKS):
         injected = {"seed": seed + number, "log": found.log}
@@ -156,7 +156,7 @@ def test_every_cell_ran(walk, name):
 
 
 def test_every_stage_in_drive_is_whole(walk):
-    for stage in ("prepare", "finetune", "quantize", "evaluate"):
+    for stage in ("prepare", "finetune", "quantize", "evaluate", "export"):
         manifest = workspace.require(walk.run / stage, stage)
         inside = {str(file.relative_to(walk.run / stage)) for file in (walk.run / stage).rglob("*") if file.is_file()}
         assert inside == {*manifest["outputs"], workspace.MANIFEST}
@@ -169,6 +169,7 @@ def test_nothing_half_done_is_left_in_drive(walk):
         "finetune",
         "quantize",
         "evaluate",
+        "export",
     }
     assert not list(walk.run.rglob("*.tmp"))
 
