@@ -9,6 +9,7 @@ Uses only what ipywidgets 7.7 (Colab) and 8 share. Without a screen, the rows ar
 """
 
 import itertools
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -41,8 +42,9 @@ class Chooser(ipywidgets.VBox):
     A class, because a widget decides by its own method how it is shown where nobody can use it.
     """
 
-    def __init__(self, config: RunConfig, source: str | None) -> None:
+    def __init__(self, config: RunConfig, source: str | None, moved: Callable[[RunConfig], None] | None = None) -> None:
         self.base = config
+        self.moved: Callable[[RunConfig], None] | None = None  # nobody has chosen anything yet
         self.values, self.problem = first_rows(str(source or config.data.source), config)
         self.names = list(dict.fromkeys(name for value in self.values for name in fields_of(value)))
         asked = columns.parse(config.data.columns) if config.data.columns else {}
@@ -54,6 +56,7 @@ class Chooser(ipywidgets.VBox):
         for widget in self.controls.values():
             widget.observe(self.redraw, "value")
         self.redraw()
+        self.moved = moved
 
     def columns(self) -> str:
         """The choice as `--columns` takes it; "" while the fields are recognised by their names."""
@@ -80,6 +83,8 @@ class Chooser(ipywidgets.VBox):
             shown, words = [refusal(self.problem)], [self.problem]
         self.picture.value = f"{STYLE}<div class='rows'>{''.join(shown)}</div>"
         self.words = "\n".join(words)
+        if self.moved is not None:
+            self.moved(config_of(self))
 
     def _ipython_display_(self, **_: Any) -> None:
         """Dropdowns where the front end can draw them, words where it cannot; ipywidgets 7 and 8 both call this."""
@@ -87,9 +92,12 @@ class Chooser(ipywidgets.VBox):
         display({"application/vnd.jupyter.widget-view+json": view, "text/plain": self.words}, raw=True)
 
 
-def chooser(config: RunConfig, source: str | None = None) -> Chooser:
-    """The dropdowns and the first rows of a source, instead of config.data.source; `config_of` reads the choice."""
-    return Chooser(config, source)
+def chooser(config: RunConfig, source: str | None = None, moved: Callable[[RunConfig], None] | None = None) -> Chooser:
+    """The dropdowns and the first rows of a source, instead of config.data.source; `config_of` reads the choice.
+
+    moved: called with each configuration that somebody chooses.
+    """
+    return Chooser(config, source, moved)
 
 
 def config_of(chooser: Chooser) -> RunConfig:

@@ -11,6 +11,7 @@ True
 
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from helpers import budget
 from helpers.config import RunConfig, flat
 from helpers.hardware import Machine
 from helpers.models import ModelShape
+from helpers.show.words import duration
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -46,6 +48,12 @@ RIGHT = {
     "checkpointing": ("checkpointed", []),  # as many as the model has layers
 }
 KNOBS = LEFT | RIGHT
+OTHERS = {
+    "keep_attention": "attention outputs kept",
+    "offload_activations": "activations in host memory",
+    "offload_gib": "host memory for them, GiB",
+}
+"""How the proposal says what no control shows."""
 
 # One colour a component, whatever else is in the bar: weights blue, adapter green, activations orange, the rest grey.
 COLOURS = {
@@ -75,6 +83,7 @@ COLOURS = {
     "CUDA context": "#707070",
 }
 SPARE_COLOURS = ["#8c6bb1", "#9d755d", "#439894", "#b79a20", "#d88aa5", "#6b8fb3"]
+TAKE = "Take the proposal"
 GOOD, LONG, BAD = "#2e7d32", "#b8860b", "#c62828"
 STYLE = f"""<style>
 .needs{{max-width:756px;font-size:13px;line-height:1.45;margin:2px}}
@@ -108,9 +117,7 @@ class Panel(ipywidgets.VBox):
         values = values_of(config, shape)
         self.controls = {name: control(name, values[name], shape) for name in KNOBS}
         self.derived, self.picture, self.proposal = (ipywidgets.HTML() for _ in range(3))
-        self.button = ipywidgets.Button(
-            description="Take the proposal", icon="check", layout=Layout(width="160px", flex="0 0 auto")
-        )
+        self.button = ipywidgets.Button(description=TAKE, icon="check", layout=Layout(width="160px", flex="0 0 auto"))
         columns = [
             ipywidgets.VBox([self.controls[name] for name in names], layout=Layout(width="374px", margin="0 4px 0 0"))
             for names in (LEFT, RIGHT)
@@ -160,10 +167,11 @@ class Panel(ipywidgets.VBox):
             self.picture.value = f"{STYLE}<div class='needs'>{verdict(False, [str(error)])}</div>"
             self.words, self.button.disabled, self.proposal.value = str(error), True, ""
             return
+        changes = differences(config, self.plan.config, self.shape)
+        needs = with_one_remedy(needs, self.plan.budget, changes)
         self.picture.value = picture(needs)
         shown = (f"{KNOBS[name][0]} {label(name, w.value, self.shape)}" for name, w in self.controls.items())
         self.words = f"{', '.join(shown)}\n{budget.table(needs)}"
-        changes = differences(config, self.plan.config, self.shape)
         self.button.disabled = not changes
         proposal = "; ".join(changes) + gain(needs, self.plan.budget) if changes else "The sliders show the proposal."
         self.proposal.value = f"<div style='line-height:1.4;margin-left:6px'>{escape(proposal)}</div>"
@@ -322,17 +330,6 @@ def hours(time: budget.Time, session_h: float | None) -> str:
     return meter(name, f"<b>{duration(time.total_h)}</b>{sessions}", share, LONG if sessions else GOOD)
 
 
-def duration(hours: float) -> str:
-    """Hours as people say them.
-
-    >>> duration(0.01), duration(0.5), duration(7.42), duration(346.6)
-    ('1 min', '30 min', '7.4 h', '347 h')
-    """
-    if hours < 1:
-        return f"{max(60 * hours, 1):.0f} min"
-    return f"{hours:.1f} h" if hours < 100 else f"{hours:,.0f} h"
-
-
 def room(needs: budget.Budget) -> str:
     """What is left, in words, where everything fits."""
     if needs.vram.limit_gib:
@@ -354,10 +351,30 @@ def differences(shown: RunConfig, proposed: RunConfig, shape: ModelShape) -> lis
     return [
         f"{KNOBS[name][0]} {label(name, old[name], shape)} → {label(name, new[name], shape)}"
         if name in KNOBS
-        else f"{name} {old[name]} → {new[name]}"
+        else f"{OTHERS.get(name, name)} {in_words(old[name])} → {in_words(new[name])}"
         for name in old
         if old[name] != new[name]
     ]
+
+
+def in_words(value: Any) -> str:
+    """A setting's value that no control shows.
+
+    >>> in_words(True), in_words("paged_adamw_8bit")
+    ('yes', 'paged_adamw_8bit')
+    """
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def with_one_remedy(shown: budget.Budget, proposed: budget.Budget, changes: list[str]) -> budget.Budget:
+    """A budget that does not fit, with the proposal's changes as the remedy in each of its sentences.
+
+    The button takes all of them at once; a sentence with another remedy beside it would leave the reader to choose.
+    """
+    if shown.fits or not proposed.fits:
+        return shown
+    remedy = f"the proposal fits, in {duration(proposed.time.total_h)} ({'; '.join(changes)})"
+    return replace(shown, reasons=tuple(f"{reason.partition(': ')[0]}: {remedy}" for reason in shown.reasons))
 
 
 def gain(shown: budget.Budget, proposed: budget.Budget) -> str:

@@ -44,7 +44,7 @@ SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},  # no question over the page
     "notebook-extension/tracker": {"windowingMode": "none"},  # every cell is there, seen or not
 }
-READ = 'shown = widgets.config_of(panel)\nprint(f"read: {shown.adapter.rank} {shown.data.seq_len:,} end")'
+READ = 'shown = panel.config_of(sliders)\nprint(f"read: {shown.adapter.rank} {shown.data.seq_len:,} end")'
 
 
 def notebook_01(workspace):
