@@ -77,7 +77,7 @@ def test_the_probe_reads_this_machine():
 
 
 def test_importing_budget_and_hardware_brings_no_torch():
-    code = "import sys, json; from helpers import budget, verify; print(json.dumps('torch' in sys.modules))"
+    code = "import sys, json; from helpers import budget, hardware; print(json.dumps('torch' in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) is False
 

@@ -40,8 +40,8 @@ def demo(machine: Machine) -> str:
         f"{machine.name} has too little memory for a 7B" if machine.gpu else "this machine shows no GPU"
     )
     return (
-        f"<b>DEMO: a toy model of 4 million weights, not Mistral 7B</b>, because {escape(why)}. Everything below works, "
-        "and its answers are a toy's. In Colab: <b>Runtime → Change runtime type → T4 GPU</b>, then Run all."
+        f"<b>DEMO: a toy model of 4 million weights, not Mistral 7B</b>, because {escape(why)}. Everything below "
+        "works, and its answers are a toy's. In Colab: <b>Runtime → Change runtime type → T4 GPU</b>, then Run all."
     )
 
 

@@ -351,7 +351,7 @@ def test_merge_and_gptq_need_what_they_were_measured_to_need(task, stage, values
 
 def test_evaluation_needs_what_it_was_measured_to_need():
     """Both models were read in batches of 8, of the merged one 4 of 32 layers waited in host memory."""
-    measured = json.loads((tables.HERE / "h200_evaluate_new.json").read_text())
+    measured = json.loads((tables.MEASURED / "h200_evaluate_new.json").read_text())
     h200 = hardware.machine("h200")
     ways = {
         "merged": placement.Placement("model", "fp16", 8, 4, "host memory"),

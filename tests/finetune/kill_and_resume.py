@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "workspace")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # no thread for trl's telemetry in a process that forks
 os.environ["RECIPES_PATIENCE_S"] = "0"
 

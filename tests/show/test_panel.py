@@ -137,12 +137,12 @@ def test_neighbours_in_the_bar_differ_in_colour(values):
 def test_a_notebook_shows_sliders_or_words_and_a_helpers_error_as_one_sentence():
     """Executed for real, as a headless run does; the front end that draws the sliders is test_panel_browser's."""
     cells = [
-        "from helpers import hardware, models\nfrom helpers.show import panel as widgets\nwidgets.plain_errors()",
+        "from helpers import hardware, models\nfrom helpers.show import panel\npanel.plain_errors()",
         "config = models.profile('mistral-7b', rank=8)",
-        "panel = widgets.panel(config, models.shape('mistral-7b-v0.3'), hardware.machine('t4'))\npanel",
+        "sliders = panel.panel(config, models.shape('mistral-7b-v0.3'), hardware.machine('t4'))\nsliders",
         "models.profile('mistral-7b', rank=0)",
         "raise ValueError('my own')",
-        "exec(compile('int(str())', widgets.__file__, 'exec'))",
+        "exec(compile('int(str())', panel.__file__, 'exec'))",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
     NotebookClient(notebook, kernel_name="python3", allow_errors=True).execute(cwd=str(models.ROOT))
