@@ -27,6 +27,12 @@ OWN_SOURCE, FIRST_RUN = "HuggingFaceH4/ultrachat_200k", 2000
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 CHOSEN = "chosen"
 """In a file of settings: who chose them and when, no setting itself."""
+GONE = {
+    f"{name}={value}": f"{name}={value} is no longer there: it needed the package liger-kernel and was no faster than "
+    f"{name}={default}, which needs none; leave {name} out"
+    for name, value, default in (("kernels", "liger", "own"), ("loss", "fused", "chunked"))
+}
+"""What a setting no longer takes -> why, and what to do."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 
@@ -139,9 +145,9 @@ class TrainConfig:
     """Keep the inputs of checkpointed layers in host memory."""
     offload_gib: Annotated[float, Field(ge=0, le=1024)] = 6.0
     """Host memory that these may take, at most; half of what is free where that is less. The rest stays on the card."""
-    loss: Literal["chunked", "fused", "full"] = "chunked"
-    kernels: Literal["own", "liger", "plain"] = "own"
-    """own: our own where they can compute the model, else transformers' layers; liger, plain: those always."""
+    loss: Literal["chunked", "full"] = "chunked"
+    kernels: Literal["own", "plain"] = "own"
+    """own: custom layers where they can compute the model, else transformers' layers; plain: those always."""
     packing: bool = False
     neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
     """Noise on the embeddings (https://arxiv.org/abs/2310.05914); 0: none."""
@@ -272,6 +278,8 @@ def sentence(problem: dict) -> str:
     name = problem["field"]
     if problem["type"] == "unexpected_keyword_argument":
         return f"there is no setting {name}"
+    if gone := GONE.get(f"{name}={problem['input']}"):
+        return gone
     return f"{name} must be {allowed_range(name) or ' or '.join(problem['wanted'])}, not {problem['input']!r}"
 
 

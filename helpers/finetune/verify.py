@@ -5,6 +5,7 @@ from pathlib import Path
 
 from helpers import budget, hardware
 from helpers.config import RunConfig
+from helpers.finetune import base, notices, run, trainer
 from helpers.models import gpu, shape
 
 STEPS = 3
@@ -16,8 +17,6 @@ def verify(config: RunConfig) -> list[dict]:
 
     The base is downloaded when it is not here. Raises ValueError when the run does not fit this machine.
     """
-    from helpers import finetune
-
     sizes, machine = shape(config.model.model, config.model.revision), hardware.probe()
     few = config.with_values(
         max_steps=STEPS,
@@ -35,11 +34,11 @@ def verify(config: RunConfig) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_rows(work / "prepared", rows, few.data.seq_len, sizes.vocab)
-        with finetune.quiet(work / "libraries.log"):
-            model, tokenizer = finetune.load_base(few)
-            model = finetune.attach_adapter(model, few)
-            trainer = finetune.build_trainer(few, model, tokenizer, work / "prepared", work / "checkpoints")
-            measured = finetune.train(trainer, resume="never")
+        with notices.into_file(work / "libraries.log"):
+            model, tokenizer = base.load_base(few)
+            model = base.attach_adapter(model, few)
+            tuner = trainer.build_trainer(few, model, tokenizer, work / "prepared", work / "checkpoints")
+            measured = run.train(tuner, resume="never")
     return [row for row in budget.against_measured(predicted, measured) if row["quantity"] != "training, s"]
 
 

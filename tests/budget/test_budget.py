@@ -45,8 +45,8 @@ configurations = st.fixed_dictionaries(
         "targets": st.sampled_from(["all-linear", "attention", "q_proj,v_proj"]),
         "optimizer": st.sampled_from(["paged_adamw_8bit", "adamw_8bit", "adamw_torch"]),
         "attention": st.sampled_from(["efficient", "eager", "math"]),
-        "loss": st.sampled_from(["chunked", "fused", "full"]),
-        "kernels": st.sampled_from(["own", "liger", "plain"]),
+        "loss": st.sampled_from(["chunked", "full"]),
+        "kernels": st.sampled_from(["own", "plain"]),
         "upcast": st.booleans(),
         "double_quant": st.booleans(),
         "dropout": st.sampled_from([0.0, 0.05]),
@@ -299,7 +299,7 @@ def test_own_layers_keep_what_their_docstring_says():
 
 @pytest.mark.parametrize(
     ("values", "how"),
-    [({}, "own"), ({"dropout": 0.1}, "plain"), ({"upcast": True}, "plain"), ({"kernels": "liger"}, "liger")],
+    [({}, "own"), ({"dropout": 0.1}, "plain"), ({"upcast": True}, "plain"), ({"kernels": "plain"}, "plain")],
 )
 def test_layers_that_ours_cannot_compute_are_budgeted_as_transformers(values, how):
     assert activations.way(SEVEN, seven(**values)) == how

@@ -4,7 +4,6 @@ On a GPU in fp16, with the 7B's widths and memory-efficient attention, `tests/be
 same (its engine `check`).
 """
 
-import importlib.util
 import json
 import random
 import re
@@ -31,8 +30,12 @@ from trl import SFTConfig, SFTTrainer
 from helpers import budget, config, finetune, hardware, workspace
 from helpers.budget import activations
 from helpers.finetune import batches
+from helpers.finetune.base import adapters
+from helpers.finetune.data import load_split
 from helpers.finetune.engine import kernels, layers, losses
 from helpers.finetune.engine.optimizers import FlatOptimizer
+from helpers.finetune.trainer import FineTuner, choose_layers
+from helpers.finetune.watch import Watch
 from helpers.models import TINY, profile, shape
 from helpers.workspace import checkpoints
 
@@ -138,8 +141,8 @@ def reference_losses(config, prepared: Path, folder: Path) -> list[float]:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, lora)
-    start = {name: value.detach().clone() for name, value in finetune.adapters(model)}
-    rows = finetune.load_split(prepared, "train")
+    start = {name: value.detach().clone() for name, value in adapters(model)}
+    rows = load_split(prepared, "train")
     lengths = [len(ids) for ids in rows["input_ids"]]
     plan = batches.micro_batches(
         lengths, config.train.batch_size, config.data.seq_len, 1.0, config.seed, packing=config.train.packing
@@ -169,7 +172,7 @@ def reference_losses(config, prepared: Path, folder: Path) -> list[float]:
         train_dataset=rows.select([row for batch in plan for row in batch]).remove_columns(["id", "messages"]),
         processing_class=AutoTokenizer.from_pretrained(config.model.model, pad_token="<unk>"),
     )
-    for name, value in finetune.adapters(trainer.model):
+    for name, value in adapters(trainer.model):
         value.data = start[name]  # trl has rounded it to bf16
     trainer.train()
     return logged_losses(trainer)
@@ -341,13 +344,13 @@ def stopped(small, prepared, tmp_path_factory) -> tuple[Path, Path]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("RECIPES_LASTING", str(folder / "drive"))
         run = workspace.open_run(settings, folder / "gone" / "run")
-        stop = finetune.Watch.on_step_end
+        stop = Watch.on_step_end
 
         def stop_at_5(watch, args, state, control, **kwargs):
             watch.interrupted = 2 if state.global_step == 5 else None
             stop(watch, args, state, control, **kwargs)
 
-        patched.setattr(finetune.Watch, "on_step_end", stop_at_5)
+        patched.setattr(Watch, "on_step_end", stop_at_5)
         with pytest.raises(KeyboardInterrupt, match="stopped after step 5"):
             finetune.finetune(settings, prepared, run.folder("finetune"))
     shutil.rmtree(folder / "gone")
@@ -427,7 +430,7 @@ def test_a_fresh_start_leaves_what_is_in_drive_until_its_first_checkpoint_is_the
     output, drive, _ = another_machine
     lying = drive / "mistral-t4-recipes" / "run" / "finetune.partial" / "checkpoints"
     before = bytes_of(lying)
-    monkeypatch.setattr(finetune.FineTuner, "training_step", lambda *inputs, **named: 1 / 0)
+    monkeypatch.setattr(FineTuner, "training_step", lambda *inputs, **named: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         finetune.finetune(small_config(small, **LONG), prepared, output, resume="never")
     assert bytes_of(lying) == before
@@ -482,14 +485,13 @@ def test_a_disk_that_is_full_at_the_end_is_a_sentence_and_only_the_end_is_repeat
         ({"seq_len": 129}, "seq_len=129 is more than the 128 tokens that this model was made for"),
         ({"seq_len": 16}, "has 39 tokens, more than seq_len=16: prepare again"),
         ({"patience": 2}, "patience needs eval_steps"),
-        ({"loss": "fused", "kernels": "liger"}, "kernels=liger needs a GPU and the package liger-kernel"),
+        ({"kernels": "liger"}, "kernels=liger is no longer there: it needed the package liger-kernel"),
+        ({"loss": "fused"}, "no faster than loss=chunked, which needs none; leave loss out"),
         ({"checkpointing": 3}, "checkpointing=3 layers, but this model has 2: choose 0 to 2"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_settings_that_cannot_be_trained(values, sentence, small, prepared, tmp_path):
-    if "kernels" in values and torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
-        pytest.skip("Liger's kernels run on this machine; runs where they do not")
     with pytest.raises(ValueError, match=re.escape(sentence)):
         our_trainer(small_config(small, **values), prepared, tmp_path)
 
@@ -545,9 +547,9 @@ def adapted(small: Path, window: int | None = None, **values):
     base.config.sliding_window = window
     model = finetune.attach_adapter(base, settings)
     generator = torch.Generator().manual_seed(5)
-    for _, value in finetune.adapters(model):
+    for _, value in adapters(model):
         value.data = torch.randn(value.shape, generator=generator) / 10
-    finetune.choose_layers(model, settings)
+    choose_layers(model, settings)
     return model.get_base_model()
 
 
@@ -585,7 +587,7 @@ def test_a_sliding_window_is_transformers(small):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         losses.append(loss.item())
-        grads.append(torch.cat([value.grad.reshape(-1) for _, value in finetune.adapters(model)]))
+        grads.append(torch.cat([value.grad.reshape(-1) for _, value in adapters(model)]))
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     torch.testing.assert_close(grads[0], grads[1], atol=1e-5, rtol=1e-3)
     assert losses[1] != pytest.approx(losses[2], abs=1e-3)

@@ -21,7 +21,9 @@ from transformers.masking_utils import (
 from helpers import budget, finetune, hardware, inference
 from helpers.budget import activations, vram
 from helpers.evaluate import perplexity
+from helpers.finetune.base import Precision, adapters, check_targets
 from helpers.finetune.engine import losses
+from helpers.finetune.trainer import choose_layers
 from helpers.models import TINY, attention, families, profile, shape, shape_from_config
 from helpers.models.families import KINDS
 
@@ -112,7 +114,7 @@ def adapted(config):
     """Base with adapters that do something."""
     model = finetune.attach_adapter(finetune.load_base(config)[0], config)
     draw = torch.Generator().manual_seed(5)
-    for _, value in finetune.adapters(model):
+    for _, value in adapters(model):
         value.data = torch.randn(value.shape, generator=draw) / 10
     return model
 
@@ -156,7 +158,7 @@ def test_what_is_budgeted_runs_and_its_loss_and_perplexity_are_transformers(name
     model = adapted(config)
     base = model.get_base_model()
     with losses.transformers_attention(base):
-        theirs = losses.own_forward_loss(base, ids, torch.float32)
+        theirs = losses.forward_loss(base, ids, torch.float32)
         with torch.no_grad():
             logits = model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
     window = perplexity.Window(ids, 1)
@@ -165,20 +167,20 @@ def test_what_is_budgeted_runs_and_its_loss_and_perplexity_are_transformers(name
     assert perplexity.window_losses(model, [window, window])[1] / (TOKENS - 1) == pytest.approx(theirs, abs=1e-4)
 
     losses.install(base, config.train.loss)
-    own, said = finetune.choose_layers(model, config)
+    own, said = choose_layers(model, config)
     runs = {"training_forward" in layer.forward.__qualname__ for layer in base.model.layers}
     assert runs == {own} == {activations.way(sizes, config) == "own"} == {KINDS[name].own}, said
     used = {"efficient": attention.NAME, "math": "sdpa", "eager": "eager"}
     kernel = families.attention(sizes.family, config.model.attention).kernel
     assert base.config._attn_implementation == used[kernel]
     assert activations.attention_kernel(sizes, config) == kernel
-    assert losses.own_forward_loss(base, ids, torch.float32) == pytest.approx(theirs, abs=1e-4)
+    assert losses.forward_loss(base, ids, torch.float32) == pytest.approx(theirs, abs=1e-4)
     model.train()
     labels = torch.tensor([ids])
     trained = model(input_ids=labels, labels=labels)
     assert trained.loss.item() == pytest.approx(theirs, abs=1e-4)
     trained.loss.backward()
-    assert all(value.grad is not None for _, value in finetune.adapters(model))
+    assert all(value.grad is not None for _, value in adapters(model))
 
 
 @pytest.mark.parametrize("name", ["granite", "cohere", "gemma2", "gemma3_text"])
@@ -376,7 +378,7 @@ def test_budget_and_training_refuse_the_same_targets_in_the_same_words(name, tin
     for attempt in (
         lambda: budget.plan(config, shape(str(folder)), T4),
         lambda: finetune.load_base(config),
-        lambda: finetune.check_targets(AutoModelForCausalLM.from_pretrained(folder), config),
+        lambda: check_targets(AutoModelForCausalLM.from_pretrained(folder), config),
     ):
         with pytest.raises(ValueError, match="targets must be among") as caught:
             attempt()
@@ -425,7 +427,7 @@ def test_layers_chosen_for_a_model_that_they_are_not_made_for_are_an_error(tiny_
     monkeypatch.setattr(families, "OWN", (*families.OWN, "qwen3"))
     config = tiny_run(tiny_model("qwen3"))
     with pytest.raises(ValueError, match="more in a layer than two norms"):
-        finetune.choose_layers(adapted(config), config)
+        choose_layers(adapted(config), config)
 
 
 # ---- upcast ----------------------------------------------------------------------------------------------------------
@@ -433,12 +435,12 @@ def test_layers_chosen_for_a_model_that_they_are_not_made_for_are_an_error(tiny_
 
 @pytest.mark.parametrize("weights", ["nf4", "fp16"])
 def test_upcast_computes_in_16_bits_through_transformers_and_weighs_what_is_budgeted(weights, tiny_model, monkeypatch):
-    monkeypatch.setattr(finetune, "precision", lambda: finetune.Precision(torch.bfloat16, "as on an L4"))
+    monkeypatch.setattr("helpers.finetune.base.precision", lambda: Precision(torch.bfloat16, "as on an L4"))
     folder = tiny_model("mistral")
     config = tiny_run(folder, weights=weights, upcast=True)
     sizes, model = shape(str(folder)), adapted(config)
     base = model.get_base_model()
-    own, said = finetune.choose_layers(model, config)
+    own, said = choose_layers(model, config)
     assert not own and "upcast" in said and activations.way(sizes, config) == "plain"
     held = sum(value.nbytes for name, value in model.named_parameters() if "lora" not in name)
     parts = vram.weights(sizes, config)

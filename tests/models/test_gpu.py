@@ -15,6 +15,7 @@ import torch
 from test_finetune import prepared, small, small_config  # noqa: F401 - fixtures
 
 from helpers import finetune, inference
+from helpers.finetune.trainer import FineTuner
 from helpers.models import ROOT, TINY, gpu
 
 
@@ -49,7 +50,7 @@ ENDS = {
 @pytest.mark.parametrize(("end", "error"), ENDS.values(), ids=ENDS.keys())
 def test_whatever_ends_training_no_part_of_the_model_stays(end, error, small, prepared, tmp_path, monkeypatch):  # noqa: F811
     """IPython keeps the last traceback as this test keeps `caught`; both reach finetune's frames."""
-    parts, build, loss = [], finetune.build_trainer, finetune.FineTuner.compute_loss
+    parts, build, loss = [], finetune.build_trainer, FineTuner.compute_loss
 
     def build_and_note(*arguments):
         trainer = build(*arguments)
@@ -64,7 +65,7 @@ def test_whatever_ends_training_no_part_of_the_model_stays(end, error, small, pr
         return found
 
     monkeypatch.setattr(finetune, "build_trainer", build_and_note)
-    monkeypatch.setattr(finetune.FineTuner, "compute_loss", loss_and_end)
+    monkeypatch.setattr(FineTuner, "compute_loss", loss_and_end)
     gc.disable()  # what is freed was freed by the run, not by chance
     try:
         with pytest.raises(error) as caught:

@@ -91,8 +91,8 @@ def label_loss(
 ) -> torch.Tensor:
     """Cross-entropy of the next token, summed over labels and divided by count (their number when None).
 
-    hidden: (batch, tokens, hidden); labels: (batch, tokens), IGNORE where none. kind: "chunked", "fused" (Liger's
-    kernel) or "full" (all logits at once, in fp32). Products are in autocast's type, an fp32 head's too.
+    hidden: (batch, tokens, hidden); labels: (batch, tokens), IGNORE where none. kind: "chunked", or "full" (all logits
+    at once, in fp32). Products are in autocast's type, an fp32 head's too.
     """
     targets = labels[:, 1:].reshape(-1)
     places = (targets != IGNORE).nonzero()[:, 0]
@@ -104,12 +104,6 @@ def label_loss(
     if kind == "full":
         logits = finished(torch.nn.functional.linear(rows, head.weight.to(dtype)).float(), how)
         total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-    elif kind == "fused":
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-        scaled = rows if how.scale == 1 else rows * how.scale
-        weight = head.weight.to(dtype)
-        total = liger_fused_linear_cross_entropy(scaled, weight, targets, reduction="sum", softcap=how.cap)
     else:
         total = ChunkedLoss.apply(rows, head.weight, targets, how)
     return total / (max(len(targets), 1) if count is None else count)
@@ -141,7 +135,7 @@ def install(model: torch.nn.Module, kind: str) -> None:
 # ---- one batch against transformers ---------------------------------------------------------------------------------
 
 
-def own_forward_loss(model: torch.nn.Module, ids: list[int], dtype: torch.dtype) -> float:
+def forward_loss(model: torch.nn.Module, ids: list[int], dtype: torch.dtype) -> float:
     """Loss of one row through a causal LM's forward as it stands, without gradients: (tokens,) -> nats a token."""
     row, was_training = torch.tensor([ids[:CHECKED_TOKENS]], device=model.device), model.training
     model.eval()  # dropout and noise would make two passes differ

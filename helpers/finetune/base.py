@@ -1,0 +1,145 @@
+"""What trains: the frozen base in few bits, and LoRA's matrices on it."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from helpers.config import RunConfig
+from helpers.models import attention, families, shape
+from helpers.models.templates import load_tokenizer
+from helpers.workspace.versions import forget_old_torchao
+
+
+class Precision(NamedTuple):
+    """What the frozen weights are computed in, and why."""
+
+    dtype: torch.dtype
+    reason: str
+
+
+def precision(capability: tuple[int, int] | None = None) -> Precision:
+    """fp16 below compute capability 8, bf16 from there on, fp32 without a GPU; of this machine unless said.
+
+    >>> precision((7, 5)).dtype, precision((8, 0)).dtype
+    (torch.float16, torch.bfloat16)
+    """
+    if capability is None and not torch.cuda.is_available():
+        return Precision(torch.float32, "fp32: there is no GPU, and a CPU computes 16 bits slower than 32")
+    major, minor = capability or torch.cuda.get_device_capability()
+    if major < 8:  # torch.cuda.is_bf16_supported() says True here: it counts emulation
+        return Precision(torch.float16, f"fp16: compute capability {major}.{minor} has no bf16 hardware")
+    return Precision(torch.bfloat16, f"bf16: compute capability {major}.{minor} has it, and it needs no loss scaling")
+
+
+def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen base in the configured weights, and its tokenizer. Nothing is upcast to fp32 unless config asks.
+
+    Raises ValueError, before anything is downloaded, for a model or targets that cannot be trained.
+    """
+    sizes = shape(config.model.model, config.model.revision)
+    families.refuse(sizes.family, sizes.name, config.adapter.target_modules)
+    refuse_without_gpu(config)
+    dtype = precision().dtype
+    # NF4 and double quantization: QLoRA, section 3 (https://arxiv.org/abs/2305.14314).
+    quantization = {
+        "nf4": lambda: BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=config.model.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+        "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+        "fp16": lambda: None,
+    }[config.model.weights]()
+    implementation = {"efficient": attention.register, "eager": lambda: "eager", "math": lambda: "sdpa"}
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model.model,
+        revision=config.model.revision,
+        quantization_config=quantization,
+        device_map={"": 0} if torch.cuda.is_available() else "cpu",
+        dtype=dtype,
+        attn_implementation=implementation[families.attention(sizes.family, config.model.attention).kernel](),
+    )
+    model.config.use_cache = False
+    # PEFT's prepare_model_for_kbit_training freezes too, but makes embeddings and head fp32 as well: 0.5 GiB more at
+    # 32,768 words of 4,096. Here that is an option (upcast).
+    model.requires_grad_(False)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # answering once would repack the weights: no gradients after
+    if config.model.upcast:
+        for name, parameter in model.named_parameters():
+            matrix = ".layers." in name and parameter.dim() > 1  # left in 16 bits where they are not quantized either
+            if parameter.dtype in (torch.float16, torch.bfloat16) and not matrix:
+                parameter.data = parameter.data.float()
+    return model, load_tokenizer(config.model.model, config.model.revision)
+
+
+def refuse_without_gpu(config: RunConfig) -> None:
+    """Raise ValueError where a CPU would train for weeks."""
+    billions = shape(config.model.model, config.model.revision).parameters / 1e9
+    if billions > 1 and not torch.cuda.is_available():
+        raise ValueError(
+            f"{config.model.model} has {billions:.1f}e9 parameters and this machine has no GPU that PyTorch sees: "
+            "choose a GPU (in Colab: Runtime > Change runtime type > T4), or the profile tiny, made for a CPU"
+        )
+
+
+def attach_adapter(model: PreTrainedModel, config: RunConfig) -> PeftModel:
+    """LoRA on the target modules, trainable weights in fp32, the same start for the same seed."""
+    check_targets(model, config)
+    set_seed(config.seed)  # A is drawn, B is zero: the first forward pass is the base's
+    lora = LoraConfig(
+        r=config.adapter.rank,
+        lora_alpha=config.adapter.alpha,
+        lora_dropout=config.adapter.dropout,
+        target_modules=list(config.adapter.target_modules),
+        use_rslora=config.adapter.rslora,
+        use_dora=config.adapter.dora,
+        bias="none",
+        task_type="CAUSAL_LM",
+        revision=config.model.revision,
+    )
+    forget_old_torchao()
+    model = get_peft_model(model, lora)
+    trainable_to_fp32(model)
+    return model
+
+
+def check_targets(model: PreTrainedModel, config: RunConfig) -> None:
+    """Raise ValueError for a target that the model lacks, or a rank larger than the smallest target."""
+    family = families.of(model.config.to_dict())
+    families.refuse(family, config.model.model, config.adapter.target_modules)
+    linears: dict[str, int] = {}  # name -> its smaller side, above which a rank is no longer a low one
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+            leaf = name.rsplit(".", 1)[-1]
+            linears[leaf] = min(linears.get(leaf, math.inf), module.in_features, module.out_features)
+    for target in config.adapter.target_modules:
+        if config.adapter.rank > linears[target]:
+            raise ValueError(
+                f"rank={config.adapter.rank} is larger than {target}, whose smaller side is {linears[target]}: "
+                f"choose a rank of at most {linears[target]}"
+            )
+
+
+def trainable_to_fp32(model: torch.nn.Module) -> None:
+    """Adapters in fp32: trl casts them to bf16 where a base has 4 bits, and fp16's loss scaling cannot unscale that."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def adapters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Trainable parameters by name."""
+    return ((name, value) for name, value in model.named_parameters() if value.requires_grad)

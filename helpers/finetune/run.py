@@ -1,0 +1,100 @@
+"""A training from its newest checkpoint, or from its start, to the adapter on disk, and what it measured."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from helpers import workspace
+from helpers.finetune import base
+from helpers.finetune.base import adapters
+from helpers.finetune.trainer import FineTuner
+from helpers.finetune.watch import NotTrained, interrupts
+from helpers.models.templates import save_tokenizer
+from helpers.workspace import checkpoints, files
+
+GIB = 2**30
+
+
+def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
+    """Train, from the newest whole checkpoint unless resume is "never"; returns what was measured.
+
+    An interrupt (Ctrl-C, a notebook's stop button, SIGTERM) lets the step finish, saves a checkpoint and stops. Raises
+    NotTrained when the loss is NaN, no update was applied, or no adapter differs from its start; StorageError when
+    there may be a checkpoint and it cannot be read or fetched. Checkpoints of an earlier run, here and in the lasting
+    place, go when the first one of this run is whole there, not before.
+    """
+    folder, keep = Path(trainer.args.output_dir), trainer.recipe.train.keep_checkpoints
+    lasting = checkpoints.lasting(folder)
+    found = checkpoints.fetch(lasting, folder, trainer.identity) if resume == "auto" else checkpoints.Found("none")
+    checkpoint = found.to_continue()
+    with files.reached(lasting or folder, "nothing was changed or deleted"):
+        trainer.origin = checkpoints.origin(checkpoint, folder, lasting)
+    if checkpoint is not None:
+        print(f"continuing from {checkpoint.name}")
+    watch, on_gpu = trainer.watch, torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    before_gib = torch.cuda.memory_allocated() / GIB if on_gpu else 0.0
+    started = time.perf_counter()
+    with interrupts(watch), checkpoints.sending(lasting, keep) as trainer.send:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    train_s = time.perf_counter() - started
+    if watch.interrupted is not None:
+        raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}; run again to continue from there")
+    changed = sum(not torch.equal(watch.start[name], value.detach().cpu()) for name, value in adapters(trainer.model))
+    if (not watch.applied and watch.step_s) or not changed:
+        raise NotTrained(
+            f"{watch.applied} of {len(watch.step_s)} optimizer steps were applied and {changed} adapter weights differ "
+            "from their start: raise learning_rate or max_steps (fp16 skips the first steps while it finds its scale)"
+        )
+    load_best(trainer)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    busy_s = sum(watch.step_s)
+    share = len(watch.step_s) / trainer.state.max_steps
+    return {
+        "precision": base.precision().reason,
+        "layers": trainer.layers_reason,
+        "loss_check": trainer.loss_check,
+        "loss_first": losses[0],
+        "loss_last": sum(losses[-10:]) / len(losses[-10:]),
+        "steps": trainer.state.global_step,
+        "steps_applied": trainer.state.global_step - (len(watch.step_s) - watch.applied),
+        "adapters_changed": changed,
+        "text_tokens": trainer.token_counts["text"],
+        "padding_tokens": trainer.token_counts["padding"],
+        "tokens_per_s": round(share * trainer.token_counts["text"] / busy_s, 1) if busy_s else None,
+        "train_s": round(train_s, 2),
+        "step_s": round(sorted(watch.step_s)[len(watch.step_s) // 2], 4) if watch.step_s else None,
+        "before_allocated_gib": round(before_gib, 3),
+        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3) if on_gpu else 0.0,
+        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3) if on_gpu else 0.0,
+        "heldout_loss": trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None,
+        "resumed_from_step": checkpoints.step_of(checkpoint) if checkpoint else 0,
+        "run": trainer.origin["run"],
+        **checkpoints.summary(folder),
+    }
+
+
+def load_best(trainer: FineTuner) -> None:
+    """With patience, the adapter of the best evaluation, unless it is the last one's anyway."""
+    kept = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.best_global_step}"
+    if not trainer.recipe.train.patience or trainer.state.best_global_step is None:
+        return
+    if kept.is_dir():
+        set_peft_model_state_dict(trainer.model, load_file(str(kept / "adapter_model.safetensors")))
+    else:
+        print(f"{kept.name}, the best on held-out conversations, is no longer there: the last adapter is kept instead")
+
+
+def save(trainer: FineTuner, output: Path) -> Path:
+    """output/adapter (PEFT's format, its tokenizer) and output/log.json (the trainer's log); returns the adapter's."""
+    output = Path(output)
+    trainer.model.save_pretrained(str(output / "adapter"))
+    save_tokenizer(trainer.processing_class, output / "adapter")
+    workspace.write_text(output / "log.json", json.dumps(trainer.state.log_history, indent=1))
+    return output / "adapter"

@@ -1,0 +1,211 @@
+"""trl's trainer as it is used here: its arguments, its loss, its layers, its optimizer and its checkpoints."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
+from trl import SFTConfig, SFTTrainer
+
+from helpers import workspace
+from helpers.budget import activations
+from helpers.config import RunConfig
+from helpers.finetune import base, batches
+from helpers.finetune.base import adapters, trainable_to_fp32
+from helpers.finetune.data import check_rows, gather, label_count, load_split
+from helpers.finetune.engine import layers as decoder
+from helpers.finetune.engine import losses
+from helpers.finetune.engine.optimizers import FlatOptimizer
+from helpers.finetune.watch import Watch
+from helpers.models import attention, families
+from helpers.workspace import checkpoints
+
+
+class FineTuner(SFTTrainer):
+    """trl's trainer with the model's own loss, checkpoints that are whole or not there, and a watch on the updates."""
+
+    send = staticmethod(lambda checkpoint: None)
+    """Called with each checkpoint that was written."""
+    origin: checkpoints.Origin | None = None
+    """Whose its checkpoints are."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The model's loss, summed over labels and divided by those of the whole step (held out: of the mean batch)."""
+        if not model.training:
+            num_items_in_batch = self.heldout_labels_per_batch
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    def floating_point_ops(self, inputs):
+        """0: counting them walks all modules at every step."""
+        return 0
+
+    def _save_checkpoint(self, model, trial):
+        """Whole or not there: transformers writes straight into the final place, where a killed write would be found.
+
+        https://github.com/huggingface/transformers/issues/35782
+        """
+        folder, best = Path(self.args.output_dir), self.state.best_global_step
+        keep, spared = self.recipe.train.keep_checkpoints, [best] if best else []
+        with checkpoints.writing(
+            folder, self.state.global_step, self.identity, keep, spared, self.send, origin=self.origin
+        ) as beside:
+            self._beside = beside.parent
+            try:
+                Trainer._save_checkpoint(self, model, trial)
+            finally:
+                self._beside = None
+
+    def _get_output_dir(self, trial):
+        return str(getattr(self, "_beside", None) or self.args.output_dir)
+
+
+def build_trainer(
+    config: RunConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase, prepared: Path, saves: Path
+) -> FineTuner:
+    """trl's trainer over micro-batches laid out beforehand; nothing has run yet.
+
+    prepared: folder with train/ and heldout/ as `prepare` writes them. saves: where checkpoints go while it trains.
+    """
+    asked, rows, heldout = config.train, load_split(prepared, "train"), load_split(prepared, "heldout")
+    check_rows(rows, config, model)
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    plan = batches.micro_batches(
+        lengths,
+        batch_size=asked.batch_size,
+        seq_len=config.data.seq_len,
+        epochs=asked.epochs,
+        seed=config.seed,
+        packing=asked.packing,
+        micro_batch_limit=asked.max_steps and asked.max_steps * asked.accumulation,
+    )
+    heldout_plan = batches.grouped(list(range(len(heldout))), [0] * len(heldout), asked.batch_size)
+    evaluates = asked.eval_steps is not None and len(heldout) > 0
+    if asked.patience and not evaluates:
+        raise ValueError("patience needs eval_steps and held-out conversations: set eval_steps, or leave patience out")
+    # One row's loss as transformers computes it, before anything here is put in its place.
+    causal_lm, dtype = model.get_base_model(), base.precision().dtype
+    sample = max(rows[:32]["input_ids"], key=len)
+    with losses.transformers_attention(causal_lm):
+        theirs = losses.forward_loss(causal_lm, sample, dtype)
+    losses.install(causal_lm, asked.loss)
+    custom_layers, layers_reason = choose_layers(model, config)
+    arguments = training_arguments(config, saves, math.ceil(len(plan) / asked.accumulation), evaluates)
+    arguments.activation_offloading = asked.offload_activations and not custom_layers and torch.cuda.is_available()
+    trainer = FineTuner(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"split": ["train"] * len(plan), "rows": plan}),
+        eval_dataset=Dataset.from_dict({"split": ["heldout"] * len(heldout_plan), "rows": heldout_plan})
+        if heldout_plan
+        else None,
+        processing_class=tokenizer,
+        data_collator=partial(
+            gather,
+            splits={"train": rows, "heldout": heldout},
+            pad_id=tokenizer.pad_token_id or 0,
+            packing=asked.packing,
+            by_bounds=causal_lm.config._attn_implementation == attention.NAME,
+        ),
+    )
+    trainable_to_fp32(trainer.model)  # trl has just cast them
+    if torch.cuda.is_available() and "8bit" in asked.optimizer:
+        trainer.optimizer = eight_bit_optimizer(trainer.model, config)
+    trainer.remove_callback(PrinterCallback)
+    trainer.loss_check = losses.check(theirs, losses.forward_loss(causal_lm, sample, dtype), dtype, len(sample))
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the two passes held is not training's
+    # What the trainer's own methods, `run.train` and the watch read.
+    trainer.recipe = config
+    trainer.layers_reason = layers_reason
+    trainer.token_counts = batches.token_counts(plan, lengths, asked.packing)
+    trainer.heldout_labels_per_batch = label_count(heldout) / max(1, len(heldout_plan))
+    trainer.identity = checkpoints.identity(config, workspace.identify(Path(prepared))["sha256"])
+    trainer.watch = Watch(trainer, config)
+    trainer.add_callback(trainer.watch)
+    return trainer
+
+
+def training_arguments(config: RunConfig, saves: Path, steps: int, evaluates: bool) -> SFTConfig:
+    """The trainer's arguments for so many optimizer steps."""
+    asked, dtype, on_gpu = config.train, base.precision().dtype, torch.cuda.is_available()
+    arguments = SFTConfig(
+        output_dir=str(saves),
+        per_device_train_batch_size=1,  # an item of the dataset is a micro-batch already
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=asked.accumulation,
+        num_train_epochs=1,  # the plan holds all epochs
+        max_steps=steps,
+        learning_rate=asked.learning_rate,
+        lr_scheduler_type=asked.schedule,
+        warmup_steps=round(asked.warmup_fraction * steps),
+        weight_decay=asked.weight_decay,
+        max_grad_norm=asked.max_grad_norm,
+        optim=asked.optimizer if on_gpu else "adamw_torch",  # the 8-bit optimizers need a GPU
+        neftune_noise_alpha=asked.neftune_alpha or None,
+        fp16=dtype == torch.float16,
+        bf16=dtype == torch.bfloat16,
+        use_cpu=not on_gpu,
+        gradient_checkpointing=False,  # `choose_layers` decides layer by layer
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a NaN must be seen
+        save_strategy="steps",
+        save_steps=asked.save_steps,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=asked.eval_steps,
+        prediction_loss_only=True,
+        seed=config.seed,
+        data_seed=config.seed,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=on_gpu,
+        disable_tqdm=True,
+        report_to="none",
+        max_length=None,
+    )
+    # A process trains on one GPU, however many it sees: with more the Trainer would split batches over all of them
+    # (nn.DataParallel), which trl refuses. Setting CUDA_VISIBLE_DEVICES here would be too late in a notebook.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def eight_bit_optimizer(model: PeftModel, config: RunConfig) -> FlatOptimizer:
+    """AdamW with states in 8 bits (https://arxiv.org/abs/2110.02861), in paged memory if so configured."""
+    from bitsandbytes.optim import AdamW
+
+    # States are quantized in blocks with a scale each (section 2.1 there; of 256 values in bitsandbytes), so that one
+    # joined parameter is updated as its matrices would be. The driver moves paged states to the host where VRAM ends.
+    make = partial(
+        AdamW,
+        lr=config.train.learning_rate,
+        weight_decay=config.train.weight_decay,
+        optim_bits=8,
+        is_paged=config.train.optimizer == "paged_adamw_8bit",
+    )
+    return FlatOptimizer((value for _, value in adapters(model)), make)
+
+
+def choose_layers(model: PeftModel, config: RunConfig) -> tuple[bool, str]:
+    """Checkpoint exactly as many decoder layers as configured: (whether the custom layers compute, that in words)."""
+    causal_lm = model.get_base_model()
+    layers, wanted = causal_lm.model.layers, config.train.checkpointing
+    count = {"all": len(layers), "auto": len(layers), "none": 0}.get(wanted, wanted)  # auto: nobody planned
+    if count > len(layers):
+        raise ValueError(f"checkpointing={count} layers, but this model has {len(layers)}: choose 0 to {len(layers)}")
+    decided = families.layers(families.of(causal_lm.config.to_dict()), config)
+    if decided.computes == "own":
+        decoder.check(causal_lm)
+        # The first layers are the checkpointed ones. The backward pass starts at the last, when all that was saved is
+        # there still: what is recomputed for the first layers then takes the room of what the last ones have freed.
+        checkpointed = "attention" if config.train.keep_attention else "input"
+        saves = [checkpointed] * count + ["everything"] * (len(layers) - count)
+        decoder.install(causal_lm, saves, activations.host_room(config) if config.train.offload_activations else 0)
+        return True, f"{count} of {len(layers)} layers are checkpointed, through helpers.finetune.engine.layers"
+    if count:
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})  # of all; transformers knows no number
+        for place, layer in enumerate(layers):
+            layer.gradient_checkpointing = place < count
+    return False, f"{count} of {len(layers)} layers are checkpointed, through transformers' layers: {decided.reason}"
