@@ -152,6 +152,8 @@ class TrainConfig:
     neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
     """Noise on the embeddings (https://arxiv.org/abs/2310.05914); 0: none."""
     eval_steps: Count | None = None
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """A tracker that draws the run elsewhere too, through the trainer's own integration; its package must be there."""
     save_steps: Count = 50
     keep_checkpoints: Count = 2
     patience: Count | None = None

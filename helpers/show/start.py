@@ -1,5 +1,6 @@
 """What is said before a run, and what stops one: which model, on whose data, with which settings, for how long."""
 
+import math
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -17,6 +18,7 @@ from helpers.workspace import choices
 
 CUT = ("seq_len", "rank", "targets")
 """What is never trained otherwise than asked without a yes."""
+LOOKS = 6
 DEMO = "background:#f9a825;color:#1a1a1a;border-radius:4px;padding:8px 12px;max-width:756px;line-height:1.45"
 LINE = "border-left:5px solid #0072B2;padding:4px 10px;max-width:756px;line-height:1.5"
 
@@ -98,3 +100,14 @@ def words(config: RunConfig, shape: ModelShape, prepared: Mapping[str, Any], nee
     data = escape(data_words(made["source"], config.profile, trained_on))
     model = escape(f"{Path(config.model.model).name} ({size} weights)")
     return f"Training <b>{model}</b> on <b>{data}</b> · <b>{' · '.join(facts)}</b>"
+
+
+def watched(config: RunConfig, prepared: Mapping[str, Any]) -> RunConfig:
+    """The configuration with some six looks at held-out conversations on its way, unless it says how many itself.
+
+    A look costs a forward pass of each; it changes nothing of what is learned, and shows whether it is learned by heart.
+    """
+    made = prepared["measurements"]
+    if config.train.eval_steps or not made["heldout_rows"]:
+        return config
+    return config.with_values(eval_steps=max(1, math.ceil(steps_of(config, made["train_rows"]) / LOOKS)))
