@@ -1,4 +1,4 @@
-"""Which of two models do you like better, blind: pairs of answers, two buttons, and what your votes are worth so far."""
+"""Which of two models you like better, blind: pairs of answers, two buttons, and what your votes are worth so far."""
 
 from pathlib import Path
 from typing import Any

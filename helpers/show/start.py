@@ -105,7 +105,7 @@ def words(config: RunConfig, shape: ModelShape, prepared: Mapping[str, Any], nee
 def watched(config: RunConfig, prepared: Mapping[str, Any]) -> RunConfig:
     """The configuration with some six looks at held-out conversations on its way, unless it says how many itself.
 
-    A look costs a forward pass of each; it changes nothing of what is learned, and shows whether it is learned by heart.
+    A look costs a forward pass of each. It changes nothing of what is learned, and shows what is only learned by heart.
     """
     made = prepared["measurements"]
     if config.train.eval_steps or not made["heldout_rows"]:
