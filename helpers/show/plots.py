@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.ticker import PercentFormatter
 
 BLUE, ORANGE, GREEN, RED, SKY, PURPLE, YELLOW, BLACK = (
@@ -41,6 +42,24 @@ def save(figure: Figure, path: Path | str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     return path
+
+
+def image(figure: Figure, path: Path | str) -> Any:
+    """A figure for a notebook's cell: saved, shown at the size of the text around it, with its titles as alt text."""
+    from IPython.display import Image
+
+    return Image(str(save(figure, path)), retina=True, alt=alt_text(figure))
+
+
+def alt_text(figure: Figure) -> str:
+    """What a figure shows, for those who do not see it: its titles, axes and legends."""
+    said = [
+        f"{axes.get_title()} ({' against '.join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))})"
+        for axes in figure.axes
+        if axes.get_title()
+    ]
+    names = [text.get_text() for legend in figure.findobj(Legend) for text in legend.get_texts()]
+    return "; ".join([*said, *dict.fromkeys(names)])
 
 
 def canvas(columns: int = 1, height: float = 3.6, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
