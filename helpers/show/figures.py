@@ -326,18 +326,37 @@ def sweep(found: Sweep) -> Figure:
     return figure
 
 
+OUTPUTS = 256
+"""Rows of the matrix that are swept: each is quantized by itself, and so many show it."""
+EPSILON = 1e-5
+
+
 def sample_sweep(folder: Path, text: str, bits: int = 3) -> Sweep:
     """The query matrix of a model's first layer through the sweep, with exactly the inputs that a text gives it.
 
-    In 3 bits, where the difference is plain to see.
+    In 3 bits, where the difference is plain to see. Of a large matrix the first outputs only.
     """
-    from safetensors.torch import load_file
-
     from helpers.models.templates import load_tokenizer
 
-    tensors = load_file(str(next(Path(folder).glob("*.safetensors"))))
     tokens = load_tokenizer(folder)(text, truncation=True, max_length=512)["input_ids"]
-    read = tensors["model.embed_tokens.weight"].double().numpy()[tokens]  # (tokens, hidden)
-    norm = tensors["model.layers.0.input_layernorm.weight"].double().numpy()
-    inputs = norm * read / np.sqrt((read**2).mean(axis=1, keepdims=True) + 1e-5)
-    return column_sweep(tensors["model.layers.0.self_attn.q_proj.weight"].double().numpy(), inputs.T, bits)
+    read = rows_of(folder, "model.embed_tokens.weight", tokens)  # (tokens, hidden)
+    norm = rows_of(folder, "model.layers.0.input_layernorm.weight")
+    inputs = norm * read / np.sqrt((read**2).mean(axis=1, keepdims=True) + EPSILON)
+    weights = rows_of(folder, "model.layers.0.self_attn.q_proj.weight", slice(OUTPUTS))
+    return column_sweep(weights, inputs.T, bits)
+
+
+def rows_of(folder: Path, name: str, rows: Any = slice(None)) -> Any:
+    """Some rows of a stored tensor, in float64; nothing else of the model is converted."""
+    from safetensors import safe_open
+
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(str(file), "pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118 - not a dict
+                return tensors.get_tensor(name)[rows].double().numpy()
+    raise ValueError(f"{folder} has no {name}")
+
+
+def first_block(folder: Path, module: str = "model.layers.0.self_attn.q_proj") -> Block:
+    """The first block of a matrix, as NF4 stores it."""
+    return nf4_block(rows_of(folder, f"{module}.weight", slice(1)).ravel()[: nf4.BLOCK])
