@@ -328,6 +328,8 @@ def sweep(found: Sweep) -> Figure:
 
 OUTPUTS = 256
 """Rows of the matrix that are swept: each is quantized by itself, and so many show it."""
+TOKENS = 8192
+"""Of the text, at most: fewer than a few thousand, and the sweep would fit these very inputs."""
 EPSILON = 1e-5
 
 
@@ -338,7 +340,7 @@ def sample_sweep(folder: Path, text: str, bits: int = 3) -> Sweep:
     """
     from helpers.models.templates import load_tokenizer
 
-    tokens = load_tokenizer(folder)(text, truncation=True, max_length=512)["input_ids"]
+    tokens = load_tokenizer(folder)(text, truncation=True, max_length=TOKENS)["input_ids"]
     read = rows_of(folder, "model.embed_tokens.weight", tokens)  # (tokens, hidden)
     norm = rows_of(folder, "model.layers.0.input_layernorm.weight")
     inputs = norm * read / np.sqrt((read**2).mean(axis=1, keepdims=True) + EPSILON)
