@@ -1,5 +1,5 @@
 # make setup · run · test · lint — all without a GPU and without reaching a model hub.
-# Settings: PYTHON=python3.12  TORCH="torch==2.13.0"  REPO=owner/name (for `make badges`)
+# Settings: PYTHON=python3.12  TORCH="torch==2.13.0"  REPO=owner/name (for `make badges`; default: git's origin)
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell command -v $(p)),$(p))))
 TORCH ?= torch==2.13.0
@@ -8,9 +8,10 @@ RUN ?= runs/$(PROFILE)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
-REQUIREMENTS := requirements.txt requirements-local.txt requirements-gptq.txt requirements-gguf.txt
+REQUIREMENTS := requirements.txt requirements/pins.txt
+NO_DEPS := requirements/trl.txt requirements/gptq.txt requirements/gguf.txt
 
-.PHONY: setup run test lint format badges clean colab-check test-colab-versions
+.PHONY: setup environment run test lint format badges clean colab-check test-colab-versions
 .DEFAULT_GOAL := help
 
 help:
@@ -18,7 +19,12 @@ help:
 
 setup: $(VENV)/ready
 
-$(VENV)/ready: $(REQUIREMENTS)
+# An environment that has already what the files list stays as it is
+$(VENV)/ready: $(REQUIREMENTS) $(NO_DEPS)
+	@$(BIN)/python -m helpers.setup $^ 2>/dev/null || $(MAKE) --no-print-directory environment
+	@touch $@
+
+environment:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"This needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is {v[0]}.{v[1]}: make setup PYTHON=/path/to/python3.11")'
 	@$(PYTHON) -c 'import shutil, sys; free = shutil.disk_usage(".").free / 2**30; sys.exit(0 if free >= 5 else f"The environment needs 5 GiB of disk and {free:.1f} GiB is free here: free some, or clone elsewhere")'
 	@echo "== building $(VENV) with $(PYTHON): a few minutes, once"
@@ -26,18 +32,15 @@ $(VENV)/ready: $(REQUIREMENTS)
 	@$(PIP) install --upgrade pip setuptools wheel
 	@echo "   $(TORCH)"
 	@$(PIP) install "$(TORCH)"
-	@echo "   requirements-local.txt, requirements.txt"
-	@$(PIP) install -r requirements-local.txt -r requirements.txt
-	@echo "   requirements-gptq.txt (GPTQModel; compiles two small extensions)"
-	@$(PIP) install --no-deps -r requirements-gptq.txt
-	@echo "   requirements-gguf.txt (llama.cpp, as a wheel)"
-	@$(PIP) install --no-deps -r requirements-gguf.txt
-	@touch $@
+	@echo "   $(REQUIREMENTS)"
+	@$(PIP) install $(REQUIREMENTS:%=-r %)
+	@echo "   $(NO_DEPS) (GPTQModel compiles two small extensions)"
+	@$(PIP) install --no-deps $(NO_DEPS:%=-r %)
 
 # What tests hold ours to: Mistral's own tokenizers; and a Triton that only the kernels' test sees
-$(VENV)/reference: requirements-reference.txt requirements-triton.txt $(VENV)/ready
-	@$(PIP) install --no-deps -r requirements-reference.txt
-	@$(PIP) install --no-deps --upgrade --target $(VENV)/triton -r requirements-triton.txt
+$(VENV)/reference: tests/models/reference.txt tests/finetune/triton.txt $(VENV)/ready
+	@$(PIP) install --no-deps -r tests/models/reference.txt
+	@$(PIP) install --no-deps --upgrade --target $(VENV)/triton -r tests/finetune/triton.txt
 	@touch $@
 
 run: setup
@@ -52,15 +55,15 @@ test: setup $(VENV)/reference
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/python -m helpers.badges --check
+	@$(BIN)/python notebooks/badges.py --check
 
 format: setup
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
-	@$(BIN)/python -m helpers.badges
+	@$(BIN)/python notebooks/badges.py
 
 badges: setup
-	@$(BIN)/python -m helpers.badges $(if $(REPO),--repo $(REPO))
+	@$(BIN)/python notebooks/badges.py --repo $(or $(REPO),origin)
 
 # Would pip leave Colab's image as it is? PACKAGES=LIST for another image than tests/notebooks/colab_packages.txt
 colab-check: setup

@@ -22,6 +22,7 @@ from pathlib import Path
 from helpers import budget, hardware, models
 from helpers.config import DataConfig, RunConfig, field_parts, load_yaml
 from helpers.models import hub
+from helpers.show import troubleshooting
 from helpers.workspace import StorageError, Workspace, choices, run_models
 
 DONE, FAILED, WRONG_REQUEST, DOES_NOT_FIT = 0, 1, 2, 3
@@ -60,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:
             traceback.print_exc()
             print(f"{options.stage} failed: {type(error).__name__}: {error}", file=sys.stderr)
+            known = troubleshooting.remedy(error)
+            print(f"What to do: {known}" if known else "", end="\n" if known else "", file=sys.stderr)
             return FAILED
         print(json.dumps(result, indent=1, default=str) if options.json else text, file=result_stream, flush=True)
     return status

@@ -107,6 +107,8 @@ class DataConfig:
     """Share of the conversations that is not trained on, chosen by their content."""
     heldout_source: str | None = None
     """A file of its own for the held-out conversations; then heldout_fraction is not used."""
+    heldout_split: str | None = None
+    """A split of the source to hold out, such as validation: of a hub dataset, a folder or a zip that has one."""
     on_finding: str = ""
     """What to do instead of the default about a finding of the checks: `near-duplicate=drop,leaked-template=keep`."""
 

@@ -21,9 +21,9 @@ from helpers import hardware
 from helpers.budget import host, hours, placement
 from helpers.budget.placement import Evaluation, Placement
 from helpers.config import RunConfig
-from helpers.evaluate import cost, metrics
+from helpers.evaluate import cost, metrics, perplexity
 from helpers.evaluate import report as report_pages
-from helpers.evaluate.perplexity import Perplexity, perplexity, read_items, read_jsonl, rows_in
+from helpers.evaluate.perplexity import Perplexity, read_items, read_jsonl, rows_in
 from helpers.evaluate.tasks import run_tasks
 from helpers.hardware import Machine
 from helpers.inference import (
@@ -242,7 +242,7 @@ def evaluate_one(
     with cost.peak_memory() as peaks:
         loaded = load(path, config, machine)
         started = time.perf_counter()
-        read = perplexity(
+        read = perplexity.perplexity(
             loaded,
             read_items(data, loaded.tokenizer, asked.max_heldout),
             min(asked.eval_context, loaded.context),

@@ -67,7 +67,7 @@ def library() -> ctypes.CDLL:
     try:
         from xllamacpp import xllamacpp
     except ImportError:
-        raise ValueError("GGUF needs the package xllamacpp: pip install --no-deps -r requirements-gguf.txt") from None
+        raise ValueError("GGUF needs the package xllamacpp: pip install --no-deps -r requirements/gguf.txt") from None
     found = ctypes.CDLL(xllamacpp.__file__)
     try:
         found.ggml_quantize_chunk.restype = ctypes.c_size_t
@@ -78,7 +78,7 @@ def library() -> ctypes.CDLL:
         found.ggml_quantize_init.argtypes = [ctypes.c_int]
     except AttributeError as error:
         raise ValueError(
-            f"this xllamacpp does not carry {error}: install the version of requirements-gguf.txt"
+            f"this xllamacpp does not carry {error}: install the version of requirements/gguf.txt"
         ) from None
     for kind, error in ERRORS.items():
         blocks = np.empty(row_bytes(len(RAMP), kind), np.uint8)
@@ -88,7 +88,7 @@ def library() -> ctypes.CDLL:
         if not off < error:
             raise ValueError(
                 f"this xllamacpp quantizes a ramp to {kind} with an error of {off:.3f} and not below {error}: "
-                "install the version of requirements-gguf.txt"
+                "install the version of requirements/gguf.txt"
             )
     return found
 

@@ -1,4 +1,4 @@
-"""Attention for cards without flash kernels, as transformers' attention function "efficient".
+"""Attention for GPUs without flash kernels, as transformers' attention function "efficient".
 
 On compute capability 7.5 (a T4) SDPA has a memory-efficient kernel, but not for grouped key-value heads
 (enable_gqa=True): it then falls back to materialising the scores, heads × context² of them. Repeating keys and
@@ -125,6 +125,7 @@ def attention(
     looks_ahead = is_causal is False or not getattr(module, "is_causal", True)
     if attention_mask is None and looks_ahead and query.shape[2] > 1:
         raise ValueError(f"attention=efficient is causal, and {type(module).__name__} looks ahead: set attention=eager")
+    # Grouped heads (GQA, https://arxiv.org/abs/2305.13245) are repeated: enable_gqa has no memory-efficient kernel.
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     inputs = (query, key, value)
     dot = partial(torch.nn.functional.scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
@@ -134,8 +135,8 @@ def attention(
         out = causal(dot, *inputs, sliding_window)
     else:  # a row of conversations that must not see each other
         sizes = cu_seq_lens_q.diff().tolist()
-        pieces = zip(*(states.split(sizes, dim=2) for states in inputs), strict=True)
-        out = torch.cat([causal(dot, *piece, sliding_window) for piece in pieces], dim=2)
+        apart = zip(*(states.split(sizes, dim=2) for states in inputs), strict=True)
+        out = torch.cat([causal(dot, *conversation, sliding_window) for conversation in apart], dim=2)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -143,7 +144,7 @@ def causal(
     dot: Callable, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
 ) -> torch.Tensor:
     """Each token attends to itself and to those before it, at most a window of them."""
-    new, known = query.shape[2], key.shape[2]
+    new, known = query.shape[2], key.shape[2]  # new < known while a key-value cache answers
     if window is None or known <= window:
         return dot(query, key, value, is_causal=new > 1)
     back = torch.arange(known - new, known, device=query.device)[:, None] - torch.arange(known, device=query.device)
@@ -172,6 +173,8 @@ def forward(
     """
     kernel = kernel_for(query)
     bounds, longest = packing or (None, query.shape[1])
+    # stats: the log-sum-exp of each query's scores, from which the backward pass makes the scores again block by block
+    # (FlashAttention, section 3.1, https://arxiv.org/abs/2205.14135), and the generator's state for a dropout of none.
     if kernel == "flash":
         out, *stats = torch.ops.aten._flash_attention_forward(
             *for_flash(packing, query, key, value), bounds, bounds, longest, longest, 0.0, True, False,
@@ -217,6 +220,7 @@ def backward(
             window_size=window if window is not None and window < longest else None,
         )  # fmt: skip
         return query_grad, gathered(key_grad, key.shape[2]), gathered(value_grad, value.shape[2])
+    # No operator gives back statistics here: SDPA runs again, and autograd goes through it.
     with torch.enable_grad():
         leaves = [states.detach().requires_grad_() for states in (query, key, value)]
         return torch.autograd.grad(through_sdpa(*leaves, bounds, window), leaves, grad)

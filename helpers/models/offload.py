@@ -1,8 +1,8 @@
-"""A 16-bit model some of whose decoder layers wait in host memory or on disk, and come to the card for their turn.
+"""A 16-bit model some of whose decoder layers wait in host memory or on disk, and come to the GPU for their turn.
 
 From disk it is accelerate's hooks that fetch every tensor from the model's own files. In host memory they would do, but
 they ask the allocator to give everything back after every tensor, and copy from memory that can be swapped: so here
-a layer's weights lie in a row, page-locked, and are copied in one go to the one place on the card that all waiting
+a layer's weights lie in a row, page-locked, and are copied in one go to the one place on the GPU that all waiting
 layers share. Weights are never rounded on the way: a model computes the same bits wherever its layers lie.
 """
 
@@ -55,6 +55,7 @@ def wait_in_host_memory(model: "torch.nn.Module", away: int) -> int:
     import torch
     from accelerate.hooks import remove_hook_from_module
 
+    # All rows in one allocation, to be locked once; one slot on the GPU as large as the largest of them.
     device, layers = model.device, list(model.get_decoder().layers)[-away:]
     rows = [arrange(layer) for layer in layers]
     waiting = page_locked(sum(size for _, size in rows), model)
@@ -63,7 +64,7 @@ def wait_in_host_memory(model: "torch.nn.Module", away: int) -> int:
     for layer, (tensors, size) in zip(layers, rows, strict=True):
         row = waiting[start : start + size]
         for module, name, offset, old in tensors:
-            view(row, offset, old).copy_(module._hf_hook.weights_map[name])
+            view(row, offset, old).copy_(module._hf_hook.weights_map[name])  # read from the model's file here
             module._parameters[name] = torch.nn.Parameter(view(slot, offset, old), requires_grad=False)
         layer.register_forward_pre_hook(bringing(row, slot[:size]))
         start += size
@@ -88,7 +89,7 @@ def view(row: "torch.Tensor", offset: int, like: "torch.Tensor") -> "torch.Tenso
 
 
 def bringing(row: "torch.Tensor", slot: "torch.Tensor") -> Any:
-    """A hook that copies a layer's row to its place on the card, on the stream that computes: in order with it."""
+    """A hook that copies a layer's row to its place on the GPU, on the stream that computes: in order with it."""
 
     def bring(module: Any, arguments: Any) -> None:
         slot.copy_(row, non_blocking=True)
@@ -97,7 +98,7 @@ def bringing(row: "torch.Tensor", slot: "torch.Tensor") -> Any:
 
 
 def page_locked(size: int, owner: object) -> "torch.Tensor":
-    """Bytes of host memory that a card copies from at the bus's full rate, until owner is gone.
+    """Bytes of host memory that a GPU copies from at the bus's full rate, until owner is gone.
 
     PyTorch's own page-locked memory comes in powers of two. Where the system will not lock pages the memory is
     ordinary, and copies are slower.

@@ -111,9 +111,20 @@ def load_tokenizer(name: str | Path, revision: str | None = None, padding_side: 
 
     if str(name).startswith((".", "/")) and not Path(name).exists():
         raise ValueError(f"there is no model folder {name}")
+    folder = Path(name)
+    if (folder / "tekken.json").is_file() and not brings_tokenizer(folder):
+        raise ValueError(
+            f"{name} has its tokenizer as tekken.json alone, which transformers cannot train with: put the "
+            "tokenizer.json and the chat_template.jinja of the same model in transformers' format beside it"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), revision=revision, padding_side=padding_side)
     except Exception as error:  # the hub's client raises many kinds for "not there" and "no network"
+        if folder.is_dir():
+            raise ValueError(
+                f"the tokenizer in {name} cannot be read ({str(error).strip().splitlines()[-1]:.160}): a folder needs "
+                "tokenizer.json, or tokenizer.model with pip install sentencepiece protobuf"
+            ) from None
         raise ValueError(hub_sentence(error, "model", str(name))) from None
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer of {name} has no end-of-sequence token: a model could never learn to stop")

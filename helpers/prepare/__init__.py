@@ -27,6 +27,7 @@ from helpers.prepare.rows import Conversation, Rows, hash_of, split
 from helpers.prepare.uploads import save_upload
 from helpers.prepare.view import epoch, findings, lengths, summary, token_view
 from helpers.sources import columns, markers
+from helpers.sources.folders import Split
 from helpers.sources.formats import BadRow, as_row, read_row, recognise
 from helpers.sources.readers import ROW_LIMIT, Record, read
 from helpers.workspace import building, refuse_output, require
@@ -68,11 +69,13 @@ def prepare(config: RunConfig, output: Path, source: str | None = None) -> dict:
     asked = config.data
     with building(Path(output), "prepare", config, files) as work:
         with Rows(work.folder / "rows.arrow", template, asked.seq_len, reading.found, asked.use == "pairs") as rows:
+            if asked.heldout_split:
+                rows.add(conversations(source, config, reading, template, held_out=True), from_heldout=True)
             if heldout_source:
                 rows.add(conversations(heldout_source, config, reading, template), from_heldout=True)
             rows.add(conversations(source, config, reading, template), from_heldout=False)
         refuse_markers(reading, source)
-        fraction = None if heldout_source else asked.heldout_fraction
+        fraction = None if heldout_source or asked.heldout_split else asked.heldout_fraction
         kept, held_out = rows.decide(fraction)
         if not (kept & ~np.array(rows.from_heldout, dtype=bool)).any():
             reasons = "; ".join(reading.found.sentences()) or "it has no rows"
@@ -89,14 +92,16 @@ def prepare(config: RunConfig, output: Path, source: str | None = None) -> dict:
     return work.measurements
 
 
-def conversations(source: str, config: RunConfig, reading: Reading, template: Template) -> Iterator[Conversation]:
-    """Every conversation of a source that passes the checks."""
+def conversations(
+    source: str, config: RunConfig, reading: Reading, template: Template, held_out: bool = False
+) -> Iterator[Conversation]:
+    """Every conversation of a source that passes the checks; held_out: those of the source's split to hold out."""
     found, asked = reading.found, config.data
     leaked = leaks(*special_tokens(template.tokenizer))
     chosen = None if asked.source_format == "auto" else asked.source_format
     named = columns.parse(asked.columns) if asked.columns else None
     first = None
-    for record in sampled(source, config, reading.notes):
+    for record in sampled(source, config, reading.notes, config.data.heldout_split if held_out else None):
         place, value, problem = record.place, record.row, record.problem
         if problem and found.add(problem, place, record.detail) == REPAIR:
             value, problem = record.mended, None
@@ -126,7 +131,11 @@ def conversations(source: str, config: RunConfig, reading: Reading, template: Te
         rejected = check(parsed.rejected, place, found, leaked) if messages and parsed.rejected else None
         if messages is None or (parsed.rejected and rejected is None):
             continue
-        if all(turn.get("weight") == 0 for turn in messages if turn["role"] == "assistant") and len(messages) > 1:
+        if (
+            messages[-1].get("weight") == 0  # the last turn is an answer; most rows weigh none
+            and len(messages) > 1
+            and all(turn.get("weight") == 0 for turn in messages if turn["role"] == "assistant")
+        ):
             found.add("no-answer", place, "every answer has weight 0")
             continue
         text = "\n".join([turn["content"] for turn in messages])
@@ -162,23 +171,29 @@ def repeats(value: Any, messages: list[dict]) -> bool:
     return any(text in turn["content"] and text == turn["content"].strip() for turn in messages)
 
 
-def sampled(source: str, config: RunConfig, notes: list[str]) -> Iterator[Record]:
-    """Records of a source, or as many as config allows: of a file at random by the seed, of a hub set the first."""
-    split_name, cap = config.data.source_split, config.data.cap(source)
+def sampled(source: str, config: RunConfig, notes: list[str], split_name: str | None = None) -> Iterator[Record]:
+    """Records of a source, or as many as config allows: of a file at random by the seed, of a hub set the first.
+
+    split_name: the split that is held out, all of it; None: the one that is trained.
+    """
+    if split_name is not None:
+        yield from read(source, Split(split_name, strictly=True), notes)
+        return
+    split, cap = Split(config.data.source_split, beside=config.data.heldout_split), config.data.cap(source)
     if cap is None:
-        yield from read(source, split_name, notes)
+        yield from read(source, split, notes)
         return
     if not Path(source).expanduser().exists():
-        yield from itertools.islice(read(source, split_name, notes), cap)
+        yield from itertools.islice(read(source, split, notes), cap)
         notes.append(f"the first {cap:,} conversations of {source} are read: max_conversations=all reads it whole")
         return
-    total = sum(1 for _ in read(source, split_name))
+    total = sum(1 for _ in read(source, split))
     if total <= cap:
-        yield from read(source, split_name, notes)
+        yield from read(source, split, notes)
         return
     taken = np.zeros(total, dtype=bool)
     taken[np.random.default_rng(config.seed).choice(total, cap, replace=False)] = True
-    yield from itertools.compress(read(source, split_name, notes), taken.tolist())
+    yield from itertools.compress(read(source, split, notes), taken.tolist())
     notes.append(
         f"{cap:,} of the {total:,} rows of {source} are used, at random by seed {config.seed}: max_conversations"
     )

@@ -9,16 +9,13 @@ Uses only what ipywidgets 7.7 (Colab) and 8 share. Without a screen, the panel s
 True
 """
 
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from html import escape
-from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import ipywidgets
-from IPython import get_ipython
 from IPython.display import display
 from ipywidgets import Layout
 
@@ -27,8 +24,6 @@ from helpers.config import RunConfig, flat
 from helpers.hardware import Machine
 from helpers.models import ModelShape
 from helpers.show.words import duration
-
-HERE = Path(__file__).resolve().parent.parent
 
 DOUBLINGS = [2**power for power in range(10)]
 COUNTS = sorted({*DOUBLINGS[:8], 3, 6, 12, 24, 48})
@@ -385,25 +380,3 @@ def gain(shown: budget.Budget, proposed: budget.Budget) -> str:
     if not shown.fits:
         return f", which fits, in {after}"
     return "" if after == before else f": {after} instead of {before}"
-
-
-def plain_errors() -> None:
-    """In a notebook, show a ValueError that a helper raises on purpose as its one sentence.
-
-    Other errors keep their traceback: they are bugs, and it is what a report of one needs. The cell fails in any case,
-    so that "Run all" stops there. Outside IPython nothing happens.
-    """
-    shell = get_ipython()
-    if shell is not None:
-        shell.set_custom_exc((ValueError,), sentence_or_traceback)
-
-
-def sentence_or_traceback(shell, kind, error, trace, tb_offset=None):
-    """IPython's hook: one sentence where a `raise` in helpers/ made the error, the usual traceback elsewhere."""
-    made = traceback.extract_tb(trace)[-1]
-    if Path(made.filename).is_relative_to(HERE) and (made.line or "").startswith("raise "):
-        lines = [f"\033[31m{kind.__name__}\033[0m: {error}"]
-    else:
-        lines = shell.InteractiveTB.structured_traceback(kind, error, trace, tb_offset=tb_offset)
-    shell._showtraceback(kind, error, lines)
-    return lines

@@ -1,4 +1,4 @@
-"""Real messages, what they mean here, and what to do.
+"""Real messages, what they mean here, and what to do; shown where an error ends a cell or a command.
 
 >>> remedy(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"))[:19]
 'Lower batch_size an'
@@ -7,7 +7,12 @@ True
 """
 
 import re
+import sys
+import traceback
+from pathlib import Path
 from typing import NamedTuple
+
+HELPERS = Path(__file__).resolve().parent.parent
 
 
 class Trouble(NamedTuple):
@@ -28,6 +33,12 @@ TROUBLES = (
         "Use these notebooks' merge and GPTQ, which hold one tensor or layer at a time; close other notebooks of the "
         "session; then Runtime > Restart session and run this notebook from the top: finished stages are not repeated.",
         "unsloth#1860, peft#1939",
+    ),
+    Trouble(
+        "No module named 'trl'",
+        r"No module named '(?:trl|gptqmodel|pcre|tokenicer|device_smi|logbar|defuser)'",
+        "Packages that ask for more than they use are not in requirements.txt.",
+        "pip install --no-deps -r requirements/trl.txt -r requirements/gptq.txt, in the repository's folder.",
     ),
     Trouble(
         "CUDA out of memory",
@@ -120,7 +131,7 @@ TROUBLES = (
     ),
     Trouble(
         "429 Too Many Requests / Read timed out (huggingface.co)",
-        r"429|Too Many Requests|Read timed out|IncompleteRead",
+        r"\b429 Client Error|Too Many Requests|Read timed out|IncompleteRead",
         "The hub limits downloads without a token, or the connection broke.",
         "Set HF_TOKEN and run the cell again: a download goes on where it stopped.",
     ),
@@ -128,7 +139,7 @@ TROUBLES = (
         "Invalid Notebook (on GitHub)",
         r"Invalid Notebook|metadata\.widgets",
         "Saved widget state that GitHub cannot read.",
-        "python -m helpers.badges strips outputs and widget state.",
+        "python notebooks/badges.py strips outputs and widget state.",
         "colabtools#5288",
     ),
     Trouble(
@@ -160,19 +171,43 @@ TROUBLES = (
 )
 
 
-def remedy(error: BaseException | str) -> str | None:
-    """What to do about an error, or None when it is none of these."""
-    return next((trouble.remedy for trouble in TROUBLES if re.search(trouble.pattern, str(error))), None)
+def remedy(error: BaseException | str | None) -> str | None:
+    """What to do about an error or what caused it, or None when it is none of these."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        for trouble in TROUBLES:
+            if re.search(trouble.pattern, str(error)):
+                return trouble.remedy
+        error = getattr(error, "__cause__", None) or getattr(error, "__context__", None)
+    return None
 
 
-def table() -> list[dict[str, str]]:
-    """A row a trouble, for a notebook to show."""
-    return [
-        {"message": row.message, "cause": row.cause, "what to do": row.remedy, "more": row.source} for row in TROUBLES
-    ]
+def plain_errors() -> None:
+    """In a notebook, show a ValueError that a helper raises on purpose as its one sentence, and remedies of the above.
+
+    Other errors keep their traceback: they are bugs, and it is what a report of one needs. The cell fails in any case,
+    so that "Run all" stops there. Outside IPython nothing happens.
+    """
+    running = sys.modules.get("IPython")
+    shell = running.get_ipython() if running else None
+    if shell is not None:
+        shell.set_custom_exc((Exception,), sentence_or_traceback)
 
 
-def markdown() -> str:
-    """The table in Markdown, for README."""
-    rows = [f"| {row.message.replace('|', '∣')} | {row.cause} | {row.remedy} | {row.source} |" for row in TROUBLES]
-    return "\n".join(["| message | cause | what to do | more |", "|---|---|---|---|", *rows])
+def sentence_or_traceback(shell, kind, error, trace, tb_offset=None):
+    """IPython's hook: one sentence where a `raise` in helpers/ made a ValueError, the usual traceback elsewhere.
+
+    Below either what to do, where that is known.
+    """
+    made, known = traceback.extract_tb(trace)[-1], remedy(error)
+    on_purpose = Path(made.filename).is_relative_to(HELPERS) and (made.line or "").startswith("raise ")
+    if isinstance(error, ValueError) and on_purpose:
+        lines = [f"\033[31m{kind.__name__}\033[0m: {error}"]
+    elif known or isinstance(error, ValueError):
+        lines = shell.InteractiveTB.structured_traceback(kind, error, trace, tb_offset=tb_offset)
+    else:
+        return shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+    lines += [f"What to do: {known}"] if known else []
+    shell._showtraceback(kind, error, lines)
+    return lines

@@ -9,6 +9,7 @@ left out: data/test.jsonl, the test split; README.md, no data
 
 import re
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 KINDS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
@@ -25,6 +26,23 @@ NOT_DATA = {
     "generation_config.json", "package-lock.json",
 }  # fmt: skip
 SHOWN = 6
+
+
+class Split(NamedTuple):
+    """Which split of a source is read."""
+
+    name: str = "train"
+    strictly: bool = False
+    """No other split stands in for one that is not there."""
+    beside: str | None = None
+    """The one that is read beside it, to be held out: it is not left out."""
+
+    def missing(self, source: str) -> str:
+        """The sentence for a source that has no such split."""
+        return f"{source} has no {self.name} split: leave heldout_split empty, or name a file as heldout_source"
+
+
+TRAIN = Split()
 
 
 def kind_of(name: str) -> str:
@@ -52,7 +70,7 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
-def choose(names: list[str], split: str = "train") -> tuple[list[str], list[str]]:
+def choose(names: list[str], split: Split = TRAIN) -> tuple[list[str], list[str]]:
     """(files to read, a sentence about those left out) of the files of a folder, by their relative names.
 
     Text is data only where there is nothing else, and a split only where files are named after one, as on the hub.
@@ -61,14 +79,19 @@ def choose(names: list[str], split: str = "train") -> tuple[list[str], list[str]
     data = [name for name in seen if not is_prose(name)]
     tables = [name for name in data if kind_of(name) != "text" and kind_of(inner(name)) != "text"]
     data = tables or data
-    wanted = split_of(split) or "train"
+    wanted = split_of(split.name) or ("" if split.strictly else "train")
     by_split: dict[str, list[str]] = {}
     for name in data:
         by_split.setdefault(split_of(name), []).append(name)
+    if split.strictly:
+        return by_split.get(wanted, []) if wanted else [], []
     taken = by_split.get(wanted) or by_split.get("") or by_split.get("train") or data
+    beside = by_split.get(split_of(split.beside), []) if split.beside else []
+    if beside:
+        data = [name for name in data if name not in beside or name in taken]
     left = [f"{name}, {'the ' + split_of(name) + ' split' if split_of(name) else 'no split'}" for name in data
             if name not in taken]  # fmt: skip
-    left += [f"{name}, no data" for name in seen if name not in data]
+    left += [f"{name}, no data" for name in seen if name not in (*data, *beside)]
     return taken, [f"left out: {listed(left)}{offer(data, taken)}"] if left else []
 
 
@@ -91,7 +114,7 @@ def inner(name: str) -> str:
 def offer(data: list[str], taken: list[str]) -> str:
     """How a validation split that was left out can be held out."""
     found = [name for name in data if split_of(name) == "validation" and name not in taken]
-    return f"; --heldout-source with the path of {found[0]} holds that one out" if found else ""
+    return f"; --heldout-split validation holds {found[0]} out" if found else ""
 
 
 def listed(names: list[str]) -> str:

@@ -23,7 +23,7 @@ from helpers.models.hub import hub_sentence
 from helpers.sources import threads
 from helpers.sources.columns import KNOWN, normal
 from helpers.sources.encodings import Charset
-from helpers.sources.folders import KINDS, choose, kind_of
+from helpers.sources.folders import KINDS, Split, choose, kind_of
 from helpers.sources.jsonfiles import read_array, read_jsonl
 from helpers.sources.records import MIB, Record, guessed, lines
 from helpers.sources.records import ROW_LIMIT as ROW_LIMIT
@@ -52,8 +52,6 @@ MAGIC = (
     (b"\xd0\xcf\x11\xe0", "an old Office document"),
     (b"{\\rtf", "a Word document"),
     (b"version https://git-lfs", "a pointer of Git LFS (git lfs pull fetches the data)"),
-    (b"\xff\xfe", "text in UTF-16"),
-    (b"\xfe\xff", "text in UTF-16"),
 )
 WEB_PAGE = re.compile(rb"\s*(<!doctype html|<html)", re.IGNORECASE)
 HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(?::[\w.-]+)?")
@@ -82,6 +80,25 @@ class Guarded(io.RawIOBase):
         return len(data)
 
 
+class FromUtf16(io.RawIOBase):
+    """The UTF-8 of a stream in UTF-16, which is what PowerShell and Excel's "Unicode text" write."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.waiting = stream, b""
+        self.decoder = codecs.getincrementaldecoder("utf-16")("replace")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.waiting and (data := self.stream.read(len(buffer))):
+            # half of a surrogate pair at the end of a part waits in the decoder for its other half
+            self.waiting = self.decoder.decode(data).encode()
+        count = min(len(buffer), len(self.waiting))
+        buffer[:count], self.waiting = self.waiting[:count], self.waiting[count:]
+        return count
+
+
 def refuse_bomb(name: str, unpacked_bytes: int, packed_bytes: int) -> None:
     """Raise ValueError for an archive that is made to fill a disk."""
     if unpacked_bytes > max(BOMB_FLOOR, RATIO_LIMIT * packed_bytes):
@@ -91,21 +108,26 @@ def refuse_bomb(name: str, unpacked_bytes: int, packed_bytes: int) -> None:
         )
 
 
-def read(source: str, split: str = "train", notes: list[str] | None = None) -> Iterator[Record]:
+def read(source: str, split: Split | str = "train", notes: list[str] | None = None) -> Iterator[Record]:
     """Rows of a file, of the data files of one split in a folder, or of a hub dataset's split.
 
     source: a path, or owner/name or owner/name:configuration on the hub. notes: takes a sentence about files left out.
     Raises ValueError with one sentence when there is nothing to read; a bad row is a Record with a problem.
     """
     path, notes = Path(source).expanduser(), [] if notes is None else notes
+    split = Split(split) if isinstance(split, str) else split
     if path.is_dir():
         listed = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
         taken, said = choose(listed, split)
+        if not taken and split.strictly:
+            raise ValueError(split.missing(source))
         if not taken:
             raise ValueError(f"the folder {source} holds no data file ({', '.join(KINDS)}, .gz or .zip)")
         notes += said
         for name in taken:
             yield from read_file(path / name, split, notes)
+    elif path.is_file() and split.strictly and kind_of(path.name) != "zip":
+        raise ValueError(split.missing(source))
     elif path.is_file():
         yield from read_file(path, split, notes)
     elif HUB_NAME.fullmatch(source) and not kind_of(source) and not Path(source.partition("/")[0]).is_dir():
@@ -116,7 +138,7 @@ def read(source: str, split: str = "train", notes: list[str] | None = None) -> I
         raise ValueError(f"there is no file {source}, and a dataset on the hub is named owner/name")
 
 
-def read_file(path: Path, split: str, notes: list[str]) -> Iterator[Record]:
+def read_file(path: Path, split: Split, notes: list[str]) -> Iterator[Record]:
     """Rows of one file, by its ending and its first bytes."""
     try:
         with path.open("rb", buffering=MIB) as stream:
@@ -126,7 +148,7 @@ def read_file(path: Path, split: str, notes: list[str]) -> Iterator[Record]:
 
 
 def read_stream(
-    stream: BinaryIO, name: str, size_bytes: int, split: str, notes: list[str], inside: bool = False
+    stream: BinaryIO, name: str, size_bytes: int, split: Split, notes: list[str], inside: bool = False
 ) -> Iterator[Record]:
     """Rows of a stream. inside: it comes out of an archive, which must not hold another."""
     buffered = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream, MIB)
@@ -145,6 +167,10 @@ def read_stream(
         yield from read_zip(buffered, name, split, notes)
     elif head.startswith(b"PAR1") or kind_of(name) == "parquet":
         yield from read_parquet(buffered, name, inside)
+    elif head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        notes.append(f"{name} is in UTF-16 and is read as that")
+        text = io.BufferedReader(FromUtf16(buffered), MIB)
+        yield from read_stream(text, name, size_bytes, split, notes, inside=True)
     elif b"\x00" in head:
         raise ValueError(f"{name} is a binary file, not data: give JSON, JSONL, CSV, Parquet or text in UTF-8")
     else:
@@ -243,7 +269,7 @@ def read_text(stream: io.BufferedReader, name: str, head: bytes = b"") -> Iterat
                 yield guessed(line, place, charset, stream, str.strip)
 
 
-def read_zip(stream: io.BufferedReader, name: str, split: str, notes: list[str]) -> Iterator[Record]:
+def read_zip(stream: io.BufferedReader, name: str, split: Split, notes: list[str]) -> Iterator[Record]:
     """Rows of the data files of one split in a zip, in the order of their names; other files are passed over."""
     try:
         archive = zipfile.ZipFile(stream)
@@ -263,6 +289,8 @@ def read_zip(stream: io.BufferedReader, name: str, split: str, notes: list[str])
     if len(members) > MEMBER_LIMIT:
         raise ValueError(f"{name} holds {len(members):,} files; at most {MEMBER_LIMIT:,} are read")
     taken, said = choose(names, split)
+    if not taken and split.strictly:
+        raise ValueError(split.missing(name))
     if not taken:
         raise ValueError(f"{name} holds no data file ({', '.join(KINDS)}), only {', '.join(names[:5]) or 'nothing'}")
     notes += [f"{name}: {sentence}" for sentence in said]
@@ -278,16 +306,22 @@ def read_zip(stream: io.BufferedReader, name: str, split: str, notes: list[str])
         yield from read_stream(io.BufferedReader(guarded, MIB), place, member.file_size, split, notes, inside=True)
 
 
-def read_hub(name: str, split: str) -> Iterator[Record]:
+def read_hub(name: str, split: Split) -> Iterator[Record]:
     """Rows of a hub dataset, streamed: nothing is downloaded that is not read, and none of its code is run."""
     from datasets import load_dataset
 
     repository, _, configuration = name.partition(":")
     try:
         splits = load_dataset(repository, configuration or None, streaming=True)
-        chosen = split if split in splits else "train" if "train" in splits else next(iter(splits))
+        if split.strictly and split.name not in splits:
+            raise LookupError(split.missing(name))
+        chosen = split.name if split.name in splits else "train" if "train" in splits else next(iter(splits))
         for number, row in enumerate(splits[chosen], 1):
             yield Record(f"{name} {chosen} row {number}", row)
+    except LookupError as error:
+        if not split.strictly:
+            raise
+        raise ValueError(str(error)) from None
     except Exception as error:  # the hub's client raises many kinds for "not there" and "no network"
         raise ValueError(several(error, repository) or hub_sentence(error, "dataset", repository)) from None
 

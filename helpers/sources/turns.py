@@ -44,11 +44,12 @@ def messages(row: Row, turns: Any, name: str) -> list[dict[str, Any]]:
     """
     if not isinstance(turns, list):
         raise BadRow("wrong-type", f"{name} must be text or a list of turns, not {named(turns)}")
-    if turns and all(isinstance(turn, str) for turn in turns):
+    first = turns[0] if turns else None
+    if isinstance(first, str) and all(isinstance(turn, str) for turn in turns):
         raise BadRow(
             "wrong-type", f"{name} is a list of texts without roles: source_format=alternating lets them take turns"
         )
-    if turns and all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns):
+    if isinstance(first, list | tuple) and all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns):
         return pairs(turns, name)
     found: list[dict[str, Any]] = []
     for i, turn in enumerate(turns):

@@ -6,10 +6,8 @@
 'newer than tested'
 """
 
-import importlib
 import platform
 import re
-import subprocess
 import sys
 from contextlib import suppress
 from importlib import metadata
@@ -19,7 +17,7 @@ from helpers.profiles import ROOT
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "optimum", "gptqmodel")
 SHOWN = ("python", *PACKAGES, "numpy", "ipywidgets")
 TESTED_PYTHON = ["3.11"]
-PINS = ("requirements.txt", "requirements-nodeps.txt", "requirements-local.txt", "requirements-gptq.txt")
+PINS = ("requirements/pins.txt", "requirements/trl.txt", "requirements/gptq.txt")
 IMAGE_PINS = "tests/notebooks/colab_versions.txt"
 """The second environment of the tests: what Colab's image has."""
 COLAB_RUNTIMES = (
@@ -67,25 +65,6 @@ def numbers(version: str) -> tuple[int, ...]:
     (2, 11, 0)
     """
     return tuple(int(part) for part in re.match(r"[\d.]*", version)[0].split(".") if part)
-
-
-def ensure(requirements: str) -> str:
-    """Install a pinned set without its dependencies, where this environment has other versions; says what was done.
-
-    So the image's torch, numpy, protobuf and pyarrow stay as they are. Raises ValueError with pip's last words.
-
-    >>> ensure("requirements-nodeps.txt")
-    'requirements-nodeps.txt: already here'
-    """
-    pins = re.findall(r"(?m)^([A-Za-z0-9._-]+)==([^\s;#]+)", (ROOT / requirements).read_text(encoding="utf-8"))
-    if installed(tuple(name for name, _ in pins)) == dict(pins):
-        return f"{requirements}: already here"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(ROOT / requirements)]
-    pip = subprocess.run(command, capture_output=True, text=True)
-    if pip.returncode:
-        raise ValueError(f"pip could not install {requirements}; its last words: {pip.stderr.strip()[-600:]}")
-    importlib.invalidate_caches()
-    return f"{requirements}: installed {', '.join(name for name, _ in pins)}"
 
 
 def verdict(found: str, known: list[str]) -> str:

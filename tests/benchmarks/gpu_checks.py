@@ -215,7 +215,7 @@ def drive_offload(device, hidden: int, layers: int, contexts: list[int]) -> dict
     import torch
 
     from helpers.budget import activations
-    from helpers.finetune.engine.layers import Offload
+    from helpers.finetune.engine.offload import Offload
     from helpers.models import gpu as card
     from helpers.models import profile, shape
 

@@ -15,8 +15,8 @@ import helpers.models.gguf_types
 from helpers import cli
 from helpers.models import TINY, gguf_types
 
-gguf = pytest.importorskip("gguf", reason="gguf is not installed: `make setup` installs requirements-gguf.txt")
-pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: `make setup` installs requirements-gguf.txt")
+gguf = pytest.importorskip("gguf", reason="gguf is not installed: `make setup` installs requirements/gguf.txt")
+pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: `make setup` installs requirements/gguf.txt")
 
 from helpers.export import engine, gguf_file, lora, modelfile, quants, vocabulary  # noqa: E402
 from helpers.models import attention, gguf_model, packed  # noqa: E402

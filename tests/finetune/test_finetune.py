@@ -1,4 +1,4 @@
-"""Fine-tuning: the same losses as plain PEFT and trl whatever is recomputed, offloaded, packed or fused.
+"""Fine-tuning: the same losses as plain PEFT and trl whatever is checkpointed, offloaded or packed.
 
 On a GPU in fp16, with the 7B's widths and memory-efficient attention, `tests/benchmarks/bench_finetune.py` checks the
 same (its engine `check`).
@@ -33,6 +33,7 @@ from helpers.finetune import batches
 from helpers.finetune.base import adapters
 from helpers.finetune.data import load_split
 from helpers.finetune.engine import kernels, layers, losses
+from helpers.finetune.engine.offload import Offload
 from helpers.finetune.engine.optimizers import FlatOptimizer
 from helpers.finetune.trainer import FineTuner, choose_layers
 from helpers.finetune.watch import Watch
@@ -191,14 +192,14 @@ def plain_packed_losses(small, equal_lengths, tmp_path_factory):
 
 VARIANTS = {
     "defaults": {},
-    "all layers recompute": {"checkpointing": "all"},
-    "attention too": {"checkpointing": "all", "keep_attention": False},
-    "one layer recomputes": {"checkpointing": 1, "keep_attention": False},
+    "all layers checkpointed": {"checkpointing": "all"},
+    "attention recomputed too": {"checkpointing": "all", "keep_attention": False},
+    "one layer checkpointed": {"checkpointing": 1, "keep_attention": False},
     "offloaded": {"checkpointing": "all", "keep_attention": False, "offload_activations": True},
-    "offloaded, attention kept": {"checkpointing": "all", "offload_activations": True},
+    "offloaded, attention saved": {"checkpointing": "all", "offload_activations": True},
     "full loss": {"loss": "full"},
     "packed": {"packing": True, "batch_size": 1, "equal": True},
-    "packed, all recompute, offloaded": {
+    "packed, all checkpointed, offloaded": {
         "packing": True,
         "batch_size": 1,
         "equal": True,
@@ -444,7 +445,7 @@ def test_a_fresh_start_leaves_what_is_in_drive_until_its_first_checkpoint_is_the
     ],
     ids=str,
 )
-def test_on_another_card_training_goes_on_in_the_checkpoints_split(values, another_machine, small, prepared, capsys):
+def test_on_another_gpu_training_goes_on_in_the_checkpoints_split(values, another_machine, small, prepared, capsys):
     output, _, calm = another_machine
     other = small_config(small, **(LONG | values))
     assert finetune.plan(other, output).config.train.batch_size == 4
@@ -563,7 +564,7 @@ def hidden_states(model, embedded: torch.Tensor, batch: dict) -> torch.Tensor:
 @pytest.mark.parametrize(
     "values",
     [{}, {"checkpointing": "all", "keep_attention": False}, {"dropout": 1e-9}, {"attention": "math"}],
-    ids=["own layers", "own, recomputing", "transformers' layers, no mask", "transformers' layers"],
+    ids=["custom layers", "checkpointed", "transformers' layers, no mask", "transformers' layers"],
 )
 def test_packed_conversations_do_not_see_each_other(values, window, small):
     model = adapted(small, window, **values)
@@ -621,12 +622,12 @@ def test_padding_on_either_side_changes_nothing(train, side, window, small):
     ],
     ids=str,
 )
-def test_a_layer_keeps_what_the_budget_says(values, small):
+def test_a_layer_saves_for_backward_what_the_budget_says(values, small):
     settings, model = small_config(small, seq_len=32, batch_size=2, **values), adapted(small, **values)
-    sizes, kept = shape(str(small)), []
+    sizes, saved = shape(str(small)), []
 
     def note(tensor):
-        kept.append(tensor.nbytes)
+        saved.append(tensor.nbytes)
         return tensor
 
     layer = model.model.layers[0]
@@ -636,25 +637,25 @@ def test_a_layer_keeps_what_the_budget_says(values, small):
         layer(x, position_embeddings=positions)
     counts = activations.kept_when_checked if values["checkpointing"] == "all" else activations.kept
     statistics = 4 * 64 * sizes.heads * (values.get("keep_attention", True))  # SDPA on a CPU has none
-    assert sum(kept) == 2 * (counts(sizes, settings) - statistics)  # fp32 here, 16 bits there
+    assert sum(saved) == 2 * (counts(sizes, settings) - statistics)  # fp32 here, 16 bits there
 
 
 def test_host_memory_that_is_full_leaves_inputs_on_the_device(small, prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(activations, "CHUNK_BYTES", 3_000)  # an input lies across several
     values = {"checkpointing": "all", "max_steps": 3, "offload_gib": 20_000 / 2**30}
-    kept, offloaded = (
+    on_gpu, offloaded = (
         our_trainer(small_config(small, offload_activations=offload, **values), prepared, tmp_path)
         for offload in (False, True)
     )
-    kept.train()
+    on_gpu.train()
     offloaded.train()
-    assert logged_losses(offloaded) == pytest.approx(logged_losses(kept), abs=1e-6)
+    assert logged_losses(offloaded) == pytest.approx(logged_losses(on_gpu), abs=1e-6)
 
 
 @pytest.mark.parametrize("room", [1_000, 50_000, 10**9])
 def test_offloaded_inputs_come_back_and_take_what_is_counted(room, monkeypatch):
     monkeypatch.setattr(activations, "CHUNK_BYTES", 4096)
-    sizes, offload = shape("mistral-7b-v0.3"), layers.Offload(torch.device("cpu"), room)
+    sizes, offload = shape("mistral-7b-v0.3"), Offload(torch.device("cpu"), room)
     draw, most = random.Random(room), 0
     for turn in range(12):
         tokens, depth = draw.randrange(16, 700), draw.randrange(1, 6)
@@ -713,7 +714,7 @@ def test_one_flat_optimizer_is_bitsandbytes_on_each_matrix():
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_a_kernel_that_unpacks_other_weights_is_not_trained_with(small, monkeypatch):
+def test_a_kernel_that_dequantizes_to_other_weights_is_not_trained_with(small, monkeypatch):
     model = adapted(small, weights="nf4")
     layers.check(model)
     weight = model.model.layers[0].self_attn.q_proj.base_layer.weight
@@ -724,4 +725,4 @@ def test_a_kernel_that_unpacks_other_weights_is_not_trained_with(small, monkeypa
     monkeypatch.setattr(kernels, "dequantizer", lambda weight: lambda *arguments: used.append(1) or right(*arguments))
     layers.install(model, ["everything"] * len(model.model.layers))
     model(input_ids=torch.tensor([[1, 5, 9]]))
-    assert len(used) == 7 * len(model.model.layers), "the layers unpack with what was chosen"
+    assert len(used) == 7 * len(model.model.layers), "the layers dequantize with what was chosen"

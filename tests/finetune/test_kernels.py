@@ -1,4 +1,4 @@
-"""Triton's kernels without a GPU: they compile for the cards that people have, and agree with PyTorch's operations.
+"""Triton's kernels without a GPU: they compile for the GPUs that people have, and agree with PyTorch's operations.
 
 Both are done by compile_kernels.py in processes that have Triton; `make test` puts Colab's into .venv/triton.
 """
@@ -17,7 +17,7 @@ from helpers.models import ROOT
 
 TRITON = Path(sys.prefix) / "triton"
 CAPABILITIES = ("75", "80", "89", "90")
-SHARED_BYTES = 48 * 1024  # a block of threads gets so much on every card without asking for more
+SHARED_BYTES = 48 * 1024  # a block of threads gets so much on every GPU without asking for more
 
 pytestmark = pytest.mark.skipif(
     not (TRITON / "triton").is_dir() and importlib.util.find_spec("triton") is None,
@@ -49,8 +49,8 @@ def lines(tmp_path_factory) -> dict[str, list[dict]]:
 
 
 @pytest.mark.parametrize("capability", map(int, CAPABILITIES))
-def test_every_kernel_compiles_for_a_card_that_is_not_there(capability, lines):
-    source = (ROOT / "helpers" / "kernels.py").read_text(encoding="utf-8")
+def test_every_kernel_compiles_for_a_gpu_that_is_not_there(capability, lines):
+    source = (ROOT / "helpers" / "finetune" / "engine" / "kernels.py").read_text(encoding="utf-8")
     rows = [row for row in lines["compile"] if row["capability"] == capability]
     assert {row["kernel"] for row in rows} == set(re.findall(r"@triton.jit\n    def (\w+)", source))
     assert {row["dtype"] for row in rows} == ({"fp16"} if capability < 80 else {"fp16", "bf16"})

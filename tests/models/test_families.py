@@ -20,7 +20,7 @@ from transformers.masking_utils import (
 
 from helpers import budget, finetune, hardware, inference
 from helpers.budget import activations, vram
-from helpers.evaluate import perplexity
+from helpers.evaluate.perplexity import Window, window_losses
 from helpers.finetune.base import Precision, adapters, check_targets
 from helpers.finetune.engine import losses
 from helpers.finetune.trainer import choose_layers
@@ -161,10 +161,10 @@ def test_what_is_budgeted_runs_and_its_loss_and_perplexity_are_transformers(name
         theirs = losses.forward_loss(base, ids, torch.float32)
         with torch.no_grad():
             logits = model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
-    window = perplexity.Window(ids, 1)
+    window = Window(ids, 1)
     nats = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="sum").item()
     assert nats / (TOKENS - 1) == pytest.approx(theirs, abs=1e-4)
-    assert perplexity.window_losses(model, [window, window])[1] / (TOKENS - 1) == pytest.approx(theirs, abs=1e-4)
+    assert window_losses(model, [window, window])[1] / (TOKENS - 1) == pytest.approx(theirs, abs=1e-4)
 
     losses.install(base, config.train.loss)
     own, said = choose_layers(model, config)

@@ -112,12 +112,13 @@ def test_what_the_caller_was_handling_keeps_its_variables():
 
 CELL = """
 import weakref
-from helpers import card, readers
+from helpers.models import gpu
+from helpers.sources import readers
 
 class Model:
     pass
 
-@card.gives_back
+@gpu.gives_back
 def work():
     model = Model()
     held.append(weakref.ref(model))

@@ -1,6 +1,7 @@
 """The template: tokens equal to mistral-common's, masks exact to the token, whole turns within the context."""
 
 import random
+import shutil
 import sys
 from functools import cache
 
@@ -290,3 +291,20 @@ def test_plain_text_is_cut_and_not_lost(text, seq_len):
     ids = [token for row in rows for token in row.input_ids[1:]]
     assert template.tokenizer.decode(ids) in (text + "</s>", text)
     assert all(len(row.input_ids) <= seq_len and sum(row.assistant_masks) == len(row.input_ids) - 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"tekken.json": "{}"}, "as tekken.json alone.*put the tokenizer.json"),
+        ({"tokenizer.model": "no vocabulary"}, "cannot be read.*a folder needs tokenizer.json"),
+        ({}, "cannot be read.*a folder needs tokenizer.json"),
+    ],
+)
+def test_a_folder_without_a_tokenizer_that_can_be_read_says_which_file_is_wanted(files, says, tmp_path):
+    shutil.copyfile(TINY / "config.json", tmp_path / "config.json")
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=says) as refusal:
+        load_tokenizer(tmp_path)
+    assert "network" not in str(refusal.value)

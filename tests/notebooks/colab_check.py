@@ -27,8 +27,7 @@ BUILD_TOOLS = ("ninja", "maturin")
 """GPTQModel declares them for compiling kernels; what the notebooks use of it needs neither."""
 FILES = {
     "requirements.txt": ["-r", "requirements.txt"],
-    "requirements-nodeps.txt": ["--no-deps", "-r", "requirements-nodeps.txt"],
-    "requirements-gptq.txt": ["--no-deps", "-r", "requirements-gptq.txt"],
+    **{f"requirements/{name}.txt": ["--no-deps", "-r", f"requirements/{name}.txt"] for name in ("trl", "gptq", "gguf")},
 }
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(35, 4, -1)] + ["manylinux2014_x86_64", "linux_x86_64"]
 """What the image's glibc 2.35 takes."""
@@ -143,7 +142,7 @@ def runs(name: str, version: str, python: str | None, folder: Path) -> list[tupl
     parts = []
     for what, keep in (("wheels", False), ("sources", True)):
         chosen = [line for line, source in zip(lines, is_source, strict=True) if source == keep and line[:1] != "#"]
-        path = folder / f"{what}-{name}"
+        path = folder / f"{what}-{Path(name).name}"
         path.write_text("\n".join(chosen), encoding="utf-8")
         options = [] if keep else ["--only-binary=:all:", "--python-version", version, "--implementation", "cp"]
         options += [] if keep else [f"--platform={platform}" for platform in PLATFORMS]

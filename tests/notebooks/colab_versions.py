@@ -27,8 +27,7 @@ DEFAULT_TESTS = [
 def build(folder: Path, torch: str) -> Path:
     """The environment's Python; building it when its requirements changed since."""
     python, stamp = folder / "bin" / "python", folder / "built-from"
-    gptq = ROOT / "requirements-gptq.txt"
-    files = [IMAGE, ROOT / "requirements.txt", ROOT / "requirements-nodeps.txt", *([gptq] if gptq.is_file() else [])]
+    files = [IMAGE, *(ROOT / name for name in ("requirements.txt", "requirements/trl.txt", "requirements/gptq.txt"))]
     wanted = hashlib.sha256(b"".join(file.read_bytes() for file in files) + torch.encode()).hexdigest()
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return python

@@ -25,7 +25,7 @@ from helpers.workspace.choices import PLAN
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = tuple(sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb")))
-RECIPES = ("helpers", "notebooks", "data", "pyproject.toml", *(path.name for path in ROOT.glob("requirements*.txt")))
+RECIPES = ("helpers", "notebooks", "data", "pyproject.toml", "requirements", "requirements.txt")
 LEFT_OUT = shutil.ignore_patterns("measurements", "kernel-ipc*")  # and sockets of notebooks that run at this moment
 ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "VIRTUAL_ENV")
 SMALL_CARD = """

@@ -8,10 +8,9 @@ import re
 import tokenize
 from pathlib import Path
 
+import badges
 import nbformat
 import pytest
-
-from helpers import badges
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NAMES = [

@@ -96,7 +96,7 @@ REFUSED = {
     "tar": ("rows.tar", b"a" * 257 + b"ustar\x0000" + bytes(300), "is a tar archive"),
     "web page": ("rows.jsonl", b"\n<!DOCTYPE html><html>Sign in</html>", "is a web page"),
     "Git LFS pointer": ("rows.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS"),
-    "UTF-16": ("rows.jsonl", line().decode().encode("utf-16"), "UTF-16"),
+    "UTF-32": ("rows.jsonl", line().decode().encode("utf-32"), "is a binary file"),
     "Excel": ("rows.xlsx", zip_at("xl/workbook.xml"), "is an Office document"),
     "Word": ("rows.docx", zip_at("word/document.xml"), "is an Office document"),
     "RTF": ("rows.txt", b"{\\rtf1\\ansi Hello}", "is a Word document"),

@@ -21,7 +21,7 @@ from helpers.models.templates import Template, load_tokenizer
 from helpers.quantize import dequantized
 
 ROOT = Path(__file__).resolve().parents[2]
-REQUIREMENTS = ROOT / "requirements-autogptq.txt"
+REQUIREMENTS = Path(__file__).with_name("autogptq.txt")
 AUTOGPTQ = "auto-gptq==0.7.1"
 LOAD = """
 import json, sys

@@ -134,25 +134,16 @@ def test_neighbours_in_the_bar_differ_in_colour(values):
     assert all(one != next_one for one, next_one in pairwise(colours)), dict(zip(parts, colours, strict=True))
 
 
-def test_a_notebook_shows_sliders_or_words_and_a_helpers_error_as_one_sentence():
+def test_a_notebook_shows_sliders_or_words():
     """Executed for real, as a headless run does; the front end that draws the sliders is test_panel_browser's."""
     cells = [
-        "from helpers import hardware, models\nfrom helpers.show import panel\npanel.plain_errors()",
+        "from helpers import hardware, models\nfrom helpers.show import panel",
         "config = models.profile('mistral-7b', rank=8)",
-        "sliders = panel.panel(config, models.shape('mistral-7b-v0.3'), hardware.machine('t4'))\nsliders",
-        "models.profile('mistral-7b', rank=0)",
-        "raise ValueError('my own')",
-        "exec(compile('int(str())', panel.__file__, 'exec'))",
+        "panel.panel(config, models.shape('mistral-7b-v0.3'), hardware.machine('t4'))",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
-    NotebookClient(notebook, kernel_name="python3", allow_errors=True).execute(cwd=str(models.ROOT))
+    NotebookClient(notebook, kernel_name="python3").execute(cwd=str(models.ROOT))
     (shown,) = notebook.cells[2].outputs
     assert "application/vnd.jupyter.widget-view+json" in shown.data
     words = shown.data["text/plain"]
     assert "rank r 8" in words and budget.table(panel(rank=8).plan.budget) in words
-    (sentence,) = notebook.cells[3].outputs
-    assert sentence.output_type == "error" and "rank must be" in sentence.evalue
-    assert len(sentence.traceback) == 1 and "\n" not in sentence.traceback[0]
-    for cell in notebook.cells[4:]:  # the reader's own mistake, and a helper's bug
-        (usual,) = cell.outputs
-        assert "Traceback" in "\n".join(usual.traceback)

@@ -1,5 +1,6 @@
 """What data sets that nobody here wrote did to preparation, one test a trap: what was trained, lost or unsaid."""
 
+import io
 import json
 import zipfile
 
@@ -18,7 +19,7 @@ from helpers.prepare.checks import Findings, actions, check, leaks
 from helpers.prepare.duplicates import groups, jaccard, sketches, windows
 from helpers.prepare.outliers import language_name, languages
 from helpers.sources import columns, encodings
-from helpers.sources.readers import read
+from helpers.sources.readers import FromUtf16, read
 from helpers.workspace import building
 from helpers.workspace.prepared import with_own_questions
 
@@ -192,6 +193,18 @@ def test_an_accent_in_a_header_is_no_traceback(tmp_path):
     assert rows == [("Où est-ce ?", "Là-bas.")]
 
 
+@pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
+def test_what_powershell_and_excel_save_as_unicode_is_read_and_said(order, tmp_path):
+    table = "Question\tAnswer\r\n" + "".join(f"Wo ist {i} 🏠?\tÜber der Straße {i}.\r\n" for i in range(40))
+    path = tmp_path / "table.txt"
+    path.write_bytes(("\ufeff" + table).encode(order))
+    counts, rows = made(path, tmp_path / "out")
+    parts = FromUtf16(io.BytesIO(path.read_bytes()))
+    assert b"".join(iter(lambda: parts.read(7), b"")).decode() == table  # some end inside of letters
+    assert rows[39] == ("Wo ist 39 🏠?", "Über der Straße 39.") and len(rows) == 40
+    assert any("table.txt is in UTF-16" in warning for warning in counts["warnings"])
+
+
 def test_half_width_katakana_are_not_believed():
     assert encodings.guess("Где находится дом? За рекой, в деревне.".encode("koi8_r")) != "cp932"
 
@@ -229,7 +242,16 @@ def test_of_a_folder_or_zip_only_data_of_one_split_is_read(tmp_path):
     for source in ("set", "set.zip"):
         notes = []
         assert [record.row for record in read(str(tmp_path / source), notes=notes)] == pairs(4)
-        assert "data/test.jsonl, the test split" in notes[0] and "--heldout-source" in notes[0]
+        assert "data/test.jsonl, the test split" in notes[0] and "--heldout-split validation" in notes[0]
+        counts = prepare(
+            profile("tiny", heldout_split="validation"), tmp_path / f"{source}.out", str(tmp_path / source)
+        )
+        assert (counts["train_conversations"], counts["heldout_conversations"]) == (4, 2)
+        assert any("left out: data/test.jsonl" in said for said in counts["warnings"])
+        assert not any("validation" in said for said in counts["warnings"])
+    for source in ("set", "set.zip", "set/data/train.jsonl"):
+        with pytest.raises(ValueError, match=r"has no dev2 split: leave heldout_split empty"):
+            prepare(profile("tiny", heldout_split="dev2"), tmp_path / "none", str(tmp_path / source))
     assert len(list(read(str(tmp_path / "set"), "test"))) == 2
     counts, _ = made(tmp_path / "set", tmp_path / "out")
     assert counts["in"] == 4 and any("left out" in warning for warning in counts["warnings"])

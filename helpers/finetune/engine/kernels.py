@@ -1,4 +1,4 @@
-"""Elementwise pieces of a decoder layer with their gradients: one Triton kernel each on a GPU, plain PyTorch elsewhere.
+"""Elementwise operations of a decoder layer with their gradients: a Triton kernel each on a GPU, PyTorch elsewhere.
 
 Each reads its inputs once and writes its result once, where PyTorch's own operations would take three to eight passes
 over memory and keep fp32 copies. Rounding follows transformers' modules: statistics and exponentials in fp32, results
@@ -24,6 +24,7 @@ except ImportError:  # PyTorch's CPU wheels have none
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / rms(x) * weight over the last axis (https://arxiv.org/abs/1910.07467). x: (tokens, hidden)."""
     if not on_triton(x):
+        # Rounded to x's type before the weight comes in, as transformers' module does: the order decides the last bit.
         inverse = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
         return weight * (x.float() * inverse).to(x.dtype)
     out = torch.empty_like(x)
@@ -35,7 +36,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def rms_norm_backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor, out: torch.Tensor
 ) -> torch.Tensor:
-    """out = residual + gradient for x of rms_norm(x), given the gradient for its result. All (tokens, hidden)."""
+    """out = residual + gradient for x of rms_norm(x), given the gradient for its result. All (tokens, hidden).
+
+    With r = 1 / rms(x), n = r x and s = gradient · weight it is r (s - n mean(s n)): the second term is what x changes
+    through r. The weight is frozen and gets none. Only x is saved: r and n are made again.
+    """
     if not on_triton(x):
         inverse = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
         normed, scaled = x.float() * inverse, (grad * weight).float()
@@ -49,12 +54,14 @@ def rms_norm_backward(
 def rotate_(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool = False) -> torch.Tensor:
     """Rotary positions, in place (https://arxiv.org/abs/2104.09864). back: the gradient, a rotation the other way.
 
-    states: (tokens, heads, head_dim), contiguous. cos, sin: (rows, head_dim); token t takes row t % rows.
+    states: (tokens, heads, head_dim), contiguous. cos, sin: (rows, head_dim); token t takes row t % rows. A head's
+    value i turns with value i + head_dim / 2, as in the weights on the hub; the paper pairs neighbours.
     """
     tokens, heads, size = states.shape
     half = size // 2
     if not on_triton(states):
         repeat = tokens // cos.shape[0]
+        # transformers writes the angles twice, for both halves; the first half is enough.
         cos, sin = cos.repeat(repeat, 1)[:, None, :half], sin.repeat(repeat, 1)[:, None, :half]
         first, second = states[..., :half].clone(), states[..., half:].clone()
         sin = -sin if back else sin
@@ -79,6 +86,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None = None
 def swiglu_backward_(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients for gate and up, written over them, given the gradient for swiglu's result."""
     if not on_triton(gate):
+        # silu(x) = x σ(x), so silu'(x) = σ(x) (1 + x (1 - σ(x))), because σ' = σ (1 - σ)
         sigmoid = torch.sigmoid(gate.float())
         silu = gate.float() * sigmoid
         slope = sigmoid * (1 + gate.float() * (1 - sigmoid))
@@ -91,8 +99,8 @@ def swiglu_backward_(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -
 def dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
     """A matrix that bitsandbytes packed in 4 bits (QLoRA, https://arxiv.org/abs/2305.14314), as dtype: state.shape.
 
-    state: its QuantState. bitsandbytes needs three launches where scales are quantized too, and a GPU more than twice
-    the time that writing the result takes.
+    state: its QuantState. With double quantization (section 3 there) a block's scale is itself a byte, with a scale for
+    each 256 of them: equation 6. bitsandbytes runs three kernels for that; here it is one.
     """
     blocks = state.absmax.numel()
     if not on_triton(packed) or blocks * state.blocksize != state.shape.numel():
@@ -110,7 +118,7 @@ def dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Te
 
 
 def bitsandbytes_dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The same through bitsandbytes' own kernels."""
+    """The same through bitsandbytes' kernels."""
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(packed.view(-1, 1), state).to(dtype)
@@ -119,7 +127,7 @@ def bitsandbytes_dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype
 def dequantizer(weight: torch.Tensor) -> Callable[[torch.Tensor, Any, torch.dtype], torch.Tensor]:
     """`dequantize` where it gives on this device, bit for bit, what bitsandbytes gives for a packed weight; else that.
 
-    Asked once before training, on one matrix: Triton compiles anew for each card, and a wrong weight raises nothing.
+    Asked once before training, on one matrix: Triton compiles anew for each GPU, and a wrong weight raises nothing.
     """
     packed, state = weight.data, weight.quant_state
     expected = bitsandbytes_dequantize(packed, state, state.dtype)
@@ -141,6 +149,7 @@ if triton is not None:
 
     @triton.jit
     def _rms_norm(x, weight, out, eps, columns, BLOCK: tl.constexpr):
+        # A program a row, all of it in registers. 64 bits: tokens × hidden passes 2³¹ at 524,288 tokens of 4,096.
         row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
         inside = column < columns
         values = tl.load(x + row * columns + column, mask=inside, other=0.0)
@@ -157,6 +166,7 @@ if triton is not None:
         wide = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
         inverse = tl.rsqrt(tl.sum(wide * wide, 0) / columns + eps)
         normed = wide * inverse
+        # gradient · weight, and its mean product with the normed row: the row's second sum, both in fp32
         scaled = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
         scaled *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
         inner = inverse * (scaled - normed * (tl.sum(scaled * normed, 0) / columns))
@@ -165,12 +175,13 @@ if triton is not None:
 
     @triton.jit
     def _rotate(states, cos, sin, rows, stride, heads, HALF: tl.constexpr, BACK: tl.constexpr, HEADS: tl.constexpr):
+        # A program a token turns all its heads; HEADS is their number, rounded up to a power of two as Triton wants.
         token = tl.program_id(0).to(tl.int64)
         head, place = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
         inside = (head < heads) & (place < HALF)
         cosine = tl.load(cos + (token % rows) * stride + place).to(tl.float32)
         sine = tl.load(sin + (token % rows) * stride + place).to(tl.float32)
-        if BACK:
+        if BACK:  # a rotation's gradient is its transpose, the rotation by the negative angle
             sine = -sine
         start = states + token * heads * (2 * HALF) + head * (2 * HALF) + place
         first = tl.load(start, mask=inside, other=0.0).to(tl.float32)
@@ -185,6 +196,7 @@ if triton is not None:
         left = tl.load(gate + place, mask=inside, other=0.0)
         right = tl.load(up + place, mask=inside, other=0.0)
         wide = left.to(tl.float32)
+        # silu is rounded before it is multiplied, as by PyTorch's two operations
         tl.store(out + place, (wide * tl.sigmoid(wide)).to(left.dtype) * right, mask=inside)
 
     @triton.jit
@@ -195,6 +207,7 @@ if triton is not None:
         left = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
         right = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(left)
+        # Both inputs are in registers by now, and nobody needs them again: their gradients take their memory.
         tl.store(gate + place, above * right * sigmoid * (1 + left * (1 - sigmoid)), mask=inside)
         tl.store(up + place, above * left * sigmoid, mask=inside)
 
@@ -203,13 +216,15 @@ if triton is not None:
         packed, scales, levels, out, blocks, scale_levels, group_scales, offset,
         NESTED: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, BLOCKS: tl.constexpr,
     ):  # fmt: skip
+        # A program takes BLOCKS blocks of 2 · HALF values (64 in QLoRA) that share a scale each.
         block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
         inside = block < blocks
         scale = tl.load(scales + block, mask=inside, other=0)
-        if NESTED:
+        if NESTED:  # the scale is a code: level × its group's scale + the mean that was taken off all of them
             group = tl.load(group_scales + block // GROUP, mask=inside, other=0.0)
             scale = tl.load(scale_levels + scale.to(tl.int32)) * group + tl.load(offset)
         place = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
+        # A byte holds two values, the first in its high half; each is one of 16 levels (NF4's quantiles of a normal).
         pair = tl.load(packed + place, mask=inside[:, None], other=0).to(tl.int32)
         first = tl.load(levels + (pair >> 4)) * scale[:, None]
         second = tl.load(levels + (pair & 15)) * scale[:, None]

@@ -1,20 +1,20 @@
-"""A decoder layer of Mistral, Llama or Qwen2 with LoRA as one autograd function that chooses what it keeps.
+"""A decoder layer of Mistral, Llama or Qwen2 with LoRA, as one autograd function that chooses what it saves.
 
-PyTorch's autograd keeps the inputs of every operation: 0.143 MiB a token and layer at the 7B shape. This function
-keeps one of three sets and recomputes the rest from the layer's input; a recomputation never repeats attention
-(but in "input"), the last matrix product, or anything that the gradients do not need.
+PyTorch's autograd saves the inputs of every operation: 0.143 MiB a token and layer at the 7B shape. This function
+saves one of three sets and recomputes the rest from the layer's input (activation checkpointing,
+https://arxiv.org/abs/1604.06174, with a choice of what to store); it never recomputes attention (but in "input"), the
+last matrix product, or anything that the gradients do not need.
 
-Bytes a token that one layer keeps until its backward, with s bytes a value (2 in fp16 and bf16), hidden h,
+Bytes a token that one layer saves for backward, with s bytes a value (2 in fp16 and bf16), hidden h,
 kv = kv_heads × head_dim, intermediate f, heads n; and the share of the layer's matrix products that it recomputes:
 
-    keeps          bytes a token                    Mistral 7B, fp16      recomputes
+    saves          bytes a token                    Mistral 7B, fp16      recomputes
     "input"        s·h                              8,192 = 0.0078 MiB    all but down_proj (73%), and attention
     "attention"    s·2h + 4n                        16,512 = 0.0157 MiB   all but down_proj (73%)
     "everything"   s·(4h + 2kv + 2f) + 4n           94,336 = 0.0900 MiB   none: only norms and SwiGLU products
 
-Offloaded, s·h of "input" and "attention" lie in pinned host memory instead (as much of it as the configuration allows;
-the rest stays on the GPU), and two layers' worth is on the GPU too.
-The MLP goes through MLP_TOKENS tokens at a time, so what is alive beside that, once, is at most
+Offloaded (offload.py), s·h of "input" and "attention" lie in pinned host memory instead, and two layers' worth is on
+the GPU too. The MLP goes through MLP_TOKENS tokens at a time, so what is alive beside that, once, is at most
 
     one dequantized matrix, s·h·f (112 MiB)
     + MLP: min(tokens, MLP_TOKENS) · s·(h + 3f)                       (92 KiB a token, at most 368 MiB)
@@ -22,7 +22,8 @@ The MLP goes through MLP_TOKENS tokens at a time, so what is alive beside that, 
       keys and values are repeated, s·11h: 88 KiB a token), not at the same time as the MLP's
 
 and before the first layer's turn the last norm, which is transformers' own: tokens · 24h (96 KiB).
-Weights are dequantized when they are used and never kept; adapters stay in fp32 and are cast a layer at a time.
+Dequantized weights are temporary: made for one matrix product and freed. Adapters stay in fp32 and are cast to the
+activations' type a layer at a time.
 """
 
 from collections.abc import Callable
@@ -31,13 +32,15 @@ from typing import Any
 
 import torch
 
-from helpers.budget import activations
 from helpers.budget.activations import MLP_TOKENS
 from helpers.finetune.engine import kernels
+from helpers.finetune.engine.offload import Offload
 from helpers.models import attention, families
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 """What a decoder layer of these families is made of."""
+SAVED = {"input": (), "attention": ("out",), "everything": ("query", "key", "value", "out", "middle")}
+"""What a layer saves for backward beside its input; "everything" has gate and up too."""
 
 
 @dataclass
@@ -62,7 +65,7 @@ class Linear:
 def linear_of(module: torch.nn.Module) -> Linear:
     """What a projection, wrapped by PEFT or not, computes with."""
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    if base is module:
+    if base is module:  # not a target of LoRA
         return Linear(base.weight, base.bias, None, None, 1.0)
     (name,) = module.active_adapters
     return Linear(
@@ -75,6 +78,7 @@ class Projections:
 
     def __init__(self, linears: list[Linear]):
         self.linears = linears
+        # A, B, A, B …: the order in which autograd gets the adapters and gives back their gradients.
         adapted = [linear for linear in linears if linear.down is not None]
         self.adapters = [part for linear in adapted for part in (linear.down, linear.up)]
         self.ranks = [0 if linear.down is None else linear.down.shape[0] for linear in linears]
@@ -83,7 +87,8 @@ class Projections:
     def cast(self, dtype: torch.dtype) -> None:
         """Adapters in the type of the activations, for as long as this layer computes."""
         if self.rank:
-            self.down = torch.cat(self.adapters[::2]).to(dtype)  # (all ranks, in)
+            # Every A, one below the other: (all ranks, in); each B by itself: (out, rank).
+            self.down = torch.cat(self.adapters[::2]).to(dtype)
             self.ups = [None if linear.up is None else linear.up.detach().to(dtype) for linear in self.linears]
 
     def release(self) -> None:
@@ -114,24 +119,32 @@ class Projections:
     def backward(
         self, grads: list[torch.Tensor], x: torch.Tensor, wants_x: bool = True
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """Gradient for x and, A then B for each linear that has LoRA, for the adapters."""
+        """Gradient for x and, A then B for each linear that has LoRA, for the adapters.
+
+        Of y = x Wᵀ + s (x Aᵀ) Bᵀ (LoRA, section 4.1, https://arxiv.org/abs/2106.09685) with the gradient g for y:
+
+            for B: gᵀ (s x Aᵀ)        for A: (s g B)ᵀ x        for x: g W + (s g B) A
+
+        W and the bias are frozen: their gradients, in full fine-tuning a third of all products, are never made.
+        """
         adapter_grads: list[torch.Tensor] = []
+        # s g B of each linear lies beside the others', so that all A's, and x, get theirs from one product.
         inner_grads = torch.empty(x.shape[0], self.rank, dtype=x.dtype, device=x.device) if self.rank else None
         x_grad = None
-        inners = self.lora_inputs(x)
+        inners = self.lora_inputs(x)  # s x Aᵀ again: (tokens, rank) each, cheaper to recompute than to save
         inner_parts = self.split(inner_grads) if self.rank else inners
         up_grads = []
         for place, (linear, grad) in enumerate(zip(self.linears, grads, strict=True)):
             if inners[place] is not None:
-                up_grads.append(grad.T @ inners[place])
+                up_grads.append(grad.T @ inners[place])  # (out, tokens) @ (tokens, rank)
                 torch.mul(grad @ self.ups[place], linear.scaling, out=inner_parts[place])
-            if wants_x:
-                weight = linear.dense(grad.dtype)
+            if wants_x:  # not below the first layer, where nothing is trained
+                weight = linear.dense(grad.dtype)  # (out, in): dequantized a second time rather than saved
                 x_grad = grad @ weight if x_grad is None else x_grad.addmm_(grad, weight)
                 del weight
         if self.rank:
             ranks = [rank for rank in self.ranks if rank]
-            down_grads = (inner_grads.T @ x).split(ranks)
+            down_grads = (inner_grads.T @ x).split(ranks)  # (all ranks, tokens) @ (tokens, in)
             adapter_grads = [part for pair in zip(down_grads, up_grads, strict=True) for part in pair]
             if wants_x:
                 x_grad.addmm_(inner_grads, self.down)
@@ -139,9 +152,10 @@ class Projections:
 
 
 class Layer:
-    """One decoder layer: its frozen weights, its adapters, and what it keeps for the backward pass."""
+    """One decoder layer: its frozen weights, its adapters, and what it saves for backward."""
 
-    def __init__(self, module: torch.nn.Module, keeps: str, offload: "Offload | None" = None):
+    def __init__(self, module: torch.nn.Module, saves: str, offload: Offload | None = None):
+        """saves: a key of SAVED."""
         attend, mlp = module.self_attn, module.mlp
         self.qkv = Projections([linear_of(attend.q_proj), linear_of(attend.k_proj), linear_of(attend.v_proj)])
         self.out = Projections([linear_of(attend.o_proj)])
@@ -157,7 +171,7 @@ class Layer:
             "mistral": getattr(attend.config, "sliding_window", None),
             "qwen2": getattr(attend, "sliding_window", None),  # not in every layer
         }.get(attend.config.model_type)
-        self.keeps, self.offload = keeps, offload
+        self.saves, self.offload = saves, offload
         self.wrapped = [part for part in module.modules() if hasattr(part, "disable_adapters")]
 
     def switched_off(self) -> bool:
@@ -166,6 +180,7 @@ class Layer:
 
     def queries_keys_values(self, normed: torch.Tensor, place: "Place") -> list[torch.Tensor]:
         """Rotated queries and keys, and values: (batch, tokens, heads, head_dim) each."""
+        # (tokens, heads · head_dim) -> (tokens, heads, head_dim); keys and values have fewer heads (GQA)
         query, key, value = (part.view(part.shape[0], -1, self.head_dim) for part in self.qkv.forward(normed))
         kernels.rotate_(query, place.cos, place.sin)
         kernels.rotate_(key, place.cos, place.sin)
@@ -175,59 +190,57 @@ class Layer:
         """x + o_proj(attention's result): (tokens, hidden)."""
         return self.out.forward(out.reshape(x.shape[0], -1))[0].add_(x)
 
-    def forward(self, x: torch.Tensor, place: "Place", keep: bool) -> tuple[torch.Tensor, dict[str, Any]]:
-        """x: (tokens, hidden) -> the layer's result, and what a backward pass may want; keep: gate and up too."""
+    def forward(self, x: torch.Tensor, place: "Place", save_gates: bool) -> tuple[torch.Tensor, dict[str, Any]]:
+        """x: (tokens, hidden) -> the layer's result, and what may be saved for backward; save_gates: gate and up too.
+
+        middle = x + attention(norm(x)); result = middle + mlp(norm(middle)), transformers' order (pre-norm).
+        """
         self.cast(x.dtype)
         query, key, value = self.queries_keys_values(kernels.rms_norm(x, *self.norms[0]), place)
         out, stats = attention.forward(query, key, value, place.packing, self.window)
         middle = self.attend(x, out)
+        # The MLP is the widest place, up to s·3f a token, and its tokens do not see each other: chunk by chunk.
         result, gates = torch.empty_like(x), []
-        for rows in pieces(x.shape[0]):
+        for rows in chunks(x.shape[0]):
             gate, up = self.gate_up.forward(kernels.rms_norm(middle[rows], *self.norms[1]))
-            product = kernels.swiglu(gate, up, out=None if keep else gate)
-            gates += [gate, up] if keep else []
+            product = kernels.swiglu(gate, up, out=None if save_gates else gate)  # over gate, if nobody wants it
+            gates += [gate, up] if save_gates else []
             del gate, up
             torch.add(self.down.forward(product)[0], middle[rows], out=result[rows])
             del product
         self.release()
-        kept = {
-            "query": query,
-            "key": key,
-            "value": value,
-            "out": out,
-            "stats": stats,
-            "middle": middle,
-            "gates": gates,
-        }
-        return result, kept
+        saved = {"query": query, "key": key, "value": value, "out": out, "middle": middle}
+        return result, saved | {"stats": stats, "gates": gates}
 
     def backward(
-        self, grad: torch.Tensor, x: torch.Tensor, kept: dict[str, Any], place: "Place", wants_x: bool
+        self, grad: torch.Tensor, x: torch.Tensor, saved: dict[str, Any], place: "Place", wants_x: bool
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """Gradients for x (tokens, hidden) and, in fp32, for the adapters in their order."""
         self.cast(x.dtype)
+        # The forward pass again, as far as it was not saved: the same operations on the same shapes.
         normed = kernels.rms_norm(x, *self.norms[0])
-        if "query" in kept:
-            query, key, value = kept["query"], kept["key"], kept["value"]
+        if "query" in saved:
+            query, key, value = saved["query"], saved["key"], saved["value"]
         else:
             query, key, value = self.queries_keys_values(normed, place)
-        if "out" in kept:
-            out, stats = kept["out"], kept["stats"]
+        if "out" in saved:
+            out, stats = saved["out"], saved["stats"]
         else:
             out, stats = attention.forward(query, key, value, place.packing, self.window)
-        middle = kept["middle"] if "middle" in kept else self.attend(x, out)
-        middle_grad, mlp_grads = self.mlp_backward(grad, middle, kept.get("gates", []))
+        middle = saved["middle"] if "middle" in saved else self.attend(x, out)
+        # Then backwards: the MLP, o_proj, attention, q, k and v. What is done with goes at once: each is s·h a token.
+        middle_grad, mlp_grads = self.mlp_backward(grad, middle, saved.get("gates", []))
         del middle
         flat = out.reshape(x.shape[0], -1)
         out_grad, out_grads = self.out.backward([middle_grad], flat)
         grads = attention.backward(out_grad.view(out.shape), query, key, value, out, stats, place.packing, self.window)
         del out_grad, query, key, value, out, flat
         grads = [part.contiguous().view(x.shape[0], -1, self.head_dim) for part in grads]
-        for part in grads[:2]:
+        for part in grads[:2]:  # values are not rotated
             kernels.rotate_(part, place.cos, place.sin, back=True)
         normed_grad, qkv_grads = self.qkv.backward([part.view(x.shape[0], -1) for part in grads], normed, wants_x)
         x_grad = None
-        if wants_x:
+        if wants_x:  # the norm's gradient, and that of the residual connection around attention
             x_grad = kernels.rms_norm_backward(normed_grad, x, *self.norms[0], middle_grad, out=torch.empty_like(x))
         self.release()
         return x_grad, in_fp32([*qkv_grads, *out_grads, *mlp_grads])
@@ -237,16 +250,18 @@ class Layer:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Gradients for the MLP's input (tokens, hidden), residual included, and for its adapters."""
         result, total = torch.empty_like(middle), []
-        for turn, rows in enumerate(pieces(middle.shape[0])):
+        for turn, rows in enumerate(chunks(middle.shape[0])):  # the same chunks as in the forward pass
             normed = kernels.rms_norm(middle[rows], *self.norms[1])
             gate, up = gates[2 * turn : 2 * turn + 2] if gates else self.gate_up.forward(normed)
+            # silu(gate)·up is made again for down_proj's A, down_proj's own result for nobody
             product_grad, down_grads = self.down.backward([grad[rows]], kernels.swiglu(gate, up))
-            gate, up = kernels.swiglu_backward_(product_grad, gate, up)
+            gate, up = kernels.swiglu_backward_(product_grad, gate, up)  # gradients from here on, in their memory
             del product_grad
             normed_grad, gate_up_grads = self.gate_up.backward([gate, up], normed)
             del gate, up, normed
             kernels.rms_norm_backward(normed_grad, middle[rows], *self.norms[1], grad[rows], out=result[rows])
             parts = [*gate_up_grads, *down_grads]
+            # Gradients of several chunks add up in fp32: in fp16 a sum would round at every chunk, or overflow.
             total = [before + part.float() for before, part in zip(total, parts, strict=True)] if total else parts
         return result, total
 
@@ -261,10 +276,10 @@ class Layer:
             group.release()
 
 
-def pieces(tokens: int) -> list[slice]:
+def chunks(tokens: int) -> list[slice]:
     """Near-equal runs of at most MLP_TOKENS tokens.
 
-    >>> pieces(5000)
+    >>> chunks(5000)
     [slice(0, 2500, None), slice(2500, 5000, None)]
     """
     count = -(-tokens // MLP_TOKENS)
@@ -273,7 +288,7 @@ def pieces(tokens: int) -> list[slice]:
 
 
 def in_fp32(grads: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Copies in fp32, in one launch."""
+    """Copies in fp32, made by one fused kernel instead of one each."""
     wide = [torch.empty_like(grad, dtype=torch.float32) for grad in grads]
     if wide:
         torch._foreach_copy_(wide, grads)
@@ -291,140 +306,38 @@ class Place:
     packing: attention.Packing | None
 
 
-class Arena:
-    """Pinned host memory in chunks, handed out from the bottom up and given back from the top down.
-
-    What is taken may lie across chunks, so that none has a gap; chunks are made when they are first reached and stay
-    for the next step. So what is pinned is the largest step's bytes in whole chunks, whatever the contexts were.
-    """
-
-    def __init__(self, room: int, pin: bool):
-        """room: bytes at most, whole chunks of it are used. pin: page-locked, which copies to and from a GPU want."""
-        self.size, self.pin = activations.CHUNK_BYTES, pin
-        self.room = room // self.size * self.size
-        self.chunks: list[torch.Tensor] = []
-        self.top = 0
-
-    def take(self, size: int) -> list[torch.Tensor] | None:
-        """The next so many bytes, as the parts of chunks that they lie in (uint8); None when there is no room."""
-        end = self.top + size
-        if end > self.room:
-            return None
-        while end > len(self.chunks) * self.size:
-            self.chunks.append(torch.empty(self.size, dtype=torch.uint8, pin_memory=self.pin))
-        parts = []
-        while self.top < end:
-            chunk, start = divmod(self.top, self.size)
-            parts.append(self.chunks[chunk][start : start + end - self.top])
-            self.top += len(parts[-1])
-        return parts
-
-    def give_back(self, size: int) -> None:
-        """The topmost so many bytes are free again."""
-        self.top -= size
-
-
-class Offload:
-    """Layer inputs in host memory, copied while the GPU computes; the backward pass fetches one layer ahead."""
-
-    def __init__(self, device: torch.device, room: int):
-        """room: bytes of host memory at most."""
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.arena = Arena(room, pin=self.stream is not None)
-        self.stack: list[dict[str, Any]] = []
-
-    def begin(self) -> None:
-        """A new forward pass: whatever an unfinished one left is not needed any more."""
-        self.arena.top = 0
-        self.stack.clear()
-
-    def put(self, x: torch.Tensor) -> dict[str, Any]:
-        """Start copying x out; its GPU memory goes back once the next but one layer's input is on its way."""
-        host = self.arena.take(x.nbytes)
-        slot = {"host": host, "shape": x.shape, "dtype": x.dtype, "x": x, "copied": None}
-        if host is not None:
-            slot["copied"] = self.copy(host, pieces_like(host, x))
-        if len(self.stack) >= 2 and self.stack[-2]["host"] is not None:
-            self.wait(self.stack[-2]["copied"])
-            self.stack[-2]["x"] = None
-        self.stack.append(slot)
-        return slot
-
-    def get(self, slot: dict[str, Any]) -> torch.Tensor:
-        """The input again, and the one below it on its way; its host memory is free for the next step.
-
-        That one is written by the same stream which reads here, so no copy overtakes another.
-        """
-        self.fetch(slot)
-        self.wait(slot["copied"])
-        self.stack.pop()  # the backward pass goes the other way: this is the last one put
-        if self.stack:
-            self.fetch(self.stack[-1])
-        x, slot["x"] = slot["x"], None
-        if slot["host"] is not None:
-            self.arena.give_back(x.nbytes)
-        return x
-
-    def fetch(self, slot: dict[str, Any]) -> None:
-        """Start copying back, unless the input is on the GPU still or already."""
-        if slot["x"] is None:
-            slot["x"] = torch.empty(slot["shape"], dtype=slot["dtype"], device=self.device)
-            slot["copied"] = self.copy(pieces_like(slot["host"], slot["x"]), slot["host"])
-
-    def copy(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> Any:
-        """Copy on the second stream, after what the first has been given; returns what `wait` waits for."""
-        if self.stream is None:
-            for target, source in zip(targets, sources, strict=True):
-                target.copy_(source)
-            return None
-        self.stream.wait_event(torch.cuda.current_stream().record_event())
-        with torch.cuda.stream(self.stream):
-            for target, source in zip(targets, sources, strict=True):
-                target.copy_(source, non_blocking=True)
-            return self.stream.record_event()
-
-    def wait(self, copied: Any) -> None:
-        """Let the first stream wait until a copy is done."""
-        if self.stream is not None and copied is not None:
-            torch.cuda.current_stream().wait_event(copied)
-
-
-def pieces_like(parts: list[torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
-    """The bytes of x, which is contiguous, cut as the parts are."""
-    return list(x.view(-1).view(torch.uint8).split([len(part) for part in parts]))
-
-
 class LayerFunction(torch.autograd.Function):
     """`Layer` in autograd's terms."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: Layer, place: Place, *adapters: torch.Tensor) -> torch.Tensor:
+        # Every type is chosen in Layer: autocast would cast, and save, weights and adapters of its own.
         with torch.autocast(x.device.type, enabled=False):
-            result, kept = layer.forward(x.view(-1, x.shape[-1]), place, keep=layer.keeps == "everything")
+            result, saved = layer.forward(x.view(-1, x.shape[-1]), place, save_gates=layer.saves == "everything")
         ctx.layer, ctx.place, ctx.shape = layer, place, x.shape
-        names = {"input": (), "attention": ("out",), "everything": ("query", "key", "value", "out", "middle")}
-        ctx.names = names[layer.keeps]
-        ctx.stats = kept["stats"] if "out" in ctx.names else None
+        ctx.names = SAVED[layer.saves]
+        ctx.stats = saved["stats"] if "out" in ctx.names else None
         ctx.slot = None
-        if layer.offload is not None and layer.keeps != "everything":
+        if layer.offload is not None and layer.saves != "everything":
             ctx.slot = layer.offload.put(x.detach())
+        # Tensors go through save_for_backward, which frees them after the backward pass and notices who wrote to them.
         ctx.save_for_backward(
-            None if ctx.slot else x, *(kept[name] for name in ctx.names), *(kept["gates"] if ctx.names else ())
+            None if ctx.slot else x, *(saved[name] for name in ctx.names), *(saved["gates"] if ctx.names else ())
         )
         return result.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
-        x, *saved = ctx.saved_tensors
-        kept = dict(zip(ctx.names, saved, strict=False))
-        kept |= {"stats": ctx.stats, "gates": saved[len(ctx.names) :]}
+        x, *tensors = ctx.saved_tensors
+        saved = dict(zip(ctx.names, tensors, strict=False))
+        saved |= {"stats": ctx.stats, "gates": tensors[len(ctx.names) :]}
         if ctx.slot is not None:
             x = ctx.layer.offload.get(ctx.slot)
         with torch.autocast(grad.device.type, enabled=False):
             x_grad, adapter_grads = ctx.layer.backward(
-                grad.reshape(-1, ctx.shape[-1]), x.view(-1, ctx.shape[-1]), kept, ctx.place, ctx.needs_input_grad[0]
+                grad.reshape(-1, ctx.shape[-1]), x.view(-1, ctx.shape[-1]), saved, ctx.place, ctx.needs_input_grad[0]
             )
+        # One for each argument of forward; layer and place have none.
         return None if x_grad is None else x_grad.view(ctx.shape), None, None, *adapter_grads
 
 
@@ -451,11 +364,11 @@ def check(model: torch.nn.Module) -> None:
         ),
     }
     for what in (words for words, found in wrong.items() if found):
-        raise ValueError(f"our own layers were chosen for a model that has {what}: set kernels=plain and report it")
+        raise ValueError(f"the custom layers were chosen for a model that has {what}: set kernels=plain and report it")
 
 
-def install(model: torch.nn.Module, keeps: list[str], offload_bytes: int = 0) -> None:
-    """Let the decoder layers of a causal LM train through `LayerFunction`, the i-th keeping keeps[i].
+def install(model: torch.nn.Module, saves: list[str], offload_bytes: int = 0) -> None:
+    """Let the decoder layers of a causal LM train through `LayerFunction`, the i-th saving saves[i] for backward.
 
     offload_bytes: of host memory, for layers' inputs. Without gradients, or with a key-value cache, layers compute as
     before.
@@ -463,8 +376,9 @@ def install(model: torch.nn.Module, keeps: list[str], offload_bytes: int = 0) ->
     device = next(model.parameters()).device
     host = Offload(device, offload_bytes) if offload_bytes else None
     places = Places(host)
-    layers = [Layer(module, kept, host) for module, kept in zip(model.model.layers, keeps, strict=True)]
+    layers = [Layer(module, saved, host) for module, saved in zip(model.model.layers, saves, strict=True)]
     linears = [linear for layer in layers for group in layer.groups for linear in group.linears]
+    # Which dequantization gives the right bits on this GPU is asked once, on one matrix, for all.
     packed = [linear for linear in linears if hasattr(linear.weight, "quant_state")]
     chosen = kernels.dequantizer(packed[0].weight) if packed else None
     for linear in packed:
@@ -481,9 +395,10 @@ class Places:
 
     def of(self, batch: int, embeddings: tuple[torch.Tensor, torch.Tensor], bounds: Any, longest: Any) -> Place:
         """embeddings: the model's cos and sin, (1 or batch, tokens, head_dim), new ones for every pass."""
-        if embeddings is not self.embeddings:
+        if embeddings is not self.embeddings:  # the first layer of a pass
             if self.offload is not None:
                 self.offload.begin()
+            # (1 or batch, tokens, head_dim) -> (rows, head_dim): token t of the flattened batch takes row t % rows
             cos, sin = (part.reshape(-1, part.shape[-1]).contiguous() for part in embeddings)
             packing = None if bounds is None else attention.Packing(bounds, longest)
             self.embeddings, self.place = embeddings, Place(batch, cos, sin, packing)
@@ -491,7 +406,11 @@ class Places:
 
 
 def training_forward(original: Callable, layer: Layer, places: Places) -> Callable:
-    """A decoder layer's forward through `LayerFunction`; with a cache, a mask or no adapters, the original."""
+    """A decoder layer's forward through `LayerFunction`; with a cache, a mask or no adapters, the original.
+
+    Training needs none of them: padding is on the right, where causal attention never looks, and packed rows come with
+    their bounds. Generation and padded scoring do.
+    """
 
     def forward(
         hidden_states: torch.Tensor,
@@ -513,6 +432,8 @@ def training_forward(original: Callable, layer: Layer, places: Places) -> Callab
         if torch.is_grad_enabled():
             return LayerFunction.apply(hidden_states, layer, place, *layer.adapters)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return layer.forward(hidden_states.reshape(-1, hidden), place, keep=False)[0].view(batch, tokens, hidden)
+            return layer.forward(hidden_states.reshape(-1, hidden), place, save_gates=False)[0].view(
+                batch, tokens, hidden
+            )
 
     return forward

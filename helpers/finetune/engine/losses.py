@@ -1,8 +1,8 @@
-"""Cross-entropy over a large vocabulary without keeping its logits.
+"""Chunked cross-entropy over a large vocabulary: the logits are never there all at once, nor saved for backward.
 
 Full logits of 32,768 words in fp32 cost 128 KiB a token, several times over. Only tokens with a label are looked at,
-a piece at a time; the gradient for the hidden states is made on the way (the head is frozen), so that a token keeps
-only s·hidden bytes (8 KiB at 7B). Alive at once, for a piece: about 10 bytes × LOGITS_AT_ONCE (160 MiB).
+a chunk at a time; the gradient for the hidden states is made on the way (the head is frozen), so that only s·hidden
+bytes a token are saved (8 KiB at 7B). Alive at once, for a chunk: about 10 bytes × LOGITS_AT_ONCE (160 MiB).
 
 What a family does to its logits (a scale, a cap) comes from models/families.py, and before training `check` holds one
 batch's loss to transformers' own.
@@ -33,17 +33,20 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, how: Logits = PLAIN
     ) -> torch.Tensor:
+        # -log p(label) = log Σ exp(logits) - logits[label]; its gradient for the logits is softmax - onehot(label), and
+        # for hidden that times the head. All of it is at hand here, so backward has nothing left to do but scale.
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grads = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grads = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # none in evaluation
         step = max(1, LOGITS_AT_ONCE // head.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], step):
                 rows = slice(start, start + step)
                 logits = finished(products(hidden[rows], head), how)
-                label = labels[rows, None]
+                label = labels[rows, None]  # (chunk, 1); logits (chunk, words)
                 normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
                 total += (normalizer - logits.gather(1, label)).sum()
                 if grads is not None:
+                    # logits = cap tanh(raw / cap) has the slope 1 - tanh², which is 1 - (logits / cap)².
                     slopes = None if how.cap is None else 1 - (logits / how.cap).square_()
                     # Not divided by the number of labels yet: fp16 would lose the small probabilities.
                     logits.sub_(normalizer).exp_().scatter_add_(1, label, logits.new_full(label.shape, -1.0))
@@ -52,8 +55,8 @@ class ChunkedLoss(torch.autograd.Function):
                     if how.scale != 1:
                         logits.mul_(how.scale)
                     for words, part in parts(head, hidden.dtype):
-                        kept = 1.0 if words.start else 0.0  # what the parts before have added up
-                        grads[rows].addmm_(logits[:, words].to(hidden.dtype), part, beta=kept)
+                        before = 1.0 if words.start else 0.0  # the sum of the parts before, or memory never written
+                        grads[rows].addmm_(logits[:, words].to(hidden.dtype), part, beta=before)
         ctx.save_for_backward(grads)
         return total
 
@@ -94,6 +97,7 @@ def label_loss(
     hidden: (batch, tokens, hidden); labels: (batch, tokens), IGNORE where none. kind: "chunked", or "full" (all logits
     at once, in fp32). Products are in autocast's type, an fp32 head's too.
     """
+    # Token t's hidden state predicts token t + 1, so labels are one to the left of where they stand.
     targets = labels[:, 1:].reshape(-1)
     places = (targets != IGNORE).nonzero()[:, 0]
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, places)
@@ -106,6 +110,7 @@ def label_loss(
         total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     else:
         total = ChunkedLoss.apply(rows, head.weight, targets, how)
+    # count is of the whole optimizer step: micro-batches then add up to the loss of one large batch.
     return total / (max(len(targets), 1) if count is None else count)
 
 

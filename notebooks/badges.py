@@ -1,8 +1,9 @@
 """Writes what every notebook shares: its Colab badge, its set-up cell, its metadata, and README's table of notebooks.
 
-`python -m helpers.badges` rewrites them from pyproject.toml, which names the public repository and tag in one place;
-`--repo owner/name` puts a name there first; `--check` writes nothing and exits 1 when something is stale. Outputs,
-execution counts and widget state are stripped on the way, so that a notebook in the repository is only its source.
+`python notebooks/badges.py` rewrites them from pyproject.toml, which names the public repository and tag in one place;
+`--repo owner/name` puts a name there first, `--repo origin` that of this clone's origin, where that is on GitHub;
+`--check` writes nothing and exits 1 when something is stale. Outputs, execution counts and widget state are stripped on
+the way, so that a notebook in the repository is only its source.
 
 >>> colab_url("owner/name", "v1", "01_environment_setup.ipynb")
 'https://colab.research.google.com/github/owner/name/blob/v1/notebooks/01_environment_setup.ipynb'
@@ -11,13 +12,15 @@ execution counts and widget state are stripped on the way, so that a notebook in
 import argparse
 import hashlib
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import nbformat
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 METADATA = {
     "accelerator": "GPU",
     "colab": {"gpuType": "T4", "provenance": [], "toc_visible": True},
@@ -25,91 +28,8 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 SETUP_METADATA = {"cellView": "form", "jupyter": {"source_hidden": True}, "tags": ["setup"]}
-SETUP = """\
-# @title Set-up: the same cell in every notebook, safe to run twice
-import importlib.metadata
-import os
-import shutil
-import subprocess
-import sys
-import urllib.request
-import zipfile
-from contextlib import suppress
-from pathlib import Path
-
-REPOSITORY, TAG = "OWNER/NAME", "REVISION"
-
-if not (3, 11) <= sys.version_info[:2] <= (3, 13):
-    raise SystemExit(
-        f"This is Python {sys.version_info[0]}.{sys.version_info[1]} and the recipes need 3.11 to 3.13: "
-        "choose another kernel (in Colab: Runtime > Change runtime type > Runtime version)."
-    )
-HOME = None  # where a rented machine keeps files; None on your own
-if "COLAB_RELEASE_TAG" in os.environ:
-    HOME = Path("/content")
-elif "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
-    HOME = Path("/kaggle/working")
-
-# The recipes: above this notebook, unpacked by an earlier run of this cell, or importable already.
-places = [Path.cwd(), *Path.cwd().parents, *([HOME / "recipes"] if HOME else []), *map(Path, sys.path)]
-ROOT = next((place.resolve() for place in places if (place / "helpers" / "badges.py").is_file()), None)
-if ROOT is None and HOME is None:
-    raise SystemExit(
-        f"The recipes are not above {Path.cwd()}: open this notebook where it lies, in the repository's notebooks."
-    )
-if ROOT is None:
-    if REPOSITORY:
-        url = f"https://github.com/{REPOSITORY}/archive/{TAG}.zip"
-        try:
-            with urllib.request.urlopen(url, timeout=60) as answer, (HOME / "recipes.zip").open("wb") as file:
-                shutil.copyfileobj(answer, file)
-        except OSError as error:
-            print(f"{url} cannot be fetched ({error}); looking for a zip of the repository instead.")
-    else:
-        print("The recipes have no public repository yet; looking for a zip of the repository.")
-    unpacking = HOME / "recipes.unpacking"
-    shutil.rmtree(unpacking, ignore_errors=True)
-    for folder in (HOME, HOME / "drive" / "MyDrive"):
-        if folder != HOME and not folder.is_dir():
-            with suppress(Exception):  # no Drive, or no leave to see it: what else to do is said below
-                from google.colab import drive
-
-                drive.mount(str(HOME / "drive"))
-        for path in sorted(filter(zipfile.is_zipfile, folder.glob("*.zip")), key=os.path.getmtime, reverse=True):
-            with zipfile.ZipFile(path) as archive:
-                names = [name for name in archive.namelist() if ".." not in name and name[0] not in "/\\\\"]
-                if any(name.endswith("helpers/badges.py") for name in names) and not unpacking.exists():
-                    print(f"Unpacking the recipes from {path}")
-                    archive.extractall(unpacking, names)
-        if unpacking.exists():
-            break
-    found = [*unpacking.rglob("helpers/badges.py"), *Path("/kaggle/input").rglob("helpers/badges.py")]
-    if not found:
-        raise SystemExit(
-            f"There is no zip of the repository in {HOME} or in Drive: upload one and run this cell again "
-            "(in Kaggle: Add input, and turn Internet on)."
-        )
-    shutil.copytree(min(found, key=lambda file: len(file.parts)).parent.parent, unpacking / "whole")
-    ROOT = (unpacking / "whole").rename(HOME / "recipes")
-    shutil.rmtree(unpacking, ignore_errors=True)
-
-if HOME:  # the image's own torch, numpy and widgets stay as they are: other builds break it
-    present = {distribution.name.lower(): distribution.version for distribution in importlib.metadata.distributions()}
-    keep = [f"{name}=={present[name]}" for name in ("torch", "numpy", "ipywidgets") if name in present]
-    print("Installing what the recipes need, about a minute the first time ...")
-    for options in (["-r", "requirements.txt", *keep], ["--no-deps", "-r", "requirements-nodeps.txt"]):
-        command = [sys.executable, "-m", "pip", "install", "--quiet", *options]
-        pip = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if pip.returncode:
-            raise SystemExit(f"pip install {' '.join(options)} failed; its last words: {pip.stderr.strip()[-600:]}")
-    importlib.invalidate_caches()
-
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-from helpers.show.panel import plain_errors
-
-plain_errors()
-print(f"Ready: the recipes are in {ROOT}")"""
+SETUP_CELLS = {True: "setup_cell_public.py", False: "setup_cell.py"}
+"""With a public repository, which is fetched, and without one. Real files, so that they are linted and tested."""
 
 
 def settings(root: Path = ROOT) -> tuple[str, str]:
@@ -125,6 +45,13 @@ def set_repository(repository: str, root: Path = ROOT) -> None:
     path = root / "pyproject.toml"
     text = path.read_text(encoding="utf-8")
     path.write_text(re.sub(r'(?m)^repository = ".*"$', f'repository = "{repository}"', text), encoding="utf-8")
+
+
+def origin(root: Path = ROOT) -> str | None:
+    """owner/name of the GitHub repository that a clone came from; None for any other origin, or none."""
+    asked = subprocess.run(["git", "remote", "get-url", "origin"], cwd=root, capture_output=True, text=True)
+    found = re.search(r"github\.com[:/]([^/\s]+/[^/\s]+?)(?:\.git)?/?$", asked.stdout.strip())
+    return found[1] if found else None
 
 
 def colab_url(repository: str, tag: str, name: str) -> str:
@@ -145,8 +72,9 @@ def badge(repository: str, tag: str, name: str) -> str:
 
 
 def setup_source(repository: str, tag: str) -> str:
-    """The set-up cell: the same bytes in every notebook."""
-    return SETUP.replace("OWNER/NAME", repository).replace("REVISION", tag)
+    """The set-up cell: the same bytes in every notebook. It fetches a public repository, or looks for a zip of it."""
+    text = (HERE / SETUP_CELLS[bool(repository)]).read_text(encoding="utf-8").strip()
+    return text.replace("OWNER/NAME", repository).replace("REVISION", tag)
 
 
 def between(text: str, marker: str, content: str) -> str | None:
@@ -258,7 +186,8 @@ def rendered(root: Path = ROOT) -> dict[Path, str]:
     how = (
         f"Each badge opens its notebook at `{tag}` of {repository}."
         if repository
-        else "There is no public repository yet, so no badge either: `make badges REPO=owner/name` makes them."
+        else "There is no public repository yet, so no badge either: `make badges` makes them once git's origin is on "
+        "GitHub, or with REPO=owner/name."
     )
     files[root / "colab_badges.md"] = f"# Open in Colab\n\n{how}\n\n" + "\n".join(badges) + "\n"
     readme = root / "README.md"
@@ -272,13 +201,14 @@ def rendered(root: Path = ROOT) -> dict[Path, str]:
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     """Write, or check, everything that depends on the repository's name. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.badges", description=__doc__.splitlines()[0])
-    parser.add_argument("--repo", metavar="OWNER/NAME", help="the public repository; written into pyproject.toml")
+    parser = argparse.ArgumentParser(prog="python notebooks/badges.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--repo", metavar="OWNER/NAME", help="the public repository, or origin; put in pyproject.toml")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when something is stale")
     chosen = parser.parse_args(arguments)
     try:
-        if chosen.repo is not None and not chosen.check:
-            set_repository(chosen.repo, root)
+        repository = origin(root) if chosen.repo == "origin" else chosen.repo
+        if repository is not None and not chosen.check:
+            set_repository(repository, root)
         files = rendered(root)
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -289,7 +219,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
             path.write_text(files[path], encoding="utf-8")
         print(f"{'stale' if chosen.check else 'wrote'} {path.relative_to(root)}", file=sys.stderr)
     if chosen.check and stale:
-        print("run `python -m helpers.badges` and commit what it writes", file=sys.stderr)
+        print("run `python notebooks/badges.py` and commit what it writes", file=sys.stderr)
     return 1 if chosen.check and stale else 0
 
 
