@@ -29,6 +29,7 @@ from helpers.show.shown import Shown
 LONGEST = 512
 """Tokens of an answer, at most."""
 REDRAW_S = 0.15
+UNCHANGED_S = 0.6
 WHEN_OFF = "base of the fine-tuned model: its adapter is switched off"
 STYLE = """<style>
 .chat{max-width:980px;font-size:14px;line-height:1.5;margin:2px}
@@ -79,7 +80,10 @@ class Chat(Shown):
             )
             for name in models
         }
-        self.text = ipywidgets.Text(placeholder="Your question, then Enter", layout=Layout(width="430px"))
+        self.text = ipywidgets.Text(
+            placeholder="Your question, then Enter", continuous_update=False, layout=Layout(width="430px")
+        )
+        self.entered = False
         self.send, self.stop, self.clear = (
             ipywidgets.Button(description=word, tooltip=tip, icon=icon, layout=Layout(width="110px"))
             for word, tip, icon in (
@@ -103,18 +107,27 @@ class Chat(Shown):
         self.send.on_click(lambda _: self.begin())
         self.stop.on_click(lambda _: self.stopping.set())
         self.clear.on_click(lambda _: self.start_over())
-        with warnings.catch_warnings():  # its successor would send whenever the box loses the focus, too
+        with warnings.catch_warnings():  # its successor cannot tell Enter from a click elsewhere
             warnings.simplefilter("ignore")
-            self.text.on_submit(lambda _: self.begin())
+            self.text.on_submit(lambda _: self.enter())
+        self.text.observe(lambda _: self.begin() if self.entered else None, "value")
         self.busy(False)
         self.redraw()
+
+    def enter(self) -> None:
+        """Enter was pressed. Browsers say so before they send what was typed: asked is when that has come.
+
+        Where nothing was typed since it was sent, nothing more will come, and what the box holds is asked.
+        """
+        self.entered = True
+        threading.Timer(UNCHANGED_S, lambda: self.begin() if self.entered else None).start()
 
     def begin(self) -> None:
         """Ask what the box holds in a thread of its own, so that Stop is heard meanwhile."""
         question = self.text.value.strip()
         if not question or (self.worker is not None and self.worker.is_alive()):
             return
-        self.text.value = ""
+        self.entered, self.text.value = False, ""
         self.worker = threading.Thread(target=self.ask, args=(question,), daemon=True)
         self.worker.start()
 

@@ -99,6 +99,18 @@ def test_the_box_is_emptied_when_it_is_sent_and_an_empty_one_asks_nothing():
     assert box.text.value == "" and [turn.question for turn in box.turns] == ["Hello?"]
 
 
+def test_enter_that_comes_before_what_was_typed_asks_all_of_it():
+    """As browsers send it; a box that asked at once would ask the first letter, or nothing."""
+    box = chat.Chat({"base": TINY}, CONFIG)
+    box.text._handle_string_msg(None, {"event": "submit"}, None)
+    assert box.worker is None
+    box.text.value = "Hello?"
+    box.worker.join(60)
+    assert [turn.question for turn in box.turns] == ["Hello?"] and box.text.value == ""
+    box.text.value = "left without Enter"
+    assert len(box.turns) == 1
+
+
 def test_what_models_and_people_say_is_no_html():
     turn = chat.Turn("<script>1</script>", {"<b>": chat.Answer("<img src=x>", "<pre>", "failed", "<i>")})
     assert "<script>" not in chat.drawn(turn) and "<img" not in chat.drawn(turn) and "<i>" not in chat.drawn(turn)

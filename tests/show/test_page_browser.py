@@ -111,6 +111,7 @@ def test_a_question_is_answered_by_each_model_that_is_switched_on_and_stop_stops
     box.send_keys("Where is hat 3?", Keys.ENTER)
     wait_for(lambda: len(said(browser)) == 2 and all(said(browser)), lambda: page_text(browser))
     assert not browser.find_elements(By.CSS_SELECTOR, ".chat .wrong")
+    assert browser.find_element(By.CSS_SELECTOR, ".chat .asked").text == "Where is hat 3?"
     press(browser, "Stop")
     wait_for(lambda: browser.find_element(By.XPATH, "//button[contains(., 'Send')]").is_enabled())
     wait_for(lambda: box.get_attribute("value") == "", lambda: box.get_attribute("value"))
