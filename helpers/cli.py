@@ -242,16 +242,15 @@ Outcome = tuple[int, dict, str]
 def run_budget(options: argparse.Namespace, config: RunConfig) -> Outcome:
     """What it needs; exit 3 when it does not fit."""
     shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
-    plan = budget.plan(config, shape, machine)
-    estimate = budget.budget(budget.requested(config, plan), shape, machine, stage=options.budget_stage)
-    result = budget.to_json(estimate, plan)
-    text = "\n".join([budget.table(estimate), *(f"Plan: {reason}" for reason in plan.reasons)])
+    settled = budget.settle(config, shape, machine, stage=options.budget_stage)
+    result = budget.to_json(settled)
+    text = "\n".join([budget.table(settled.budget), *(f"Plan: {reason}" for reason in settled.plan.reasons)])
     if options.verify:
         from helpers.finetune import verify
 
-        result["verify"] = verify.verify(plan.config)
+        result["verify"] = verify.verify(settled.plan.config)
         text += "\n" + verify.table(result["verify"])
-    return (DONE if estimate.fits else DOES_NOT_FIT), result, text
+    return (DONE if settled.budget.fits else DOES_NOT_FIT), result, text
 
 
 def run_prepare(options: argparse.Namespace, config: RunConfig) -> Outcome:
@@ -273,15 +272,13 @@ def run_finetune(options: argparse.Namespace, config: RunConfig) -> Outcome:
     run = workspace_of(options, config)
     shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
     output = options.output or run.folder("finetune")
-    plan = finetune.plan(config, output, machine, options.resume)
-    chosen = budget.requested(config, plan)
-    estimate = plan.budget if chosen == plan.config else budget.budget(chosen, shape, machine)
-    if not estimate.fits:
-        return DOES_NOT_FIT, budget.to_json(estimate, plan), "\n".join(estimate.reasons)
+    settled = budget.settle(config, shape, machine, finetune.plan(config, output, machine, options.resume))
+    if not settled.budget.fits:
+        return DOES_NOT_FIT, budget.to_json(settled), "\n".join(settled.budget.reasons)
     prepared = options.prepared or run.folder("prepare")
     if options.output is None:
         choices.keep(run, config, "by python -m helpers finetune")
-    return done("finetune", output, finetune.finetune(chosen, prepared, output, resume=options.resume))
+    return done("finetune", output, finetune.finetune(settled.config, prepared, output, resume=options.resume))
 
 
 def run_merge(options: argparse.Namespace, config: RunConfig) -> Outcome:

@@ -214,17 +214,18 @@ def drive_offload(device, hidden: int, layers: int, contexts: list[int]) -> dict
 
     import torch
 
-    from helpers.budget import activations
+    from helpers.budget.activations import offloaded_bytes
+    from helpers.budget.step import Step, host_room
     from helpers.finetune.engine.offload import Offload
     from helpers.models import gpu as card
     from helpers.models import profile, shape
 
     sizes = replace(shape("mistral-7b-v0.3"), hidden=hidden, layers=layers)
     asked = profile("mistral-7b", batch_size=1, checkpointing="all", offload_activations=True)
-    host, rows, counted, right = Offload(device, activations.host_room(asked)), [], 0, True
+    host, rows, counted, right = Offload(device, host_room(asked)), [], 0, True
     for seq_len in contexts:
         host.begin()
-        counted = max(counted, activations.offloaded_bytes(sizes, asked.with_values(seq_len=seq_len)))
+        counted = max(counted, offloaded_bytes(Step.of(asked.with_values(seq_len=seq_len), sizes)))
         slots = []
         for layer in range(layers):
             slots.append(host.put(torch.full((1, seq_len, hidden), float(layer), dtype=torch.float16, device=device)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from helpers.budget import activations
+from helpers.budget import step
 
 
 class Arena:
@@ -21,7 +21,7 @@ class Arena:
     def __init__(self, room: int, pin: bool):
         """room: bytes at most, whole chunks of it are used. pin: page-locked, which copies to and from a GPU want."""
         # Chunks of a power of two: PyTorch's pinned allocator rounds up to one, and keeps what it has pinned.
-        self.size, self.pin = activations.CHUNK_BYTES, pin
+        self.size, self.pin = step.CHUNK_BYTES, pin
         self.room = room // self.size * self.size
         self.chunks: list[torch.Tensor] = []
         self.top = 0
