@@ -19,13 +19,9 @@ from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape
 from helpers.show.plots import BLUE, COLOURS, GREEN, HATCHES, ORANGE, RED, SKY, canvas, mark_limit
-from helpers.show.words import duration
+from helpers.show.words import duration, joined
 
 GIB = 2**30
-SMALL_GIB = 0.1
-"""Smaller pieces of a bar are one piece: nobody sees them, and their labels hide the others."""
-
-
 # ---- 1. the line of stages -------------------------------------------------------------------------------------------
 
 
@@ -155,17 +151,6 @@ def nf4_rounding(block: Block) -> Figure:
 
 
 # ---- 4. what fills a card --------------------------------------------------------------------------------------------
-
-
-def joined(parts_gib: Mapping[str, float], least_gib: float = SMALL_GIB) -> dict[str, float]:
-    """Parts of at least so much, and the sum of the smaller ones as "smaller parts".
-
-    >>> joined({"weights": 4.0, "norms": 0.01, "biases": 0.02})
-    {'weights': 4.0, 'smaller parts': 0.03}
-    """
-    large = {name: size for name, size in parts_gib.items() if size >= least_gib}
-    rest = sum(size for name, size in parts_gib.items() if name not in large)
-    return large | ({"smaller parts": rest} if rest else {})
 
 
 def card_filling(config: RunConfig, shape: ModelShape, machine: Machine) -> dict[str, dict[str, float]]:

@@ -9,7 +9,7 @@ import pytest
 from helpers import budget, hardware, models
 from helpers.budget import nf4
 from helpers.models import ROOT, TINY, profile
-from helpers.show import figures, plots
+from helpers.show import figures, plots, words
 
 SHAPE, T4 = models.shape("mistral-7b-v0.3"), hardware.machine("t4")
 PLANNED = budget.plan(profile("mistral-7b"), SHAPE, T4).config
@@ -62,7 +62,7 @@ def test_the_bars_of_a_card_hold_all_of_the_budget_and_no_crumbs():
     filling = figures.card_filling(PLANNED, SHAPE, T4)
     train = budget.budget(PLANNED, SHAPE, T4).vram
     assert sum(filling["training"].values()) == pytest.approx(train.process_gib)
-    assert all(size >= figures.SMALL_GIB for parts in filling.values() for name, size in parts.items()
+    assert all(size >= words.SMALL_GIB for parts in filling.values() for name, size in parts.items()
                if name != "smaller parts")  # fmt: skip
 
 
