@@ -130,13 +130,14 @@ def build_trainer(
     return trainer
 
 
-def tracker(name: str, saves: Path) -> str:
-    """The tracker for the trainer's `report_to`; TensorBoard's files go beside the stage's folder, where they stay.
-
-    Raises ValueError where its package is not installed.
-    """
+def refuse_without_tracker(name: str) -> None:
+    """Raise ValueError where the tracker's package is not installed."""
     if name != "none" and importlib.util.find_spec(name) is None:
         raise ValueError(f"report_to={name} needs its package: pip install {name}, or leave report_to at none")
+
+
+def tracker(name: str, saves: Path) -> str:
+    """The tracker for the trainer's `report_to`; TensorBoard's files go beside the stage's folder, where they stay."""
     if name == "tensorboard":
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(saves.parent.parent / "tensorboard")
     return name

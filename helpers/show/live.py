@@ -252,9 +252,10 @@ def chart(
     words = escape(f"{name}: {value or 'nothing yet'}, from {low:.3g} to {high:.3g}", quote=True)
     return (
         f"<div><div class='name'><span>{name}</span><b>{value}</b></div>"
-        f"<svg viewBox='-2 -6 {WIDE + 4} {HIGH + 12}' role='img' aria-label='{words}'>"
+        f"<svg viewBox='-2 -6 {WIDE + 4} {HIGH + 20}' role='img' aria-label='{words}'>"
         f"<path d='M0,{HIGH}H{WIDE}' stroke='currentColor' stroke-opacity='.35'/>{''.join(drawn)}"
-        f"<text x='0' y='4'>{high:.3g}</text><text x='0' y='{HIGH - 3}'>{low:.3g}</text></svg></div>"
+        f"<text text-anchor='end' x='{WIDE}' y='4'>{high:.3g}</text>"
+        f"<text text-anchor='end' x='{WIDE}' y='{HIGH + 11}'>{low:.3g}</text></svg></div>"
     )
 
 
