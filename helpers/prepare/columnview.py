@@ -14,11 +14,11 @@ from html import escape
 from typing import Any
 
 import ipywidgets
-from IPython.display import display
 from ipywidgets import Layout
 
 from helpers.config import RunConfig
 from helpers.prepare.checks import Findings, actions, check, leaks
+from helpers.show.shown import Shown
 from helpers.sources import columns
 from helpers.sources.formats import BadRow, as_row, read_row, recognise
 from helpers.sources.readers import read
@@ -36,7 +36,7 @@ STYLE = """<style>
 </style>"""
 
 
-class Chooser(ipywidgets.VBox):
+class Chooser(Shown):
     """A dropdown a role and the first rows as they would be trained.
 
     A class, because a widget decides by its own method how it is shown where nobody can use it.
@@ -85,11 +85,6 @@ class Chooser(ipywidgets.VBox):
         self.words = "\n".join(words)
         if self.moved is not None:
             self.moved(config_of(self))
-
-    def _ipython_display_(self, **_: Any) -> None:
-        """Dropdowns where the front end can draw them, words where it cannot; ipywidgets 7 and 8 both call this."""
-        view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
-        display({"application/vnd.jupyter.widget-view+json": view, "text/plain": self.words}, raw=True)
 
 
 def chooser(config: RunConfig, source: str | None = None, moved: Callable[[RunConfig], None] | None = None) -> Chooser:

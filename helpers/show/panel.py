@@ -17,7 +17,6 @@ from typing import Any
 from zlib import crc32
 
 import ipywidgets
-from IPython.display import display
 from ipywidgets import Layout
 
 from helpers import budget
@@ -27,6 +26,7 @@ from helpers.hardware import machine as machine_of
 from helpers.models import KNOWN, ModelShape
 from helpers.models import shape as shape_of
 from helpers.profiles import PROFILES, profile
+from helpers.show.shown import Shown
 from helpers.show.words import duration, joined
 
 DOUBLINGS = [2**power for power in range(10)]
@@ -128,10 +128,10 @@ STYLE = f"""<style>
 </style>"""
 
 
-class Panel(ipywidgets.VBox):
+class Panel(Shown):
     """Sliders that start at a configuration, the budget of what they show, and a button that takes the plan's.
 
-    A class, because a widget decides by its own method how it is shown where nobody can move a slider.
+    Words stand in its place where nobody can move a slider.
     """
 
     def __init__(
@@ -247,18 +247,16 @@ class Panel(ipywidgets.VBox):
         self.words = f"{', '.join(shown)}\n{budget.table(needs)}"
         elsewhere = (shape, machine) != (self.shape, self.machine)
         self.button.disabled = elsewhere or not changes
-        proposal = "; ".join(changes) + gain(needs, self.plan.budget) if changes else "The sliders show the proposal."
+        worth = gain(needs, self.plan.budget)
+        proposal = f"{'; '.join(changes)}{worth}" if changes else "The sliders show the proposal."
+        if changes and needs.fits and not worth:
+            proposal = f"It runs like this, as fast as can be: {proposal}"
         if elsewhere:
             self.words = f"What if: {shape.name} on {machine.name}, {machine.host.name}\n{self.words}"
             proposal = f"Only looked at, never trained: {shape.name} on {machine.name}. There: {proposal}"
         self.proposal.value = f"<div style='line-height:1.4;margin-left:6px'>{escape(proposal)}</div>"
         if self.moved is not None:
             self.moved(config)
-
-    def _ipython_display_(self, **_: Any) -> None:
-        """Sliders where the front end can draw them, words where it cannot; ipywidgets 7 and 8 both call this."""
-        view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
-        display({"application/vnd.jupyter.widget-view+json": view, "text/plain": self.words}, raw=True)
 
 
 def panel(
