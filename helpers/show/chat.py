@@ -40,7 +40,7 @@ STYLE = """<style>
 .chat .said{white-space:pre-wrap;min-height:1.5em}
 .chat details{font-size:12px;opacity:.85}
 .chat pre{white-space:pre-wrap;margin:4px 0;font-size:12px}
-.chat .wrong{color:#c62828}
+.chat .wrong{color:#d9453f}
 </style>"""
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from IPython import get_ipython
 from IPython.display import display
 
-from helpers.show.plots import BLUE, GREEN, ORANGE, PURPLE, RED
+from helpers.show.plots import GREEN, ORANGE, PURPLE, RED
 from helpers.show.shown import plain
 from helpers.show.words import duration
 
@@ -30,6 +30,7 @@ POINTS = 240
 MEMORY = 0.9
 """Share of the smoothed loss that the next step leaves; after TensorBoard's smoothing, with its correction."""
 WIDE, HIGH = 340, 96
+BLUE = "#2f8fd0"  # lighter than the figures': it has to be seen on dark pages too
 STYLE = """<style>
 .live{max-width:756px;font-size:13px;line-height:1.45;margin:2px}
 .live .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(300px,100%),1fr));gap:8px 18px}
@@ -254,8 +255,8 @@ def chart(
         f"<div><div class='name'><span>{name}</span><b>{value}</b></div>"
         f"<svg viewBox='-2 -6 {WIDE + 4} {HIGH + 20}' role='img' aria-label='{words}'>"
         f"<path d='M0,{HIGH}H{WIDE}' stroke='currentColor' stroke-opacity='.35'/>{''.join(drawn)}"
-        f"<text text-anchor='end' x='{WIDE}' y='4'>{high:.3g}</text>"
-        f"<text text-anchor='end' x='{WIDE}' y='{HIGH + 11}'>{low:.3g}</text></svg></div>"
+        f"<text text-anchor='end' x='{WIDE}' y='4'>{high:,.4g}</text>"
+        f"<text text-anchor='end' x='{WIDE}' y='{HIGH + 11}'>{low:,.4g}</text></svg></div>"
     )
 
 
