@@ -36,7 +36,6 @@ from helpers.inference import (
     open_tokenizer,
     pinned,
     read_config,
-    stream,
 )
 from helpers.models import ModelShape, shape_from_config
 from helpers.models.gpu import free_memory, gives_back
@@ -371,4 +370,4 @@ def table(report: dict[str, dict[str, Any]]) -> str:
     return report_pages.text_table(report)
 
 
-__all__ = ["batch_generate", "evaluate", "load", "perplexity", "stream", "table"]
+__all__ = ["evaluate", "table"]
