@@ -2,25 +2,20 @@
 
 import csv
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from t4 import ALLOCATOR_GIB as CAP_GIB  # noqa: F401 - tables.py names it
+from t4 import GIB, ROOT
+
+from helpers import hardware
+from helpers.budget import vram
+from helpers.budget.step import Step
+from helpers.config import RunConfig
+from helpers.hardware import Machine
+from helpers.models import ModelShape, known, shape
+
 MEASURED = ROOT / "data" / "measurements"
-sys.path.insert(0, str(ROOT))
-
-from helpers import hardware  # noqa: E402
-from helpers.budget import vram  # noqa: E402
-from helpers.budget.step import Step  # noqa: E402
-from helpers.config import RunConfig  # noqa: E402
-from helpers.hardware import Machine  # noqa: E402
-from helpers.models import ModelShape, known, shape  # noqa: E402
-
-GIB = 2**30
-CAP_GIB = 14.42
-"""What a T4's leaves the allocator, and what the H200's was held to."""
 CALIBRATED = "h200_t4_envelope.csv"
 """The run on whose every other row vram.allocator_overhead was calibrated; the rows between them test it."""
 DEEPSEEK = known("deepseek-coder-1.3b", "llama", (24, 2048, 5504, 16, 16, 128, 32256, 16384))

@@ -78,11 +78,12 @@ class Offload:
 
         That one is written by the same stream which reads here, so no copy overtakes another.
         """
-        self.fetch(slot)
+        self.fetch(slot)  # on its way since the layer above, but for the first that is asked for
         self.wait(slot["copied"])
         self.stack.pop()  # the backward pass goes the other way: this is the last one put
         if self.stack:
             self.fetch(self.stack[-1])
+        # Given back before the layer has computed: the next that writes there is the next step's forward pass.
         x, slot["x"] = slot["x"], None
         if slot["host"] is not None:
             self.arena.give_back(x.nbytes)
