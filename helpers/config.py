@@ -168,6 +168,8 @@ class TrainConfig:
     """Noise on the embeddings (https://arxiv.org/abs/2310.05914); 0: none."""
     eval_steps: Count | None = None
     """Steps between evaluations of the held-out loss; none evaluates at the end alone."""
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """A tracker that draws the run elsewhere too, through the trainer's own integration; its package must be there."""
     save_steps: Count = 50
     """Steps between checkpoints."""
     keep_checkpoints: Count = 2

@@ -96,7 +96,8 @@ def evaluate(
         for name, figure in drawn.items():
             plots.save(figure, stage.folder / "plots" / f"{name}.png")
         about = describe(report, data, len(prompts), asked.questions, planned.notes)
-        report_pages.write_html(stage.folder / "report.html", report, generations, drawn, about)
+        made = report_pages.made_with(trained_with(models) or asdict(config), (machine or hardware.probe()).name)
+        report_pages.write_html(stage.folder / "report.html", report, generations, drawn, about, made)
     return report
 
 
@@ -161,6 +162,12 @@ def run_configuration(folder: Path) -> dict[str, Any] | None:
         if (place / MANIFEST).is_file():
             return read_manifest(place)["config"]
     return None
+
+
+def trained_with(models: dict[str, str | Path]) -> dict[str, Any] | None:
+    """The configuration that one of the models was trained with; None when no run made any of them."""
+    found = (run_configuration(Path(path)) for path in models.values())
+    return next((config for config in found if config), None)
 
 
 def training_log(models: dict[str, str | Path]) -> list[dict[str, Any]] | None:

@@ -2,43 +2,75 @@
 
 TEMPLATES = {
     "side_by_side": """\
-<table class="side">
-<tr><th>question</th><th>expected</th>{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr><td>{{ row.question }}</td><td>{{ row.answer }}</td>
-{% for one in row.answers %}<td>{{ "✓ " if one.right }}{{ one.html|safe }}{{ " …" if not one.ended }}</td>
-{% endfor %}</tr>{% endfor %}</table>
+<div class="scroll"><table class="side"><thead>
+<tr><th>question</th><th>expected</th>{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in rows %}<tr><td data-of="question">{{ row.question }}</td><td data-of="expected">{{ row.answer }}</td>
+{% for one in row.answers %}<td data-of="{{ names[loop.index0] }}">{{ "✓ " if one.right }}{{ one.html|safe }}
+{{ " …" if not one.ended }}</td>
+{% endfor %}</tr>{% endfor %}</tbody></table></div>
 <p><mark>Marked</mark>: words that the model to the left did not say. ✓ the expected answer, word for word.
 … did not end by itself.</p>
 <style>table.side {border-collapse: collapse; font-size: 0.85em} table.side td, table.side th {border: 1px solid #8888;
-padding: 0.3em 0.5em; text-align: left; vertical-align: top; max-width: 22em; overflow-wrap: anywhere}
-mark {background: #F0E442; color: black}</style>""",
+padding: 0.3em 0.5em; text-align: left !important; vertical-align: top; max-width: 22em; overflow-wrap: anywhere}
+mark {background: #F0E442; color: black; print-color-adjust: exact; -webkit-print-color-adjust: exact}
+.scroll {overflow-x: auto}
+@media (max-width: 640px) {table.side, table.side tbody, table.side tr, table.side td {display: block; max-width: none}
+table.side thead {display: none} table.side tr {border: 1px solid #8888; margin-bottom: 0.8em}
+table.side td {border: none; border-top: 1px solid #8884}
+table.side td::before {content: attr(data-of); display: block; font-size: 0.8em; opacity: 0.7}}</style>""",
     "report": """\
 <!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Evaluation</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
 <style>
-body {font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222}
-table {border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto} th, td {border: 1px solid #ccc;
-padding: 0.3em 0.6em; text-align: left} img {max-width: 100%; height: auto} .better {color: #005a8c; font-weight: bold}
-.worse {color: #a04000; font-weight: bold} small {color: #555}
+:root {color-scheme: light dark; --text: #222; --page: #fff; --line: #ccc; --pale: #555; --good: #005a8c;
+--bad: #a04000}
+@media (prefers-color-scheme: dark) {
+:root {--text: #ddd; --page: #16181b; --line: #444; --pale: #aaa; --good: #6cb8e6; --bad: #f0a070}}
+body {font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: var(--text);
+background: var(--page)} h1 {line-height: 1.2} h2 {margin-top: 1.8em}
+table {border-collapse: collapse; margin: 0.6em 0} th, td {border: 1px solid var(--line); padding: 0.3em 0.6em;
+text-align: left; overflow-wrap: normal} thead {display: table-header-group} tr {break-inside: avoid}
+td.figure {text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums}
+table.figures th:first-child {position: sticky; left: 0; background: var(--page)}
+.scroll {overflow-x: auto}
+@media (max-width: 640px) {.scroll {background: linear-gradient(90deg, #0000 95%, #8885)}}
+.verdict {font-size: 1.15em; border-left: 6px solid var(--good); padding: 0.3em 0.9em}
+.made {display: grid; grid-template-columns: max-content 1fr; gap: 0.1em 1em} .made dt {color: var(--pale)}
+.made dd {margin: 0; overflow-wrap: anywhere} img {max-width: 100%; height: auto; background: #fff; border-radius: 4px}
+.better {color: var(--good); font-weight: bold} .worse {color: var(--bad); font-weight: bold}
+small {color: var(--pale)} summary {cursor: pointer; margin: 0.6em 0}
+@media print {body {font-size: 11px; margin: 0} :root {--text: #000; --page: #fff}
+details::details-content {content-visibility: visible; block-size: auto} figure, img {break-inside: avoid}}
 </style></head><body>
-<h1>Evaluation</h1><p>{{ about }}</p>
+<h1>{{ title }}</h1>
+<p class="verdict">{% for sentence in verdict %}{{ sentence }} {% endfor %}</p>
+{% if made %}<dl class="made">{% for what, value in made %}<dt>{{ what }}</dt><dd>{{ value }}</dd>{% endfor %}
+</dl>{% endif %}
+<p>{{ about }}</p>
+{% macro compared(rows) %}<div class="scroll"><table><thead><tr><th>model</th><th>against</th><th>metric</th>
+<th>verdict</th><th>difference</th><th>p</th></tr></thead><tbody>
+{% for row in rows %}<tr><td>{{ row.model }}</td><td>{{ row.against }}</td><td>{{ row.metric }}</td>
+<td class="{{ row.verdict }}">{{ row.verdict }}</td><td class="figure">{{ row.difference }}</td>
+<td class="figure">{{ row.p }}</td></tr>
+{% endfor %}</tbody></table></div>{% endmacro %}
+<h2>What differs</h2>
+{% if shown %}{{ compared(shown) }}{% else %}<p>No difference is shown between any two neighbours.</p>{% endif %}
+{% if equal %}<details><summary>{{ equal|length }} comparisons show no difference</summary>
+{{ compared(equal) }}</details>{% endif %}
+<p><small>Paired on the same items by sign-flip permutation (BLEU: approximate randomization), two-sided, 5% a test: of
+twenty tests of equal models one is expected to show a difference.</small></p>
 <h2>The table</h2>
-<table><tr><th></th>
-{% for model in models %}<th>{{ model.name }}</th>{% endfor %}</tr>
+<div class="scroll"><table class="figures"><thead><tr><th></th>
+{% for model in models %}<th>{{ model.name }}</th>{% endfor %}</tr></thead><tbody>
 {% for title in columns %}{% set at = loop.index0 %}<tr><th>{{ title }}</th>
-{% for model in models %}<td>{{ model.cells[at] }}</td>{% endfor %}</tr>{% endfor %}</table>
+{% for model in models %}<td class="figure">{{ model.cells[at] }}</td>{% endfor %}</tr>{% endfor %}
+</tbody></table></div>
 <p><small>95% confidence intervals in brackets: BCa bootstrap over conversations and answers; Wilson's for shares;
-percentile bootstrap for BLEU.</small></p>
-<h2>Better, worse, or no difference shown</h2>
-<table><tr><th>model</th><th>against</th><th>metric</th><th>verdict</th><th>difference</th><th>p</th></tr>
-{% for row in comparisons %}<tr><td>{{ row.model }}</td><td>{{ row.against }}</td><td>{{ row.metric }}</td>
-<td class="{{ row.verdict }}">{{ row.verdict }}</td><td>{{ row.difference }}</td><td>{{ row.p }}</td></tr>
-{% endfor %}</table>
-<p><small>Paired on the same items by sign-flip permutation (BLEU: approximate randomization), two-sided, 5% a test:
-of twenty tests of equal models one is expected to show a difference.</small></p>
+percentile bootstrap for BLEU. ↑ more is better, ↓ less is better.</small></p>
 {% if tasks %}<h2>Tasks</h2><table>{% for name, found in tasks.items() %}{% for task, values in found.items() %}
 <tr><th>{{ name }}</th><td>{{ task }}</td><td>{{ values }}</td></tr>{% endfor %}{% endfor %}</table>{% endif %}
-<h2>Figures</h2>{% for name, source in figures.items() %}<p><img alt="{{ name }}" src="{{ source }}"></p>{% endfor %}
-<h2>Answers side by side</h2><p>The first of {{ total }}; all are in generations.jsonl.</p>{{ side|safe }}
+<h2>Figures</h2>{% for figure in figures %}<p><img alt="{{ figure.alt }}" src="{{ figure.source }}"></p>{% endfor %}
+<h2>Answers side by side</h2><p>{{ first }} of {{ total }}; all are in generations.jsonl.</p>{{ side|safe }}
 </body></html>""",
 }

@@ -5,7 +5,8 @@ import difflib
 import html
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from itertools import pairwise
 from math import expm1
 from pathlib import Path
@@ -44,6 +45,10 @@ NARROW = (
     "gpu_ms_per_token",
 )  # fmt: skip
 """Of a table of text; how models were opened is its last column."""
+ARROWS = dict.fromkeys(("perplexity", "bits_per_byte", "size_bytes", "load_s", "first_token_s"), "↓") | dict.fromkeys(
+    ("exact_match", "f1", "rouge_l", "bleu", "chrf", "ended_share", "tokens_per_s", "tokens_per_s_batch_8"), "↑"
+)
+EQUAL = "no difference shown"
 SIDE_BY_SIDE_ROWS = 24
 PREDICTED = {  # predicted figure -> measured figure, what it is called
     "predicted_allocated_gib": ("peak_allocated_gib", "VRAM allocated, GiB"),
@@ -252,24 +257,78 @@ def figures(report: Report, log: list[dict[str, Any]] | None = None) -> dict[str
 
 
 def write_html(
-    path: Path, report: Report, generations: list[dict[str, Any]], drawn: Mapping[str, Any], about: str
+    path: Path,
+    report: Report,
+    generations: list[dict[str, Any]],
+    drawn: Mapping[str, Any],
+    about: str,
+    made: Sequence[tuple[str, str]] = (),
 ) -> Path:
-    """One file with the table, verdicts, figures and answers; it needs nothing beside it and no network."""
-    columns = measured_columns(report)
+    """One file with the verdict, the table, figures and answers; it needs nothing beside it and no network.
+
+    made: (what, value) of the run that it is about, as `made_with` gives them.
+    """
+    columns, compared = measured_columns(report), comparisons(report)
     page = template("report").render(
+        title=f"Evaluation: {', '.join(evaluated(report))}",
+        verdict=verdict(report),
+        made=made,
         about=about,
-        columns=[COLUMNS[column][0] for column in columns],
+        columns=[f"{COLUMNS[column][0]} {ARROWS.get(column, '')}".strip() for column in columns],
         models=[
             {"name": name, "cells": [with_interval(entry, column) for column in columns]}
             for name, entry in report.items()
         ],
-        comparisons=comparisons(report),
-        figures={name: png_data(figure) for name, figure in drawn.items()},
+        shown=[row for row in compared if row["verdict"] != EQUAL],
+        equal=[row for row in compared if row["verdict"] == EQUAL],
+        figures=[{"alt": plots.alt_text(figure), "source": png_data(figure)} for figure in drawn.values()],
         tasks={name: entry["tasks"] for name, entry in report.items() if entry.get("tasks")},
         side=template("side_by_side").render(**side_by_side_values(generations[:SIDE_BY_SIDE_ROWS])),
+        first=f"The first {min(SIDE_BY_SIDE_ROWS, len(generations))}",
         total=len(generations),
     )
     return write_text(path, page)
+
+
+def verdict(report: Report) -> list[str]:
+    """What came out, a sentence for each step of the way: the first model to the second, and that one to the last."""
+    names = list(evaluated(report))
+    steps = [(names[0], names[1]), (names[1], names[-1])] if len(names) > 2 else list(pairwise(names))
+    said = [sentence_of(report, other, name) for other, name in steps]
+    return [sentence for sentence in said if sentence] or [f"{', '.join(names)}: nothing is there to compare with."]
+
+
+def sentence_of(report: Report, other: str, name: str) -> str:
+    """One model against another in the figure that says most: exact match, else perplexity; "" without either."""
+    found = report[name].get("against", {}).get(other, {})
+    metric = next((one for one in ("exact_match", "perplexity") if one in found), None)
+    if metric is None:
+        return ""
+    words = {"better": f"{name} is better than {other}", "worse": f"{name} is worse than {other}"}
+    title, _ = COLUMNS[metric]
+    sizes = [report[one].get("size_bytes") for one in (other, name)]
+    small = f", in {sizes[1] / sizes[0]:.0%} of the disk space" if all(sizes) and sizes[1] < 0.8 * sizes[0] else ""
+    small = "" if report[name].get("size_with_base_bytes") else small  # an adapter is small, and needs its base
+    return (
+        f"{words.get(found[metric]['verdict'], f'No difference is shown between {name} and {other}')}{small}: {title} "
+        f"{cell(report[name], metric)} against {cell(report[other], metric)} ({difference(metric, found[metric])})."
+    )
+
+
+def made_with(config: Mapping[str, Any], machine: str) -> list[tuple[str, str]]:
+    """(what, value): which model was trained on what, with which settings, where this was measured and when.
+
+    config: a run's configuration as its manifest holds it.
+    """
+    model, adapter, train = config["model"], config["adapter"], config["train"]
+    step = f"{train['batch_size']} × {train['accumulation']} conversations a step"
+    return [
+        ("model", Path(model["model"]).name if Path(model["model"]).exists() else model["model"]),
+        ("data", Path(config["data"]["source"]).name),
+        ("adapter", f"rank {adapter['rank']}, alpha {adapter['alpha']:g}, {adapter['targets']}"),
+        ("training", f"learning rate {train['learning_rate']:g}, {step}, context {config['data']['seq_len']:,} tokens"),
+        ("measured on", f"{machine}, {datetime.now(UTC):%d %B %Y}"),
+    ]
 
 
 def png_data(figure: Any) -> str:

@@ -20,7 +20,7 @@ from helpers.finetune.base import attach_adapter, load_base, refuse_without_gpu
 from helpers.finetune.data import check_tokenizer, load_split
 from helpers.finetune.notices import into_file
 from helpers.finetune.run import save, train
-from helpers.finetune.trainer import build_trainer
+from helpers.finetune.trainer import build_trainer, refuse_without_tracker
 from helpers.finetune.watch import NotTrained
 from helpers.models import gpu, shape
 from helpers.workspace import checkpoints
@@ -40,6 +40,7 @@ def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "aut
         raise ValueError(f"resume must be auto or never, not {resume!r}")
     workspace.fetch(prepared)
     load_split(prepared, "train")  # a dataset that is not there is said before anything is loaded or written
+    refuse_without_tracker(config.train.report_to)
     refuse_without_gpu(config)  # before a tokenizer is asked for on the hub
     check_tokenizer(prepared, config)
     with workspace.building(output, "finetune", config, {"prepared": prepared}, keep=True) as stage:

@@ -1,6 +1,8 @@
 """trl's trainer as it is used here: its arguments, its loss, its layers, its optimizer and its checkpoints."""
 
+import importlib.util
 import math
+import os
 from functools import partial
 from pathlib import Path
 
@@ -128,6 +130,19 @@ def build_trainer(
     return trainer
 
 
+def refuse_without_tracker(name: str) -> None:
+    """Raise ValueError where the tracker's package is not installed."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise ValueError(f"report_to={name} needs its package: pip install {name}, or leave report_to at none")
+
+
+def tracker(name: str, saves: Path) -> str:
+    """The tracker for the trainer's `report_to`; TensorBoard's files go beside the stage's folder, where they stay."""
+    if name == "tensorboard":
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(saves.parent.parent / "tensorboard")
+    return name
+
+
 def training_arguments(config: RunConfig, saves: Path, steps: int, evaluates: bool) -> SFTConfig:
     """The trainer's arguments for so many optimizer steps."""
     asked, dtype, on_gpu = config.train, base.precision().dtype, torch.cuda.is_available()
@@ -163,7 +178,7 @@ def training_arguments(config: RunConfig, saves: Path, steps: int, evaluates: bo
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=on_gpu,
         disable_tqdm=True,
-        report_to="none",
+        report_to=tracker(asked.report_to, saves),
         max_length=None,
     )
     # A process trains on one GPU, however many it sees: with more the Trainer would split batches over all of them

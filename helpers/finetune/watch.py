@@ -2,18 +2,17 @@
 
 import math
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from helpers.config import RunConfig
 from helpers.finetune.base import adapters
+from helpers.show import live
 
 GIB = 2**30
 
@@ -35,12 +34,11 @@ class Watch(TrainerCallback):
         self.applied = self.skipped_in_a_row = 0
         self.step_s: list[float] = []
         self.interrupted: int | None = None
+        self.progress: live.Progress | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        seldom_s = 0.1 if sys.stderr.isatty() else 2.0  # elsewhere every state of the bar is kept
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="training", unit="step", mininterval=seldom_s
-        )
+        limit_gib = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else None
+        self.progress = live.begin(state.max_steps, limit_gib, state.log_history)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.began = time.perf_counter()
@@ -57,7 +55,6 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.step_s.append(time.perf_counter() - self.began)
-        self.bar.update(state.global_step - self.bar.n)
         if self.interrupted is not None:  # between two steps, where a checkpoint is whole
             control.should_save = control.should_training_stop = True
 
@@ -71,13 +68,12 @@ class Watch(TrainerCallback):
             )
         per_step = sum(self.step_s[-20:]) / len(self.step_s[-20:])
         tokens_per_step = self.trainer.token_counts["text"] / state.max_steps
-        shown = {"loss": f"{logs['loss']:.3f}", "tokens/s": f"{tokens_per_step / per_step:.0f}"}
-        if torch.cuda.is_available():
-            shown["peak GiB"] = f"{torch.cuda.max_memory_reserved() / GIB:.2f}"
-        shown["hours left"] = f"{(state.max_steps - state.global_step) * per_step / 3600:.2f}"
-        self.bar.set_postfix(shown, refresh=False)
+        peak_gib = torch.cuda.max_memory_reserved() / GIB if torch.cuda.is_available() else None
+        self.progress.step(state.global_step, logs, tokens_per_step / per_step, per_step, peak_gib)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if self.progress is not None and "eval_loss" in (metrics or {}):
+            self.progress.heldout(state.global_step, metrics["eval_loss"])
         if not self.config.train.patience:
             return
         found = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
@@ -89,7 +85,7 @@ class Watch(TrainerCallback):
             control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+        self.progress.close()
 
 
 @contextmanager

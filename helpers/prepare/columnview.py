@@ -9,15 +9,16 @@ Uses only what ipywidgets 7.7 (Colab) and 8 share. Without a screen, the rows ar
 """
 
 import itertools
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
 import ipywidgets
-from IPython.display import display
 from ipywidgets import Layout
 
 from helpers.config import RunConfig
 from helpers.prepare.checks import Findings, actions, check, leaks
+from helpers.show.shown import Shown
 from helpers.sources import columns
 from helpers.sources.formats import BadRow, as_row, read_row, recognise
 from helpers.sources.readers import read
@@ -35,14 +36,15 @@ STYLE = """<style>
 </style>"""
 
 
-class Chooser(ipywidgets.VBox):
+class Chooser(Shown):
     """A dropdown a role and the first rows as they would be trained.
 
     A class, because a widget decides by its own method how it is shown where nobody can use it.
     """
 
-    def __init__(self, config: RunConfig, source: str | None) -> None:
+    def __init__(self, config: RunConfig, source: str | None, moved: Callable[[RunConfig], None] | None = None) -> None:
         self.base = config
+        self.moved: Callable[[RunConfig], None] | None = None  # nobody has chosen anything yet
         self.values, self.problem = first_rows(str(source or config.data.source), config)
         self.names = list(dict.fromkeys(name for value in self.values for name in fields_of(value)))
         asked = columns.parse(config.data.columns) if config.data.columns else {}
@@ -54,6 +56,7 @@ class Chooser(ipywidgets.VBox):
         for widget in self.controls.values():
             widget.observe(self.redraw, "value")
         self.redraw()
+        self.moved = moved
 
     def columns(self) -> str:
         """The choice as `--columns` takes it; "" while the fields are recognised by their names."""
@@ -80,16 +83,16 @@ class Chooser(ipywidgets.VBox):
             shown, words = [refusal(self.problem)], [self.problem]
         self.picture.value = f"{STYLE}<div class='rows'>{''.join(shown)}</div>"
         self.words = "\n".join(words)
-
-    def _ipython_display_(self, **_: Any) -> None:
-        """Dropdowns where the front end can draw them, words where it cannot; ipywidgets 7 and 8 both call this."""
-        view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
-        display({"application/vnd.jupyter.widget-view+json": view, "text/plain": self.words}, raw=True)
+        if self.moved is not None:
+            self.moved(config_of(self))
 
 
-def chooser(config: RunConfig, source: str | None = None) -> Chooser:
-    """The dropdowns and the first rows of a source, instead of config.data.source; `config_of` reads the choice."""
-    return Chooser(config, source)
+def chooser(config: RunConfig, source: str | None = None, moved: Callable[[RunConfig], None] | None = None) -> Chooser:
+    """The dropdowns and the first rows of a source, instead of config.data.source; `config_of` reads the choice.
+
+    moved: called with each configuration that somebody chooses.
+    """
+    return Chooser(config, source, moved)
 
 
 def config_of(chooser: Chooser) -> RunConfig:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from helpers.config import RunConfig
+from helpers.show.words import duration, steps_of
 
 SHOWN_TOKENS = 2000
 """A longer row would slow the browser, and shows nothing new."""
@@ -69,18 +70,21 @@ def lengths(rows: Any) -> np.ndarray:
 
 
 def epoch(made: dict[str, Any], config: RunConfig, budget: Any) -> list[tuple[str, str]]:
-    """(what, value) of one pass over the training rows: tokens, steps, and hours by the budget's step time."""
+    """(what, value) of one pass over the training rows: tokens, steps, and time by the budget's step where a GPU is."""
     rows_a_step = config.train.batch_size * config.train.accumulation
     steps = math.ceil(made["train_rows"] / rows_a_step)
-    total = config.train.max_steps or math.ceil(steps * config.train.epochs)
-    seconds = budget.time.step_s
-    return [
+    total = steps_of(config, made["train_rows"])
+    seconds = budget.time.step_s if budget.machine.gpu else 0  # steps are timed on GPUs; a CPU's would be a guess
+    timed = f", {duration(total * seconds / 3600)}" if seconds else ""
+    rows = [
         ("tokens an epoch", f"{made['train_tokens']:,}, {made['trained_tokens']:,} of them trained"),
         ("rows a step", f"{rows_a_step} ({config.train.batch_size} × {config.train.accumulation})"),
         ("steps an epoch", f"{steps:,}"),
-        ("hours an epoch", f"{steps * seconds / 3600:.2f} at {seconds:.1f} s a step"),
-        ("this run", f"{total:,} steps, {total * seconds / 3600:.2f} h"),
+        ("this run", f"{total:,} steps{timed}"),
     ]
+    if seconds:
+        rows.insert(3, ("time an epoch", f"{duration(steps * seconds / 3600)} at {seconds:.2g} s a step"))
+    return rows
 
 
 def text_of(name: str, token: int, tokenizer: Any) -> str:

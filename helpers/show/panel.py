@@ -9,19 +9,25 @@ Uses only what ipywidgets 7.7 (Colab) and 8 share. Without a screen, the panel s
 True
 """
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from html import escape
 from typing import Any
 from zlib import crc32
 
 import ipywidgets
-from IPython.display import display
 from ipywidgets import Layout
 
 from helpers import budget
 from helpers.config import RunConfig, flat
-from helpers.hardware import Machine
-from helpers.models import ModelShape
+from helpers.hardware import GPUS, Machine
+from helpers.hardware import machine as machine_of
+from helpers.models import KNOWN, ModelShape
+from helpers.models import shape as shape_of
+from helpers.profiles import PROFILES, profile
+from helpers.show.shown import Shown
+from helpers.show.words import duration, joined
 
 DOUBLINGS = [2**power for power in range(10)]
 COUNTS = sorted({*DOUBLINGS[:8], 3, 6, 12, 24, 48})
@@ -41,6 +47,37 @@ RIGHT = {
     "checkpointing": ("checkpointed", []),  # as many as the model has layers
 }
 KNOBS = LEFT | RIGHT
+TIPS = {
+    "rank": "How thin the two trained matrices are. 4 to 8 for one simple task, 16 to 32 to follow instructions, 64 "
+    "and more for a field of its own",
+    "alpha": "The adapter counts alpha ÷ rank times. Twice the rank is usual",
+    "learning_rate": "How large a step is. Too high and the loss jumps, too low and nothing is learned",
+    "targets": "Which matrices of each layer get an adapter",
+    "seq_len": "Tokens of one training sequence, at most. Longer conversations lose their last turns",
+    "batch_size": "Conversations that are computed at once: faster, and more memory",
+    "accumulation": "Micro-batches that make one optimizer step together: more of them need no more memory",
+    "checkpointing": "Layers that save their input only and compute the rest again: less memory, more time. "
+    "auto: as few as fit",
+}
+"""What a control is for, in plain words; shown when the mouse rests on its label."""
+PRESETS = {
+    "gentle": (
+        {"rank": 8, "alpha": 16},
+        0.5,
+        "Small adapter, half the learning rate: little data, or a change of tone",
+    ),
+    "balanced": ({"rank": 16, "alpha": 32}, 1.0, "What most people need"),
+    "thorough": ({"rank": 64, "alpha": 128}, 0.5, "Large adapter, small steps: much data, or a field of its own"),
+}
+"""Name -> settings, share of the profile's learning rate, what for."""
+HERE_NOW = "this machine"
+AS_CHOSEN = "as chosen"
+OTHERS = {
+    "keep_attention": "attention outputs kept",
+    "offload_activations": "activations in host memory",
+    "offload_gib": "host memory for them, GiB",
+}
+"""How the proposal says what no control shows."""
 
 # One colour a component, whatever else is in the bar: weights blue, adapter green, activations orange, the rest grey.
 COLOURS = {
@@ -55,7 +92,7 @@ COLOURS = {
     "optimizer states": "#2f7d5b",
     "paged optimizer states": "#79b8a5",
     "optimizer buffers": "#a9d6c9",
-    "checkpointed activations": "#ffbf79",
+    "checkpointed activations": "#ffe2bd",
     "saved activations": "#f58518",
     "recomputed activations (one layer)": "#c9620c",
     "layer gradients": "#e0a93b",
@@ -68,8 +105,10 @@ COLOURS = {
     "cuBLAS workspace": "#c9c2b8",
     "allocator overhead": "#a6a6a6",
     "CUDA context": "#707070",
+    "smaller parts": "#d9d2c8",
 }
 SPARE_COLOURS = ["#8c6bb1", "#9d755d", "#439894", "#b79a20", "#d88aa5", "#6b8fb3"]
+TAKE = "Take the proposal"
 GOOD, LONG, BAD = "#2e7d32", "#b8860b", "#c62828"
 STYLE = f"""<style>
 .needs{{max-width:756px;font-size:13px;line-height:1.45;margin:2px}}
@@ -89,10 +128,10 @@ STYLE = f"""<style>
 </style>"""
 
 
-class Panel(ipywidgets.VBox):
+class Panel(Shown):
     """Sliders that start at a configuration, the budget of what they show, and a button that takes the plan's.
 
-    A class, because a widget decides by its own method how it is shown where nobody can move a slider.
+    Words stand in its place where nobody can move a slider.
     """
 
     def __init__(
@@ -103,8 +142,24 @@ class Panel(ipywidgets.VBox):
         values = values_of(config, shape)
         self.controls = {name: control(name, values[name], shape) for name in KNOBS}
         self.derived, self.picture, self.proposal = (ipywidgets.HTML() for _ in range(3))
-        self.button = ipywidgets.Button(
-            description="Take the proposal", icon="check", layout=Layout(width="160px", flex="0 0 auto")
+        self.button = ipywidgets.Button(description=TAKE, icon="check", layout=Layout(width="160px", flex="0 0 auto"))
+        gpus = [(gpu.name if gpu.count == 1 else f"{gpu.count} × {gpu.name}", key) for key, gpu in GPUS.items()]
+        models = sorted({known.name for known in KNOWN.values()})
+        self.looked_at = {
+            "GPU": choice_of("what if on", [(HERE_NOW, HERE_NOW), *gpus]),
+            "model": choice_of("what if it were", [(AS_CHOSEN, AS_CHOSEN), *((name, name) for name in models)]),
+        }
+        self.typed = ipywidgets.Text(
+            placeholder="or type: rank=24, context=3000, then Enter",
+            continuous_update=False,
+            layout=Layout(width="300px"),
+        )
+        self.presets = {
+            name: ipywidgets.Button(description=name, tooltip=tip, layout=Layout(width="94px"))
+            for name, (_, _, tip) in PRESETS.items()
+        }
+        self.presets["reset"] = ipywidgets.Button(
+            description="reset", tooltip="Back to the profile's own settings", layout=Layout(width="74px")
         )
         columns = [
             ipywidgets.VBox([self.controls[name] for name in names], layout=Layout(width="374px", margin="0 4px 0 0"))
@@ -112,7 +167,9 @@ class Panel(ipywidgets.VBox):
         ]
         super().__init__(
             [
+                ipywidgets.HBox([*self.presets.values(), self.typed], layout=Layout(flex_flow="row wrap")),
                 ipywidgets.HBox(columns, layout=Layout(flex_flow="row wrap")),
+                ipywidgets.HBox(list(self.looked_at.values()), layout=Layout(flex_flow="row wrap")),
                 self.derived,
                 self.picture,
                 ipywidgets.HBox([self.button, self.proposal], layout=Layout(align_items="center")),
@@ -121,6 +178,11 @@ class Panel(ipywidgets.VBox):
         )
         self.listen(True)
         self.button.on_click(lambda _: self.show(self.plan.config))
+        for name, button in self.presets.items():
+            button.on_click(lambda _, name=name: self.show(preset(self.base, name, self.shape)))
+        for widget in self.looked_at.values():
+            widget.observe(self.redraw, "value")
+        self.typed.observe(self.take_typed, "value")
         self.redraw()
         self.moved = moved
 
@@ -132,6 +194,27 @@ class Panel(ipywidgets.VBox):
     def config(self) -> RunConfig:
         """The configuration with the values shown. Raises ValueError naming what is not allowed."""
         return self.base.with_values(**{name: widget.value for name, widget in self.controls.items()})
+
+    def what_if(self) -> tuple[ModelShape, Machine]:
+        """Whose budget is drawn: of this model on this machine, unless another is looked at."""
+        model, gpu = (self.looked_at[name].value for name in ("model", "GPU"))
+        return (
+            self.shape if model == AS_CHOSEN else shape_of(model),
+            self.machine if gpu == HERE_NOW else machine_of(gpu),
+        )
+
+    def take_typed(self, _change: Any = None) -> None:
+        """Take values that no slider stops at; what cannot be used is said where the budget stands."""
+        text = self.typed.value.strip()
+        if not text:
+            return
+        try:
+            config = self.config().with_values(**typed_values(text))
+        except ValueError as error:
+            self.picture.value = f"{STYLE}<div class='needs'>{verdict(False, [str(error)])}</div>"
+        else:
+            self.typed.value = ""
+            self.show(config)
 
     def show(self, config: RunConfig) -> None:
         """Move the controls to a configuration, and draw once."""
@@ -149,27 +232,31 @@ class Panel(ipywidgets.VBox):
         try:
             config = self.config()
             self.derived.value = derived(config, self.shape)
+            shape, machine = self.what_if()
             free = config.with_values(checkpointing="auto")  # a proposal may choose what the reader has set
-            self.plan = budget.plan(free, self.shape, self.machine)
-            needs = budget.settle(config, self.shape, self.machine, self.plan).budget
+            self.plan = budget.plan(free, shape, machine)
+            needs = budget.settle(config, shape, machine, self.plan).budget
         except ValueError as error:  # what the sliders show is no run at all; the sentence says why
             self.picture.value = f"{STYLE}<div class='needs'>{verdict(False, [str(error)])}</div>"
             self.words, self.button.disabled, self.proposal.value = str(error), True, ""
             return
+        changes = differences(config, self.plan.config, shape)
+        needs = with_one_remedy(needs, self.plan.budget, changes)
         self.picture.value = picture(needs)
         shown = (f"{KNOBS[name][0]} {label(name, w.value, self.shape)}" for name, w in self.controls.items())
         self.words = f"{', '.join(shown)}\n{budget.table(needs)}"
-        changes = differences(config, self.plan.config, self.shape)
-        self.button.disabled = not changes
-        proposal = "; ".join(changes) + gain(needs, self.plan.budget) if changes else "The sliders show the proposal."
+        elsewhere = (shape, machine) != (self.shape, self.machine)
+        self.button.disabled = elsewhere or not changes
+        worth = gain(needs, self.plan.budget)
+        proposal = f"{'; '.join(changes)}{worth}" if changes else "The sliders show the proposal."
+        if changes and needs.fits and not worth:
+            proposal = f"It runs like this, as fast as can be: {proposal}"
+        if elsewhere:
+            self.words = f"What if: {shape.name} on {machine.name}, {machine.host.name}\n{self.words}"
+            proposal = f"Only looked at, never trained: {shape.name} on {machine.name}. There: {proposal}"
         self.proposal.value = f"<div style='line-height:1.4;margin-left:6px'>{escape(proposal)}</div>"
         if self.moved is not None:
             self.moved(config)
-
-    def _ipython_display_(self, **_: Any) -> None:
-        """Sliders where the front end can draw them, words where it cannot; ipywidgets 7 and 8 both call this."""
-        view = {"version_major": 2, "version_minor": 0, "model_id": self.model_id}
-        display({"application/vnd.jupyter.widget-view+json": view, "text/plain": self.words}, raw=True)
 
 
 def panel(
@@ -185,6 +272,56 @@ def panel(
 def config_of(panel: Panel) -> RunConfig:
     """The configuration with the values that a panel shows."""
     return panel.config()
+
+
+def preset(config: RunConfig, name: str, shape: ModelShape) -> RunConfig:
+    """A configuration with a preset's settings, or for "reset" with the profile's own.
+
+    >>> from helpers import models
+    >>> tuned = preset(models.profile("mistral-7b", rank=3), "gentle", models.shape("mistral-7b-v0.3"))
+    >>> tuned.adapter.rank, tuned.train.learning_rate
+    (8, 0.0001)
+    """
+    own = flat(profile(config.profile) if config.profile in PROFILES else RunConfig(profile=config.profile))
+    if name == "reset":
+        return config.with_values(**{knob: own[knob] for knob in KNOBS})
+    settings, share, _ = PRESETS[name]
+    most = min(min(pair) for pair in shape.linears.values())  # a rank is at most the smallest matrix's smaller side
+    settings = settings | {"rank": min(settings["rank"], most), "learning_rate": share * own["learning_rate"]}
+    return config.with_values(**settings)
+
+
+def typed_values(text: str) -> dict[str, Any]:
+    """Settings out of what somebody types: by a control's label, its first word, or the setting's own name.
+
+    Raises ValueError naming what there is.
+
+    >>> typed_values("rank = 24, context=3,000; learning rate=3e-4, targets=q_proj,v_proj")
+    {'rank': 24, 'seq_len': 3000, 'learning_rate': 0.0003, 'targets': 'q_proj,v_proj'}
+    """
+    titles = {title: knob for knob, (title, _) in KNOBS.items()}
+    names = {title.split(" ")[0]: knob for title, knob in titles.items()} | titles | {knob: knob for knob in KNOBS}
+    found: dict[str, str] = {}
+    last = ""
+    for piece in re.split(r"[;,]\s*(?=[^\d\s])", text):  # a comma before a digit is one of its thousands
+        name, given, value = (part.strip() for part in piece.partition("="))
+        if given and name not in names:
+            raise ValueError(f"there is no control {name!r}; there are {', '.join(titles)}")
+        if not given and not last:
+            raise ValueError(f"{text!r} names no value: type such as rank=24, context=3000")
+        last, value = (names[name], value) if given else (last, f"{found[last]},{name}")
+        found[last] = value
+    return {knob: number(value) for knob, value in found.items()}
+
+
+def number(text: str) -> Any:
+    """A number as people write it, or the word itself."""
+    for kind in (int, float):
+        try:
+            return kind(text.replace(",", ""))
+        except ValueError:
+            continue
+    return text
 
 
 def values_of(config: RunConfig, shape: ModelShape) -> dict[str, Any]:
@@ -226,13 +363,22 @@ def stops(name: str, value: Any, shape: ModelShape) -> list[tuple[str, Any]]:
 def control(name: str, value: Any, shape: ModelShape) -> ipywidgets.Widget:
     """The slider, or for module names the list, of one field."""
     kind = ipywidgets.Dropdown if name == "targets" else ipywidgets.SelectionSlider
-    return kind(
+    widget = kind(
         description=KNOBS[name][0],
         options=stops(name, value, shape),
         value=value,
         style={"description_width": "96px"},
         layout=Layout(width="366px"),
     )
+    tip = "tooltip" if "tooltip" in widget.traits() else "description_tooltip"  # ipywidgets 8 and 7
+    setattr(widget, tip, TIPS[name])
+    return widget
+
+
+def choice_of(title: str, options: list[tuple[str, str]]) -> ipywidgets.Dropdown:
+    """A list of what may be looked at; the first is what there is."""
+    style = {"description_width": "96px"}
+    return ipywidgets.Dropdown(description=title, options=options, style=style, layout=Layout(width="366px"))
 
 
 def derived(config: RunConfig, shape: ModelShape) -> str:
@@ -254,12 +400,13 @@ def picture(needs: budget.Budget) -> str:
     used = needs.vram.process_gib if on_card else needs.ram.peak_gib
     where = f"VRAM of this {needs.machine.name}" if on_card else f"RAM of {needs.machine.name}, which has no GPU"
     when = f"<span>fullest at {escape(needs.vram.phase)}</span>" if on_card and needs.vram.phase else ""
+    parts = joined(main.parts)
     rest = space("RAM", needs.ram) if on_card else ""
     rest += space("Disk", needs.disk) + hours(needs.time, needs.machine.host.session_h)
     return (
         f"{STYLE}<div class='needs'>"
         f"<div class='line'><span><b>{escape(where)}: {used:.2f} of {main.limit_gib:.2f} GiB</b></span>{when}</div>"
-        f"{bar(main.parts, main.limit_gib)}{key(main.parts)}"
+        f"{bar(parts, main.limit_gib)}{key(parts)}"
         f"<div class='rest'>{rest}</div>"
         f"{verdict(needs.fits, needs.reasons or (room(needs),))}</div>"
     )
@@ -318,17 +465,6 @@ def hours(time: budget.Time, session_h: float | None) -> str:
     return meter(name, f"<b>{duration(time.total_h)}</b>{sessions}", share, LONG if sessions else GOOD)
 
 
-def duration(hours: float) -> str:
-    """Hours as people say them.
-
-    >>> duration(0.01), duration(0.5), duration(7.42), duration(346.6)
-    ('1 min', '30 min', '7.4 h', '347 h')
-    """
-    if hours < 1:
-        return f"{max(60 * hours, 1):.0f} min"
-    return f"{hours:.1f} h" if hours < 100 else f"{hours:,.0f} h"
-
-
 def room(needs: budget.Budget) -> str:
     """What is left, in words, where everything fits."""
     if needs.vram.limit_gib:
@@ -350,10 +486,30 @@ def differences(shown: RunConfig, proposed: RunConfig, shape: ModelShape) -> lis
     return [
         f"{KNOBS[name][0]} {label(name, old[name], shape)} → {label(name, new[name], shape)}"
         if name in KNOBS
-        else f"{name} {old[name]} → {new[name]}"
+        else f"{OTHERS.get(name, name)} {in_words(old[name])} → {in_words(new[name])}"
         for name in old
         if old[name] != new[name]
     ]
+
+
+def in_words(value: Any) -> str:
+    """A setting's value that no control shows.
+
+    >>> in_words(True), in_words("paged_adamw_8bit")
+    ('yes', 'paged_adamw_8bit')
+    """
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def with_one_remedy(shown: budget.Budget, proposed: budget.Budget, changes: list[str]) -> budget.Budget:
+    """A budget that does not fit, with the proposal's changes as the remedy in each of its sentences.
+
+    The button takes all of them at once; a sentence with another remedy beside it would leave the reader to choose.
+    """
+    if shown.fits or not proposed.fits:
+        return shown
+    remedy = f"the proposal fits, in {duration(proposed.time.total_h)} ({'; '.join(changes)})"
+    return replace(shown, reasons=tuple(f"{reason.partition(': ')[0]}: {remedy}" for reason in shown.reasons))
 
 
 def gain(shown: budget.Budget, proposed: budget.Budget) -> str:

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.ticker import PercentFormatter
 
 BLUE, ORANGE, GREEN, RED, SKY, PURPLE, YELLOW, BLACK = (
@@ -41,6 +42,24 @@ def save(figure: Figure, path: Path | str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     return path
+
+
+def image(figure: Figure, path: Path | str) -> Any:
+    """A figure for a notebook's cell: saved, shown at the size of the text around it, with its titles as alt text."""
+    from IPython.display import Image
+
+    return Image(str(save(figure, path)), retina=True, alt=alt_text(figure))
+
+
+def alt_text(figure: Figure) -> str:
+    """What a figure shows, for those who do not see it: its titles, axes and legends."""
+    said = [
+        f"{axes.get_title()} ({' against '.join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))})"
+        for axes in figure.axes
+        if axes.get_title()
+    ]
+    names = [text.get_text() for legend in figure.findobj(Legend) for text in legend.get_texts()]
+    return "; ".join([*said, *dict.fromkeys(names)])
 
 
 def canvas(columns: int = 1, height: float = 3.6, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
@@ -155,13 +174,16 @@ def speed(report: Report) -> Figure:
     names, at = list(report), np.arange(len(report))
     for i, (key, label) in enumerate((("tokens_per_s", "batch 1"), ("tokens_per_s_batch_8", "batch 8"))):
         rates = [entry.get(key) or 0.0 for entry in report.values()]
-        bars = left.bar(at + (i - 0.5) * 0.4, rates, 0.4, label=label, color=COLOURS[i], hatch=HATCHES[i])
+        colours = [COLOURS[place % len(COLOURS)] for place in range(len(names))]  # a model's colour in every figure
+        bars = left.bar(
+            at + (i - 0.5) * 0.4, rates, 0.4, label=label, color=colours, hatch=HATCHES[i], edgecolor="white"
+        )
         left.bar_label(bars, labels=[f"{rate:,.3g}" if rate < 1000 else f"{rate:,.0f}" for rate in rates], fontsize=9)
     left.set_xticks(at, names)
     left.set(ylabel="tokens a second", title="Decoding: higher is better")
     left.legend(frameon=False, ncols=2, loc="upper left")
     waits = [1000 * (entry.get("first_token_s") or 0.0) for entry in report.values()]
-    bars = right.bar(names, waits, color=GREEN, width=0.55)
+    bars = right.bar(names, waits, color=[COLOURS[i % len(COLOURS)] for i in range(len(names))], width=0.55)
     right.bar_label(bars, labels=[f"{one:,.3g}" for one in waits], fontsize=9)
     prompt = next((entry["prompt_tokens"] for entry in report.values() if "prompt_tokens" in entry), "?")
     right.set(ylabel="milliseconds", title=f"First token, prompt of {prompt}: lower is better")

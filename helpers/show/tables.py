@@ -89,3 +89,56 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     padded = ("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells)
     return "\n".join(padded)
+
+
+LABELS = {
+    "precision": "computed in",
+    "layers": "layers",
+    "loss_first": "loss at the first step",
+    "loss_last": "loss, mean of the last ten steps",
+    "heldout_loss": "loss on held-out conversations",
+    "steps": "optimizer steps",
+    "steps_applied": "of them applied",
+    "adapters_changed": "trained matrices that changed",
+    "text_tokens": "tokens read",
+    "padding_tokens": "tokens of padding",
+    "tokens_per_s": "tokens a second",
+    "train_s": "training, seconds",
+    "step_s": "a step, seconds",
+    "before_allocated_gib": "VRAM before the first step, GiB",
+    "peak_allocated_gib": "VRAM at the peak, tensors, GiB",
+    "peak_reserved_gib": "VRAM at the peak, with what the allocator holds, GiB",
+    "peak_anonymous_gib": "RAM at the peak, GiB",
+    "resumed_from_step": "continued from step",
+    "checkpoint_size_bytes": "a checkpoint, MiB",
+    "checkpoint_write_s": "writing a checkpoint, seconds",
+    "largest_change": "largest change of a weight",
+    "merge_base": "merged into",
+    "tensors": "tensors",
+    "adapted_tensors": "of them with an adapter",
+    "shards": "files",
+    "shards_resumed": "files found from an earlier try",
+    "size_bytes": "size on disk, MiB",
+    "merge_s": "merging, seconds",
+}
+"""How a measurement is called for people; others go by their name."""
+MIB = 2**20
+NOT_FOR_PEOPLE = ("run", "loss_check")
+SAYS_NOTHING = ("resumed_from_step", "shards_resumed", "before_allocated_gib")
+SAYS_NOTHING += ("peak_allocated_gib", "peak_reserved_gib")
+"""Of these a zero says that it was not so, or that there is no GPU."""
+
+
+def measured(figures: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What a stage measured, in words with units, for `table`; without what was not measured and what is for machines.
+
+    >>> measured({"loss_last": 0.1234, "size_bytes": 3145728, "run": "ab12", "peak_reserved_gib": 0.0, "new_s": 2})
+    [('loss, mean of the last ten steps', 0.1234), ('size on disk, MiB', 3.0), ('new s', 2)]
+    """
+    rows = []
+    for name, value in figures.items():
+        empty = value is None or isinstance(value, Mapping | list) or (name in SAYS_NOTHING and not value)
+        if not (empty or name in NOT_FOR_PEOPLE):
+            shown = value / MIB if name.endswith("_bytes") else value
+            rows.append((LABELS.get(name, name.replace("_", " ")), shown))
+    return rows

@@ -47,7 +47,7 @@ from helpers.workspace.whole import text_checksum
 MARKER = "whole.json"
 BESIDE = "writing"
 ANY_TIME = (
-    *("save_steps", "keep_checkpoints", "eval_steps", "patience"),
+    *("save_steps", "keep_checkpoints", "eval_steps", "patience", "report_to"),
     *("checkpointing", "keep_attention", "offload_activations", "offload_gib"),
 )
 """Settings that may change between a run and its continuation: they do not decide what is learned."""

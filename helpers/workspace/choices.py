@@ -32,21 +32,26 @@ WORDS = {
     "alpha": "alpha {:g}",
     "learning_rate": "a learning rate of {:g}",
     "seq_len": "a context of {:,} tokens",
+    "source": "the data {}",
     "batch_size": "micro-batches of {}",
     "accumulation": "{} accumulated",
 }
 """How a sentence says a setting; others go by name and value."""
 
 
-def start(run: Workspace, config: RunConfig, **given: Any) -> RunConfig:
+def start(run: Workspace, config: RunConfig, where: str = "", **given: Any) -> RunConfig:
     """Where a notebook starts: the profile's configuration, then what was chosen last, then what is given.
 
-    given: settings by name; None leaves a setting as it was. Says what comes from the last choice. Raises ValueError
-    for a setting or a file that cannot be used, StorageError when the file may be there and cannot be read.
+    where: who asks. What it gives comes first, unless a slider was moved there while it gave the same: the slider is
+    the later word. given: settings by name; None leaves a setting as it was. Says what comes from the last choice.
+    Raises ValueError for a setting or a file that cannot be used, StorageError when the file may be there and cannot
+    be read.
     """
     given = {name: value for name, value in given.items() if value is not None}
     path, content = newest(run)
     if content and content.get("profile", config.profile) == config.profile:
+        over = overruled(content, where)
+        given = {name: value for name, value in given.items() if over.get(name) != value}
         chosen = changes(mendable(lambda: with_settings(content, path, config)), config)
         taken = {name: value for name, value in chosen.items() if name not in given}
         if taken:
@@ -78,18 +83,36 @@ def keep(run: Workspace, config: RunConfig, where: str, planned: RunConfig | Non
     return config
 
 
-def keeper(run: Workspace, where: str) -> Callable[[RunConfig], None]:
-    """What a panel calls with each configuration that its sliders show: noted here, so that Run All starts there."""
-    return lambda config: write(run.root / PLAN, {CHOSEN: by(where)} | settings(config))
+def keeper(run: Workspace, where: str, given: dict[str, Any] | None = None) -> Callable[[RunConfig], None]:
+    """What a panel calls with each configuration that its sliders show: noted here, so that Run All starts there.
+
+    given: what `start` was given there, which the sliders overrule until it is changed.
+    """
+    over = {name: value for name, value in (given or {}).items() if value is not None}
+    return lambda config: write(
+        run.root / PLAN, {CHOSEN: by(where) | ({"over": over} if over else {})} | settings(config)
+    )
+
+
+def overruled(content: dict[str, Any], where: str) -> dict[str, Any]:
+    """What was given, in the same place, when a slider was moved there."""
+    chosen = origin(content)
+    over = chosen.get("over") if where and chosen.get("where") == where else None
+    return over if isinstance(over, dict) else {}
 
 
 def check_prepared(manifest: dict[str, Any], config: RunConfig) -> None:
-    """Raises StaleArtifact when the data was prepared for a longer context than the one that will be trained."""
+    """Raises StaleArtifact when the data was prepared for another context than the one that will be trained.
+
+    That is: for a longer one, or for a shorter one that cut conversations.
+    """
     prepared, trained = manifest["config"]["data"]["seq_len"], config.data.seq_len
-    if prepared > trained:
+    cut_share = manifest.get("measurements", {}).get("cut_share", 0)
+    if prepared > trained or (prepared < trained and cut_share):
+        cut = f", which cut {cut_share:.1%} of the rows," if prepared < trained else ""
         raise StaleArtifact(
-            f"the data was prepared for a context of {prepared:,} tokens and {trained:,} will be trained: run notebook "
-            f"{NOTEBOOKS['prepare']} again, which starts with {trained:,} now, and then this one"
+            f"the data was prepared for a context of {prepared:,} tokens{cut} and {trained:,} will be trained: run "
+            f"notebook {NOTEBOOKS['prepare']} again, which starts with {trained:,} now, and then this one"
         )
 
 

@@ -1,13 +1,14 @@
-"""The README's tables about the budget, from this folder's CSVs: predicted against measured, and other estimators.
+"""The tables of data/measurements/README.md and three rows of the README: predicted against measured, and others.
 
 python tests/benchmarks/tables.py            # print
-python tests/benchmarks/tables.py --write    # into README.md, between <!-- budget --> and <!-- /budget -->
+python tests/benchmarks/tables.py --write    # between <!-- budget --> and <!-- /budget --> there, <!-- rows --> here
 """
 
 import argparse
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 
 import rows
@@ -17,6 +18,7 @@ from helpers import hardware
 from helpers.budget import hours, planning, vram
 
 README = ROOT / "README.md"
+MEASUREMENTS = ROOT / "data" / "measurements" / "README.md"
 
 
 @dataclass(frozen=True)
@@ -243,8 +245,7 @@ def document() -> str:
     return "\n\n".join(
         [
             "An H200 held to a T4's envelope (14.42 GiB for the allocator, fp16, no flash attention) unless it says "
-            "*real T4*, whose rows others published; [data/measurements](data/measurements/README.md) has every row, "
-            "says what was calibrated on what, and makes these tables: `python tests/benchmarks/tables.py`.",
+            "*real T4*, whose rows others published. `python tests/benchmarks/tables.py --write` makes these tables.",
             "**Predicted against measured.** A run fits when its prediction leaves 3 % of the VRAM free (5 % where "
             "transformers' layers compute); the last two columns count where that was wrong.",
             accuracy(),
@@ -261,23 +262,58 @@ def document() -> str:
     )
 
 
+def in_three_rows() -> str:
+    """What the README shows of it: one row each of speed, of the prediction, of merge and GPTQ."""
+    _, _, ours, _, unsloth, _, ratio, _ = (cell.strip() for cell in row_of(fine_tuning(), "4×2,048").split("|"))
+    merging, quantizing = (
+        [cell.strip() for cell in row_of(merge_and_gptq(), start).split("|")]
+        for start in ("merge into the base as training saw it", "GPTQ")
+    )
+    allocated = planned().partition("Predicted against measured: ")[2].rstrip(".")
+    rows = [
+        (
+            "fine-tuning, 4×2,048 tokens a step: tokens/s · GiB",
+            f"{ours}; Unsloth {unsloth}, so {ratio.split()[0]} times",
+        ),
+        ("GPU memory of the planned runs, predicted against measured", allocated),
+        (
+            "merge, and GPTQ",
+            f"{merging[2]} s in {merging[4]} GiB of RAM, and {quantizing[2]} s in {quantizing[3]} GiB of VRAM",
+        ),
+    ]
+    return "\n".join(
+        ["| Mistral 7B's shape in a T4's memory | measured |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
+    )
+
+
+def row_of(table: str, start: str) -> str:
+    """The row of a Markdown table that starts with these words."""
+    return next(line for line in table.splitlines() if line.startswith(f"| {start}"))
+
+
 def main() -> None:
-    """Print, or write into the README."""
+    """Print, or write into the two READMEs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="into README.md")
+    parser.add_argument("--write", action="store_true", help="into README.md and data/measurements/README.md")
     options = parser.parse_args()
     if not options.write:
-        print(document(), step_times(), sep="\n\n")
+        print(in_three_rows(), document(), step_times(), sep="\n\n")
         return
-    text, found = re.subn(
-        r"(<!-- budget -->).*?(<!-- /budget -->)",
-        lambda match: f"{match[1]}\n{document()}\n{match[2]}",
-        README.read_text(encoding="utf-8"),
+    for file, mark, text in ((README, "rows", in_three_rows()), (MEASUREMENTS, "budget", document())):
+        write(file, mark, text)
+
+
+def write(file: Path, mark: str, text: str) -> None:
+    """Put a text between its marks. Raises SystemExit when the file has none."""
+    new, found = re.subn(
+        rf"(<!-- {mark} -->).*?(<!-- /{mark} -->)",
+        lambda match: f"{match[1]}\n{text}\n{match[2]}",
+        file.read_text(encoding="utf-8"),
         flags=re.DOTALL,
     )
     if not found:
-        raise SystemExit("README.md has no <!-- budget --><!-- /budget --> markers")
-    README.write_text(text, encoding="utf-8")
+        raise SystemExit(f"{file} has no <!-- {mark} --><!-- /{mark} --> marks")
+    file.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -348,7 +348,7 @@ def test_tables_name_every_model(finished):
     root, found = finished
     assert list(report.table(found).columns) == list(found)
     assert "noisy against gptq: perplexity" in evaluate.table(found)
-    assert report.side_by_side(root / "evaluate", rows=3).count("<tr><td>") == 3
+    assert report.side_by_side(root / "evaluate", rows=3).count("<tr><td ") == 3
 
 
 def test_a_size_with_its_base_is_said_of_an_adapter(folders):

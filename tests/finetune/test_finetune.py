@@ -735,3 +735,9 @@ def test_a_kernel_that_dequantizes_to_other_weights_is_not_trained_with(small, m
     layers.install(model, ["everything"] * len(model.model.layers))
     model(input_ids=torch.tensor([[1, 5, 9]]))
     assert len(used) == 7 * len(model.model.layers), "the layers dequantize with what was chosen"
+
+
+def test_a_tracker_whose_package_is_not_there_is_said_before_anything_is_loaded(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    with pytest.raises(ValueError, match="report_to=trackio needs its package: pip install trackio"):
+        finetune.finetune(profile("tiny", report_to="trackio"), prepared, tmp_path / "finetune")

@@ -1,4 +1,4 @@
-"""The notebooks' structure: what DESIGN's skeleton promises a reader, cell by cell, without running them."""
+"""The notebooks' structure: what each of them promises a reader, cell by cell, without running them."""
 
 import ast
 import importlib

@@ -1,5 +1,7 @@
 """The six notebooks, executed: the effect is real, the sizes are bytes on disk, everything is in its place."""
 
+import re
+
 import nbformat
 import pytest
 
@@ -63,3 +65,39 @@ def test_plots_are_pictures(executed_run):
     plots = list((executed_run / "plots").glob("*.png"))
     assert len(plots) >= 5
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
+
+
+def shown(executed_run, prefix, piece):
+    """Text and HTML that the cell with this piece of code shows."""
+    (path,) = (executed_run / "notebooks").glob(f"{prefix}*.ipynb")
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    outputs = next(cell for cell in cells if piece in cell.source).outputs
+    pictures = [data for output in outputs for data in [output.get("data", {})]]
+    texts = [output.get("text", "") for output in outputs] + [data.get("text/plain", "") for data in pictures]
+    return "\n".join(texts), "\n".join(data.get("text/html", "") for data in pictures)
+
+
+def test_the_training_figure_has_a_point_a_step_and_looks_at_held_out_conversations(executed_run):
+    words, html = shown(executed_run, "03", "finetune.finetune(")
+    assert "step 180 of 180" in words
+    curve = re.search(r"points='([^']+)'", html)[1].split()
+    assert len(curve) == 180 and html.count("<circle") >= 6
+
+
+def test_before_training_one_line_says_what_on_what(executed_run):
+    words, _ = shown(executed_run, "03", "start.line(")
+    assert "tiny-mistral (4 million weights) on the SAMPLE conversations.jsonl, 720 conversations · rank 16" in words
+
+
+def test_the_chat_shows_its_question_and_every_models_answer(executed_run):
+    words, _ = shown(executed_run, "05", "chat.chat(")
+    assert words.lstrip().startswith("You: Who owns the pet Pip?")
+    assert all(f"\n{name}: " in words for name in ("base", "finetuned", "gptq"))
+
+
+def test_every_picture_is_said_in_words(executed_run):
+    for name in NOTEBOOKS:
+        for cell in nbformat.read(executed_run / "notebooks" / name, as_version=4).cells:
+            for output in cell.get("outputs", []):
+                if "image/png" in output.get("data", {}):
+                    assert output.metadata["image/png"].get("alt"), cell.source

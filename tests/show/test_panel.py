@@ -4,6 +4,7 @@ import re
 from itertools import pairwise
 
 import nbformat
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from nbclient import NotebookClient
 from helpers import budget, hardware, models
 from helpers.config import RunConfig
 from helpers.show import panel as widgets
+from helpers.show.words import joined
 
 SHAPE = models.shape("mistral-7b-v0.3")
 T4 = hardware.machine("t4")
@@ -73,7 +75,8 @@ def test_it_says_in_words_and_marks_what_its_colours_say():
     needs = budget.budget(widgets.config_of(sliders), SHAPE, T4)
     assert not needs.fits
     assert "✗ It does not fit" in text(sliders.picture.value)
-    assert all(reason in text(sliders.picture.value) for reason in needs.reasons)
+    shortages = [reason.partition(": ")[0] for reason in needs.reasons]  # the remedy is the proposal's
+    assert all(shortage in text(sliders.picture.value) for shortage in shortages)
     assert "class='over'" in sliders.picture.value
 
 
@@ -146,3 +149,82 @@ def test_a_notebook_shows_sliders_or_words():
     assert "application/vnd.jupyter.widget-view+json" in shown.data
     words = shown.data["text/plain"]
     assert "rank r 8" in words and budget.table(panel(rank=8).plan.budget) in words
+
+
+def test_a_label_says_what_its_control_is_for_in_plain_words():
+    sliders = panel()
+    assert set(widgets.TIPS) == set(widgets.KNOBS)
+    assert all(control.tooltip == widgets.TIPS[name] for name, control in sliders.controls.items())
+    assert not any("_" in tip for tip in widgets.TIPS.values()), "no name out of the code"
+
+
+@pytest.mark.parametrize("gpu", ["l4", "2xt4", "rtx3060"])
+def test_another_gpu_or_model_is_looked_at_and_never_trained(gpu):
+    heard = []
+    sliders = widgets.panel(models.profile("mistral-7b"), SHAPE, T4, heard.append)
+    before, config = sliders.picture.value, widgets.config_of(sliders)
+    sliders.looked_at["GPU"].value = gpu
+    there = budget.plan(config.with_values(checkpointing="auto"), SHAPE, hardware.machine(gpu)).budget
+    assert hardware.machine(gpu).name in text(sliders.picture.value) and sliders.picture.value != before
+    assert f"{there.vram.process_gib:.2f} of {there.vram.limit_gib:.2f} GiB" in text(sliders.picture.value)
+    assert sliders.button.disabled and "never trained" in sliders.proposal.value and sliders.words.startswith("What if")
+    assert widgets.config_of(sliders) == config and all(one == config for one in heard)
+    sliders.looked_at["GPU"].value = widgets.HERE_NOW
+    assert sliders.picture.value == before
+    sliders.looked_at["model"].value = "llama-3.2-1b"
+    assert widgets.config_of(sliders) == config and "llama-3.2-1b" in sliders.words
+
+
+def test_presets_and_reset_move_the_sliders_and_are_a_choice():
+    heard = []
+    sliders = widgets.panel(models.profile("mistral-7b", rank=3), SHAPE, T4, heard.append)
+    for name, rank, rate in (("gentle", 8, 1e-4), ("thorough", 64, 1e-4), ("balanced", 16, 2e-4)):
+        sliders.presets[name].click()
+        config = widgets.config_of(sliders)
+        assert (config.adapter.rank, config.train.learning_rate) == (rank, rate) and heard[-1] == config
+    sliders.controls["seq_len"].value = 4096
+    sliders.presets["reset"].click()
+    assert widgets.config_of(sliders) == models.profile("mistral-7b")
+
+
+def test_a_value_that_no_slider_stops_at_can_be_typed():
+    sliders = panel()
+    sliders.typed.value = "rank=24, context=3,000"
+    config = widgets.config_of(sliders)
+    assert (config.adapter.rank, config.data.seq_len) == (24, 3000) and sliders.typed.value == ""
+    for wrong in ("colour=red", "rank=-1", "much"):
+        sliders.typed.value = wrong
+        assert "✗" in sliders.picture.value and widgets.config_of(sliders) == config
+
+
+DICHROMACY = {  # Machado et al. 2009, https://doi.org/10.1109/TVCG.2009.113, severity 1, of linear RGB
+    "normal": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "protanopia": [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]],
+    "deuteranopia": [[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]],
+}  # fmt: skip
+
+
+def seen(colour, kind):
+    """A colour as people with this colour vision see it, red, green and blue from 0 to 1."""
+    code = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(code <= 0.04045, code / 12.92, ((code + 0.055) / 1.055) ** 2.4)
+    return np.clip(np.array(DICHROMACY[kind]) @ linear, 0, 1) ** (1 / 2.4)
+
+
+@pytest.mark.parametrize("kind", DICHROMACY)
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"checkpointing": "all"}, {"attention": "eager"}, {"loss": "full", "upcast": True}, {"weights": "int8"}],
+)
+def test_neighbours_in_the_bar_are_told_apart_by_every_kind_of_colour_vision(values, kind):
+    config = budget.plan(models.profile("mistral-7b", **values), SHAPE, T4).config
+    parts = joined(budget.budget(config, SHAPE, T4).vram.parts)
+    for one, other in pairwise(parts):
+        apart = np.linalg.norm(seen(widgets.colour_of(one), kind) - seen(widgets.colour_of(other), kind))
+        assert apart > 0.13, f"{one} and {other}: {apart:.2f}"
+
+
+def test_pieces_that_nobody_would_see_are_one():
+    parts = re.findall(r'title="([^"]*)"', panel().picture.value)
+    small = [part for part in parts if float(part.rpartition(": ")[2].split()[0]) < 0.1]
+    assert len(parts) <= 10 and all(part.startswith("smaller parts") for part in small)

@@ -3,47 +3,20 @@
 Leaves screenshots in runs/panel/. Needs Chromium and its driver (Debian: chromium, chromium-driver).
 """
 
-import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from contextlib import suppress
-from pathlib import Path
-
+import lab
 import nbformat
 import pytest
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: `make setup` installs it")
-pytest.importorskip("jupyterlab", reason="jupyterlab is not installed: `make setup` installs it")
-from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException  # noqa: E402
-from selenium.webdriver import ActionChains  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
+if lab.missing():
+    pytest.skip(lab.missing(), allow_module_level=True)
 
-ROOT = Path(__file__).resolve().parents[2]
+from lab import ROOT, page_text, run_all, wait_for
+from selenium.webdriver import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
 SCREENSHOTS = ROOT / "runs" / "panel"
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
-FLAGS += ["--window-size=1180,1350"]
-PATIENCE_S = 40
-
-pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER),
-    reason="no Chromium with its driver here; `.ci/run` installs them: chromium chromium-driver",
-)
-
 SLIDERS = ("rank r", "alpha α", "learning rate", "context", "micro-batch", "accumulation", "checkpointed")
-KERNEL_STATUS = "return jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status"
-SETTINGS = {
-    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},  # no question over the page
-    "notebook-extension/tracker": {"windowingMode": "none"},  # every cell is there, seen or not
-}
 READ = 'shown = panel.config_of(sliders)\nprint(f"read: {shown.adapter.rank} {shown.data.seq_len:,} end")'
 
 
@@ -62,74 +35,17 @@ def notebook_01(workspace):
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
+def address(tmp_path_factory):
     """JupyterLab's address, serving notebook 01."""
     home = tmp_path_factory.mktemp("lab")
-    nbformat.write(notebook_01(home / "run"), home / "panel.ipynb")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folders = {name: str(home / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "IPYTHONDIR", "JUPYTER_RUNTIME_DIR")}
-    folders |= {name: str(home / name.lower()) for name in ("JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1"]
-    command += [f"--ServerApp.root_dir={home}", "--IdentityProvider.token=panel", "--expose-app-in-browser"]
-    for name, settings in SETTINGS.items():
-        path = home / "jupyterlab_settings_dir" / "@jupyterlab" / f"{name}.jupyterlab-settings"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(settings))
-    with (home / "lab.log").open("w") as log:
-        server = subprocess.Popen(
-            command, cwd=home, env=os.environ | folders | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_for(lambda: answers(f"{address}/api?token=panel"), lambda: (home / "lab.log").read_text()[-2000:])
-        yield f"{address}/doc/tree/panel.ipynb?reset&token=panel"
-    finally:
-        server.terminate()
-        server.wait(20)
+    with lab.serving(notebook_01(home / "run"), home) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """Headless Chromium with a profile of its own."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
-
-
-def answers(url):
-    try:
-        return urllib.request.urlopen(url, timeout=2).status == 200
-    except OSError:
-        return False
-
-
-def wait_for(condition, complaint=lambda: ""):
-    """Poll until a condition holds; returns what it gave."""
-    end = time.monotonic() + PATIENCE_S
-    while time.monotonic() < end:
-        with suppress(StaleElementReferenceException, NoSuchElementException):
-            if found := condition():
-                return found
-        time.sleep(0.05)
-    return pytest.fail(f"waited {PATIENCE_S} s in vain. {complaint()}")
-
-
-# What a person does with the notebook.
-
-
-def run_all(browser, said):
-    """Run > Run All Cells, once the kernel stands by; until something is said."""
-    wait_for(lambda: browser.find_elements(By.CSS_SELECTOR, ".jp-CodeCell"), lambda: browser.title)
-    wait_for(lambda: browser.execute_script(KERNEL_STATUS) == "idle")
-    browser.find_element(By.XPATH, "//*[contains(@class,'lm-MenuBar-itemLabel')][text()='Run']").click()
-    wait_for(lambda: browser.find_element(By.CSS_SELECTOR, "[data-command='runmenu:run-all']")).click()
-    wait_for(lambda: said in page_text(browser), lambda: page_text(browser))
+    with lab.chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
 
 
 def control(browser, name):
@@ -154,10 +70,6 @@ def element_text(browser, selector):
     return browser.find_element(By.CSS_SELECTOR, selector).text
 
 
-def page_text(browser):
-    return browser.find_element(By.TAG_NAME, "body").text
-
-
 def bar(browser):
     return browser.find_element(By.CSS_SELECTOR, ".needs .bar").get_attribute("innerHTML")
 
@@ -168,9 +80,9 @@ def picture(browser, name):
     browser.save_screenshot(str(SCREENSHOTS / f"{name}.png"))
 
 
-def test_run_all_drag_and_take_the_proposal(lab, browser):
+def test_run_all_drag_and_take_the_proposal(address, browser):
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    browser.get(lab)
+    browser.get(address)
     run_all(browser, "read: 16 1,024 end")
     assert element_text(browser, ".needs .verdict").startswith("✓ It fits")
     before, label = bar(browser), element_text(browser, ".needs .line")

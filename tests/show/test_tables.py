@@ -3,6 +3,7 @@
 import doctest
 
 import helpers.show.tables
+from helpers.show import tables
 from helpers.show.tables import table
 
 
@@ -20,3 +21,11 @@ def test_rows_of_every_kind():
     assert list(table([{"a": 1, "b": 2.5}]).data.columns) == ["a", "b"]
     assert list(table([("x", 1)], columns=("name", "n")).data.columns) == ["name", "n"]
     assert table([]).data.empty
+
+
+def test_what_finetune_and_merge_measure_has_a_name_for_people():
+    """Keys as the stages write them; a zero for a GPU that is not there is no measurement."""
+    figures = {"loss_first": 2.0, "steps": 180, "peak_reserved_gib": 0.0, "resumed_from_step": 0, "heldout_loss": None}
+    assert tables.measured(figures) == [("loss at the first step", 2.0), ("optimizer steps", 180)]
+    assert not any("_" in label for label in tables.LABELS.values())
+    assert all(len(tables.measured({name: 1})) == 1 for name in tables.LABELS)

@@ -89,6 +89,20 @@ def test_moving_a_slider_is_a_choice_so_that_run_all_starts_there(run):
     assert choices.start(run, profile("mistral-7b")) == panel.config_of(sliders)
 
 
+def test_a_slider_moved_over_a_typed_value_wins_until_another_is_typed(run):
+    """Otherwise Run All snaps back to what the parameters cell says, and trains something else than was shown."""
+    typed = {"rank": 32, "alpha": None}
+    config = choices.start(run, profile("mistral-7b"), "in notebook 3", **typed)
+    sliders = panel.panel(config, SHAPE, T4, choices.keeper(run, "in notebook 3", typed))
+    sliders.controls["rank"].value = 4
+    for _ in range(2):  # and again, after the cell below has kept it
+        again = choices.start(run, profile("mistral-7b"), "in notebook 3", **typed)
+        assert again == panel.config_of(sliders) and again.adapter.rank == 4
+        choices.keep(run, again, "in notebook 3")
+    assert choices.start(run, profile("mistral-7b"), "in notebook 3", rank=64).adapter.rank == 64
+    assert choices.start(run, profile("mistral-7b"), "in notebook 1", rank=32).adapter.rank == 32, "another's form"
+
+
 @pytest.mark.parametrize("asked", [{"seq_len": 32768}, {"rank": 1024, "seq_len": 16384}, {"optimizer": "adamw_torch"}])
 def test_what_a_plan_cuts_is_prepared_and_trained_with(asked, run):
     """Planning again from what was kept must not cut again, or data that was prepared for it would be too long."""
@@ -108,6 +122,13 @@ def test_data_that_is_too_long_is_said_with_what_to_do():
         StaleArtifact, match=r"1,024 tokens and 768 will be trained: run notebook 02_.* starts with 768"
     ):
         choices.check_prepared(manifest, profile("tiny", seq_len=768))
+
+
+def test_data_that_a_shorter_context_cut_is_not_trained_in_a_longer_one():
+    manifest = {"config": {"data": {"seq_len": 192}}, "measurements": {"cut_share": 0.25}}
+    with pytest.raises(StaleArtifact, match=r"192 tokens, which cut 25.0% of the rows, and 384 will be trained"):
+        choices.check_prepared(manifest, profile("tiny", seq_len=384))
+    choices.check_prepared(manifest | {"measurements": {"cut_share": 0.0}}, profile("tiny", seq_len=384))
 
 
 @pytest.mark.parametrize("text", ["rank: 0", "rank: [", "- 1", "colour: red"])
