@@ -34,10 +34,11 @@ STAGE_HELP = {
     "quantize": "GPTQ of the merged model",
     "evaluate": "one table: base, fine-tuned, merged, GPTQ",
     "export": "a GGUF file for Ollama, llama.cpp and LM Studio",
+    "serve": "a model behind OpenAI's API, and a page to chat with it",
     "run": "all stages in order",
 }
-AFTER_TRAINING = ("merge", "quantize", "evaluate", "export")
-OWN_FLAGS = {"quantize": {"model", "calibration"}, "merge": set(), "export": {"model"}}
+AFTER_TRAINING = ("merge", "quantize", "evaluate", "export", "serve")
+OWN_FLAGS = {"quantize": {"model", "calibration"}, "merge": set(), "export": {"model"}, "serve": {"model"}}
 """Fields of RunConfig whose flag a stage gives another meaning: there they name a folder or a file."""
 
 
@@ -146,6 +147,18 @@ EXTRA_FLAGS: dict[str, dict[str, dict]] = {
         "--type": {"default": "q4_k_m", "help": "f16, q8_0, q6_k, q5_k_m, q4_k_m, …; several with commas between"},
         "--modelfile": {"action": "store_true", "help": "Ollama's Modelfile and a README beside it too"},
         "--output": {"type": Path, "help": "FILE.gguf (default: export/NAME.gguf in the run's folder)"},
+    },
+    "serve": {
+        "--model": {
+            "nargs": "+",
+            "dest": "served",
+            "metavar": "DIR|FILE.gguf",
+            "help": "a model folder, adapter, GPTQ folder or GGUF file; several; NAME=PATH (default: the run's)",
+        },
+        "--host": {"default": "127.0.0.1", "help": "address to listen at; any but this machine's own needs a key"},
+        "--port": {"type": int, "default": 8000, "help": "default 8000; 0: any that is free"},
+        "--api-key": {"help": "what clients must send (default: $RECIPES_API_KEY, which ps does not show)"},
+        "--page": {"action": "store_true", "help": "a chat page at / too"},
     },
     "run": {"--resume": {"default": "auto", "choices": ("auto", "never")}},
 }
@@ -326,6 +339,14 @@ def run_export(options: argparse.Namespace, config: RunConfig) -> Outcome:
     return done("export", output, export.export(model, output, options.type, options.modelfile, run.folder("prepare")))
 
 
+def run_serve(options: argparse.Namespace, config: RunConfig) -> Outcome:
+    from helpers import serve
+
+    chosen = options.served or [str(serve.default_model(workspace_of(options, config)))]
+    result = serve.serve(chosen, config, options.host, options.port, options.api_key, options.page)
+    return DONE, result, f"serve: stopped after {result['requests']} requests"
+
+
 def run_evaluate(options: argparse.Namespace, config: RunConfig) -> Outcome:
     from helpers import evaluate
 
@@ -377,5 +398,6 @@ STAGES = {
     "quantize": run_quantize,
     "evaluate": run_evaluate,
     "export": run_export,
+    "serve": run_serve,
     "run": run_all,
 }
