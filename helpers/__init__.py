@@ -1,4 +1,15 @@
-"""Thin helpers behind the notebooks: each file is one idea, and each stage reads the folder that the last one wrote."""
+"""Thin helpers behind the notebooks. A stage reads folders that earlier stages wrote in the run's folder, and no more:
+
+    prepare    reads conversations: a file, a folder, a zip, a hub dataset    writes prepare/: tokens with their mask
+    finetune   reads prepare/ and the base                                    writes finetune/: adapter, log
+    merge      reads finetune/ and the base                                   writes merge/: the model in 16 bits
+    quantize   reads merge/, and prepare/ to calibrate                        writes quantize/: the model in 4 bits
+    evaluate   reads the base, finetune/, merge/, quantize/, and prepare/     writes evaluate/: report, answers
+    export     reads merge/, or what is to go as it is                        writes export/: GGUF or zip
+
+`budget` knows what each needs before it starts. `python -m helpers STAGE` is `cli`; notebooks begin in `setup`.
+Imports go down only: cli, stages, then show, inference, budget, sources, then models, workspace, config and hardware.
+"""
 
 import logging
 import os

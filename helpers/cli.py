@@ -5,24 +5,21 @@ Every field of RunConfig is a flag (`--rank 32`), on top of `--profile` and `--c
 """
 
 import argparse
-import ast
-import inspect
-import itertools
 import json
 import os
 import shutil
 import sys
-import textwrap
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import fields
+from dataclasses import Field, fields
+from functools import cache
 from pathlib import Path
 
 from helpers import budget, hardware, models
-from helpers.config import DataConfig, RunConfig, field_parts, load_yaml
+from helpers.config import RunConfig, explained, field_parts, flat, load_yaml, values_in_words
 from helpers.models import hub
-from helpers.show import troubleshooting
+from helpers.show import tables, troubleshooting
 from helpers.workspace import StorageError, Workspace, choices, run_models
 
 DONE, FAILED, WRONG_REQUEST, DOES_NOT_FIT = 0, 1, 2, 3
@@ -33,10 +30,23 @@ STAGE_HELP = {
     "merge": "the adapter into its base, tensor by tensor",
     "quantize": "GPTQ of the merged model",
     "evaluate": "one table: base, fine-tuned, merged, GPTQ",
-    "export": "a GGUF file for Ollama, llama.cpp and LM Studio",
+    "export": "a GGUF file for Ollama, llama.cpp and LM Studio; or a model as it is to Drive, a zip or the hub",
     "serve": "a model behind OpenAI's API, and a page to chat with it",
     "run": "all stages in order",
 }
+READS: dict[str, tuple[set[str], set[str]]] = {
+    "budget": ({"model", "adapter", "train"}, {"seq_len", "max_conversations"}),
+    "prepare": ({"data"}, {"model", "revision", "seed"}),
+    "finetune": ({"model", "adapter", "train"}, {"seq_len", "seed"}),
+    "merge": ({"merge"}, {"model", "revision"}),
+    "quantize": ({"quantize"}, {"revision", "seed"}),
+    "evaluate": ({"model", "evaluate"}, {"seed"}),
+    "export": (set(), {"model"}),
+    "serve": ({"model"}, set()),
+    "run": ({"model", "adapter", "data", "train", "merge", "quantize", "evaluate"}, {"seed"}),
+}
+"""Stage -> parts of RunConfig, and single settings, that it reads."""
+EXPORTS = ("gguf", "drive", "zip", "hub")
 AFTER_TRAINING = ("merge", "quantize", "evaluate", "export", "serve")
 OWN_FLAGS = {"quantize": {"model", "calibration"}, "merge": set(), "export": {"model"}, "serve": {"model"}}
 """Fields of RunConfig whose flag a stage gives another meaning: there they name a folder or a file."""
@@ -85,102 +95,265 @@ def standard_output_for_result() -> Iterator:
 
 
 def parser() -> argparse.ArgumentParser:
-    """One subcommand a stage; every field of RunConfig a flag in each."""
+    """One subcommand a stage; every field of RunConfig a flag in each, those that the stage reads first."""
     top = argparse.ArgumentParser(prog="python -m helpers", description=__doc__.split("\n\n")[0])
     stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for stage, summary in STAGE_HELP.items():
-        sub = stages.add_parser(stage, help=summary, description=summary, allow_abbrev=False)
-        sub.add_argument("--profile", choices=models.PROFILES, default=None, help="tiny or mistral-7b")
-        sub.add_argument("--config", type=Path, help="YAML with settings; flags go before it")
-        sub.add_argument("--workspace", type=Path, help="the run's folder (default runs/PROFILE)")
-        sub.add_argument("--json", action="store_true", help="one JSON object on standard output, all else on stderr")
-        if stage in ("budget", "finetune", "run"):
-            sub.add_argument("--gpu", default="auto", help="auto (this machine), none, or a name: t4, l4, a100-40gb, …")
-        told = prepare_help() if stage == "prepare" else {}
-        for field in setting_fields():
-            if field.name in OWN_FLAGS.get(stage, set()) | {"profile"}:
-                continue
-            says = {"help": told.get(field.name, argparse.SUPPRESS)} if stage == "prepare" else {}
-            flag = "--" + field.name.replace("_", "-")
-            if field.type is bool:
-                sub.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, **says)
-            else:
-                sub.add_argument(flag, default=None, metavar=field.name.upper(), **says)
-        for name, how in EXTRA_FLAGS[stage].items():
+        sub = stages.add_parser(
+            stage,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            usage=f"python -m helpers {stage} [FLAG …]",
+            epilog=None
+            if stage != "prepare"
+            else "Later stages' settings are flags too: python -m helpers run --help.",
+            allow_abbrev=False,
+        )
+        for name, how in (COMMON_FLAGS | EXTRA_FLAGS[stage]).items():
             sub.add_argument(name, **how)
+        own = sub.add_argument_group(f"settings that {stage} reads")
+        others = sub.add_argument_group("settings of other stages, kept with the run")
+        for field in setting_fields():
+            if field.name not in OWN_FLAGS.get(stage, set()) | {"profile"}:
+                mine = is_read(stage, field.name)
+                add_setting(own if mine else others, field, shown=mine or stage != "prepare")
     return top
 
 
+def add_setting(group: argparse._ArgumentGroup, field: Field, shown: bool) -> None:
+    """A setting's flag, whose help is the field's docstring, what it can be, and its default in each profile."""
+    name, flag = field.name, "--" + field.name.replace("_", "-")
+    says = told(explained(name), values_in_words(name), default_in_words(name)) if shown else argparse.SUPPRESS
+    if field.type is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=says)
+    else:
+        group.add_argument(flag, default=None, metavar=name.rpartition("_")[2].upper(), help=says)
+
+
+def told(sentence: str, values: str, default: str) -> str:
+    """A flag's help in one form: what it is, what it can be, what it is unless one says.
+
+    >>> told("Steps between checkpoints.", "a whole number", "50")
+    'Steps between checkpoints (a whole number; default 50).'
+    """
+    return f"{sentence.rstrip('.')} ({values}; default {default}).".replace("%", "%%")
+
+
+def default_in_words(name: str) -> str:
+    """A setting's default for a 7B, and tiny's where that is another.
+
+    >>> default_in_words("seq_len"), default_in_words("dora"), default_in_words("model")
+    ('1024, tiny 192', 'off', 'mistralai/Mistral-7B-v0.3, tiny data/tiny-mistral')
+    """
+
+    def words(value: object) -> str:
+        if value is None or value == "":
+            return "none"
+        return ("on" if value else "off") if isinstance(value, bool) else str(value).removeprefix(f"{models.ROOT}/")
+
+    usual, tiny = (words(values[name]) for values in profile_values())
+    return usual if usual == tiny else f"{usual}, tiny {tiny}"
+
+
+@cache
+def profile_values() -> tuple[dict[str, object], ...]:
+    """Setting -> value in the profile for a 7B, and in tiny."""
+    return tuple(flat(models.profile(profile)) for profile in ("mistral-7b", "tiny"))
+
+
+def is_read(stage: str, name: str) -> bool:
+    """Whether a stage reads a setting.
+
+    >>> is_read("merge", "shard_gib"), is_read("merge", "rank")
+    (True, False)
+    """
+    parts, names = READS[stage]
+    return name in names or field_parts()[name] in parts
+
+
+IN_THE_RUN = "the run's"
+COMMON_FLAGS: dict[str, dict] = {
+    "--profile": {
+        "choices": models.PROFILES,
+        "default": None,
+        "metavar": "NAME",
+        "help": told("Set of defaults", " or ".join(models.PROFILES), "mistral-7b, or what the run was made with"),
+    },
+    "--config": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": told("YAML with settings; flags go before it", "a file", "what was chosen last in the run's folder"),
+    },
+    "--workspace": {"type": Path, "metavar": "DIR", "help": told("The run's folder", "a folder", "runs/PROFILE")},
+    "--json": {
+        "action": "store_true",
+        "help": told("One JSON object on standard output, all else on standard error", "on or off", "off"),
+    },
+}
+GPU_FLAG = {
+    "--gpu": {
+        "default": "auto",
+        "metavar": "NAME",
+        "help": told("Machine to plan for", "auto: this one, none, or a name: t4, l4, a100-40gb, …", "auto"),
+    }
+}
+RESUME_FLAG = {
+    "--resume": {
+        "default": "auto",
+        "choices": ("auto", "never"),
+        "metavar": "HOW",
+        "help": told("Go on from the newest whole checkpoint, or start anew", "auto or never", "auto"),
+    }
+}
+OUTPUT_FLAG = {"--output": {"type": Path, "metavar": "DIR", "help": told("Where to write", "a folder", IN_THE_RUN)}}
 EXTRA_FLAGS: dict[str, dict[str, dict]] = {
-    "budget": {
-        "--stage": {"dest": "budget_stage", "default": "train", "choices": budget.STAGES},
-        "--verify": {"action": "store_true", "help": "run a few real steps on this GPU: predicted against measured"},
+    "budget": GPU_FLAG
+    | {
+        "--stage": {
+            "dest": "budget_stage",
+            "default": "train",
+            "choices": budget.STAGES,
+            "metavar": "STAGE",
+            "help": told("Whose needs", ", ".join(budget.STAGES), "train"),
+        },
+        "--verify": {
+            "action": "store_true",
+            "help": told("Run a few real steps on this GPU: predicted against measured", "on or off", "off"),
+        },
     },
     "prepare": {
-        "--input": {"help": "a file, a folder, a zip or a hub dataset (default: the profile's)"},
-        "--output": {"type": Path, "help": "folder to write (default: the run's)"},
+        "--input": {
+            "metavar": "WHERE",
+            "help": told("Conversations", "a file, a folder, a zip or a hub dataset", "the setting source"),
+        },
+        **OUTPUT_FLAG,
     },
-    "finetune": {
-        "--prepared": {"type": Path, "help": "folder that prepare wrote (default: the run's)"},
-        "--output": {"type": Path, "help": "folder to write (default: the run's)"},
-        "--resume": {"default": "auto", "choices": ("auto", "never"), "help": "auto: from the newest whole checkpoint"},
+    "finetune": GPU_FLAG
+    | {
+        "--prepared": {
+            "type": Path,
+            "metavar": "DIR",
+            "help": told("What prepare wrote", "a folder", IN_THE_RUN),
+        },
+        **OUTPUT_FLAG,
+        **RESUME_FLAG,
     },
     "merge": {
-        "--base": {"help": "folder or hub id of the base (default: the run's model)"},
-        "--adapter": {"type": Path, "help": "PEFT adapter (default: the run's)"},
-        "--output": {"type": Path, "help": "folder to write (default: the run's)"},
+        "--base": {"metavar": "MODEL", "help": told("The base", "a folder or a hub id", "the setting model")},
+        "--adapter": {"type": Path, "metavar": "DIR", "help": told("PEFT adapter", "a folder", IN_THE_RUN)},
+        **OUTPUT_FLAG,
     },
     "quantize": {
-        "--model": {"type": Path, "dest": "merged", "help": "16-bit model folder (default: the run's merged model)"},
-        "--calibration": {"help": "own, general, both, or a file of conversations or text"},
-        "--output": {"type": Path, "help": "folder to write (default: the run's)"},
+        "--model": {
+            "type": Path,
+            "dest": "merged",
+            "metavar": "DIR",
+            "help": told("16-bit model", "a folder or a hub id", "the run's merged model"),
+        },
+        "--calibration": {
+            "metavar": "TEXT",
+            "help": told(explained("calibration"), values_in_words("calibration"), default_in_words("calibration")),
+        },
+        **OUTPUT_FLAG,
     },
     "evaluate": {
-        "--models": {"nargs": "+", "metavar": "NAME=DIR", "help": "models to compare (default: the run's four)"},
-        "--data": {"type": Path, "help": "held-out conversations or text (default: the run's)"},
-        "--output": {"type": Path, "help": "folder to write (default: the run's)"},
+        "--models": {
+            "nargs": "+",
+            "metavar": "NAME=DIR",
+            "help": told("Models to compare", "names and folders", "the run's four"),
+        },
+        "--data": {
+            "type": Path,
+            "metavar": "WHERE",
+            "help": told("Held-out conversations or text", "a file or what prepare wrote", IN_THE_RUN),
+        },
+        **OUTPUT_FLAG,
+        "--judge": {
+            "metavar": "URL",
+            "help": told(
+                "OpenAI-compatible endpoint that says, blind, which of two models' answers is better; its key is read "
+                "from RECIPES_JUDGE_KEY",
+                "an address that usually ends in /v1",
+                "none",
+            ),
+        },
+        "--judge-model": {"metavar": "NAME", "help": told("Model that judges there", "a name", "none")},
+        "--judged": {
+            "metavar": "ONE,OTHER",
+            "default": "base,gptq",
+            "help": told("The two models whose answers are compared", "two names with a comma", "base,gptq"),
+        },
     },
     "export": {
-        "--model": {"type": Path, "dest": "merged", "help": "16-bit model folder (default: the run's merged model)"},
-        "--adapter": {"type": Path, "help": "a PEFT adapter alone, instead of a model"},
-        "--to": {"default": "gguf", "choices": ("gguf",), "help": "the format"},
-        "--type": {"default": "q4_k_m", "help": "f16, q8_0, q6_k, q5_k_m, q4_k_m, …; several with commas between"},
-        "--modelfile": {"action": "store_true", "help": "Ollama's Modelfile and a README beside it too"},
-        "--output": {"type": Path, "help": "FILE.gguf (default: export/NAME.gguf in the run's folder)"},
+        "--model": {
+            "type": Path,
+            "dest": "merged",
+            "metavar": "DIR",
+            "help": told("What to export", "a folder", "the run's merged model for gguf, else its GPTQ model"),
+        },
+        "--adapter": {
+            "type": Path,
+            "metavar": "DIR",
+            "help": told("A PEFT adapter alone, instead of a model", "a folder", "none"),
+        },
+        "--to": {
+            "default": "gguf",
+            "choices": EXPORTS,
+            "metavar": "WHERE",
+            "help": told(
+                "A GGUF file, a copy in Drive or another folder, one zip, or a repository on the hub",
+                ", ".join(EXPORTS),
+                "gguf",
+            ),
+        },
+        "--type": {
+            "default": "q4_k_m",
+            "metavar": "NAME",
+            "help": told("Of a GGUF file", "f16, q8_0, q6_k, q5_k_m, q4_k_m, …, or several with commas", "q4_k_m"),
+        },
+        "--modelfile": {
+            "action": "store_true",
+            "help": told("Ollama's Modelfile and a README beside a GGUF file too", "on or off", "off"),
+        },
+        "--public": {
+            "action": "store_true",
+            "help": told("Everybody may read the repository on the hub", "on or off", "off"),
+        },
+        "--output": {
+            "type": Path,
+            "metavar": "WHERE",
+            "help": told(
+                "Where to",
+                "FILE.gguf, a folder, FILE.zip, or OWNER/NAME on the hub",
+                "export/ in the run's folder, Drive where it is mounted, none for the hub",
+            ),
+        },
     },
     "serve": {
         "--model": {
             "nargs": "+",
             "dest": "served",
-            "metavar": "DIR|FILE.gguf",
-            "help": "a model folder, adapter, GPTQ folder or GGUF file; several; NAME=PATH (default: the run's)",
+            "metavar": "MODEL",
+            "help": told(
+                "What to serve, under its own name or as NAME=MODEL, several if need be",
+                "a model folder, an adapter, a GPTQ folder or a GGUF file",
+                IN_THE_RUN,
+            ),
         },
-        "--host": {"default": "127.0.0.1", "help": "address to listen at; any but this machine's own needs a key"},
-        "--port": {"type": int, "default": 8000, "help": "default 8000; 0: any that is free"},
-        "--api-key": {"help": "what clients must send (default: $RECIPES_API_KEY, which ps does not show)"},
-        "--page": {"action": "store_true", "help": "a chat page at / too"},
+        "--host": {
+            "default": "127.0.0.1",
+            "metavar": "ADDRESS",
+            "help": told("Where to listen", "an address; any but this machine's own needs a key", "127.0.0.1"),
+        },
+        "--port": {"type": int, "default": 8000, "help": told("Port", "a number; 0: any that is free", "8000")},
+        "--api-key": {
+            "metavar": "KEY",
+            "help": told("What clients must send", "a text", "$RECIPES_API_KEY, which ps does not show, or none"),
+        },
+        "--page": {"action": "store_true", "help": told("A chat page at / too", "on or off", "off")},
     },
-    "run": {"--resume": {"default": "auto", "choices": ("auto", "never")}},
+    "run": GPU_FLAG | RESUME_FLAG,
 }
-
-
-def prepare_help() -> dict[str, str]:
-    """Field -> help of the settings that prepare reads: the docstrings of DataConfig, and the tokenizer's two.
-
-    >>> prepare_help()["seq_len"]
-    'The context: tokens of one training sequence, at most.'
-    """
-    body = ast.parse(textwrap.dedent(inspect.getsource(DataConfig))).body[0].body
-    told = {
-        before.target.id: " ".join(after.value.value.split()).replace("%", "%%")
-        for before, after in itertools.pairwise(body)
-        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-    }
-    return told | {
-        "model": "whose tokenizer: a hub id or a folder",
-        "revision": "of the model on the hub",
-        "seed": "of a sample, where max_conversations asks for one",
-    }
 
 
 def setting_fields() -> list:
@@ -255,16 +428,15 @@ Outcome = tuple[int, dict, str]
 def run_budget(options: argparse.Namespace, config: RunConfig) -> Outcome:
     """What it needs; exit 3 when it does not fit."""
     shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
-    plan = budget.plan(config, shape, machine)
-    estimate = budget.budget(budget.requested(config, plan), shape, machine, stage=options.budget_stage)
-    result = budget.to_json(estimate, plan)
-    text = "\n".join([budget.table(estimate), *(f"Plan: {reason}" for reason in plan.reasons)])
+    settled = budget.settle(config, shape, machine, stage=options.budget_stage)
+    result = budget.to_json(settled)
+    text = "\n".join([budget.table(settled.budget), *(f"Plan: {reason}" for reason in settled.plan.reasons)])
     if options.verify:
         from helpers.finetune import verify
 
-        result["verify"] = verify.verify(plan.config)
+        result["verify"] = verify.verify(settled.plan.config)
         text += "\n" + verify.table(result["verify"])
-    return (DONE if estimate.fits else DOES_NOT_FIT), result, text
+    return (DONE if settled.budget.fits else DOES_NOT_FIT), result, text
 
 
 def run_prepare(options: argparse.Namespace, config: RunConfig) -> Outcome:
@@ -275,9 +447,8 @@ def run_prepare(options: argparse.Namespace, config: RunConfig) -> Outcome:
     made = prepare.prepare(config, output, source=options.input)
     if options.output is None:
         choices.keep(run, config, "by python -m helpers prepare")
-    lines = [f"  {what}: {value}" for what, value in prepare.summary(made)]
-    lines += [f"  finding: {row['sentence']}" for row in made["findings"]]
-    return DONE, {"output": str(output), **made}, "\n".join([f"prepare done: {output}", *lines])
+    told = dict(prepare.summary(made)) | {"finding": [row["sentence"] for row in made["findings"]]}
+    return DONE, {"output": str(output), **made}, f"prepare done: {output}\n{tables.text(told)}"
 
 
 def run_finetune(options: argparse.Namespace, config: RunConfig) -> Outcome:
@@ -286,15 +457,13 @@ def run_finetune(options: argparse.Namespace, config: RunConfig) -> Outcome:
     run = workspace_of(options, config)
     shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
     output = options.output or run.folder("finetune")
-    plan = finetune.plan(config, output, machine, options.resume)
-    chosen = budget.requested(config, plan)
-    estimate = plan.budget if chosen == plan.config else budget.budget(chosen, shape, machine)
-    if not estimate.fits:
-        return DOES_NOT_FIT, budget.to_json(estimate, plan), "\n".join(estimate.reasons)
+    settled = budget.settle(config, shape, machine, finetune.plan(config, output, machine, options.resume))
+    if not settled.budget.fits:
+        return DOES_NOT_FIT, budget.to_json(settled), "\n".join(settled.budget.reasons)
     prepared = options.prepared or run.folder("prepare")
     if options.output is None:
         choices.keep(run, config, "by python -m helpers finetune")
-    return done("finetune", output, finetune.finetune(chosen, prepared, output, resume=options.resume))
+    return done("finetune", output, finetune.finetune(settled.config, prepared, output, resume=options.resume))
 
 
 def run_merge(options: argparse.Namespace, config: RunConfig) -> Outcome:
@@ -320,13 +489,31 @@ def run_quantize(options: argparse.Namespace, config: RunConfig) -> Outcome:
         figures = quantize.quantize(merged, output, config.quantize, run.folder("prepare"))
     except quantize.BrokenResult as error:
         return FAILED, {"failed": str(error)}, f"quantize: {error}"
-    return done("quantize", output, figures)
+    _, result, _ = done("quantize", output, figures)
+    return DONE, result, f"quantize done: {output}\n{tables.text(by_layer(figures))}"
+
+
+def by_layer(figures: dict) -> dict:
+    """Figures of GPTQ with the modules' errors as one row a layer.
+
+    >>> rows = [{"layer": 0, "module": "self_attn.q_proj", "error": 0.5}]
+    >>> by_layer({"bits": 4, "layer_errors": {"0": 0.5}, "modules": rows})
+    {'bits': 4, 'errors': [{'layer': 0, 'all': 0.5, 'q_proj': 0.5}]}
+    """
+    rows = {int(layer): {"layer": int(layer), "all": error} for layer, error in figures["layer_errors"].items()}
+    for row in figures["modules"]:
+        rows[row["layer"]][row["module"].rpartition(".")[2]] = row["error"]
+    rest = {name: value for name, value in figures.items() if name not in ("modules", "layer_errors")}
+    names = sorted({name for row in rows.values() for name in row} - {"layer", "all"})
+    return rest | {"errors": [{name: row.get(name) for name in ("layer", "all", *names)} for row in rows.values()]}
 
 
 def run_export(options: argparse.Namespace, config: RunConfig) -> Outcome:
     from helpers import export
 
     run = workspace_of(options, config)
+    if options.to != "gguf":
+        return run_share(options, run)
     output = options.output or run.folder("export") / f"{Path(config.model.model).name}.gguf"
     if options.output is None:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -347,16 +534,42 @@ def run_serve(options: argparse.Namespace, config: RunConfig) -> Outcome:
     return DONE, result, f"serve: stopped after {result['requests']} requests"
 
 
+def run_share(options: argparse.Namespace, run: Workspace) -> Outcome:
+    """A finished stage as it is: to Drive or another folder, into one zip, to the hub."""
+    from helpers.export import share
+
+    stage = share.stage_of(options.adapter or options.merged or run.folder("quantize"))
+    if options.to == "hub":
+        where = share.to_hub(stage, share.repository(options.output), private=not options.public)
+    elif options.to == "zip":
+        where = share.to_download(stage, options.output or run.folder("export") / f"{stage.name}.zip")
+    else:
+        where = share.to_folder(stage, options.output or share.drive())
+    return DONE, {"output": str(where)}, f"export done: {where}"
+
+
 def run_evaluate(options: argparse.Namespace, config: RunConfig) -> Outcome:
     from helpers import evaluate
+    from helpers.evaluate import judge
 
     run = workspace_of(options, config)
     chosen = dict(name_and_folder(pair) for pair in options.models) if options.models else run_models(run, config)
     output = options.output or run.folder("evaluate")
+    key = os.environ.get("RECIPES_JUDGE_KEY", "")
+    if options.judge:
+        judge.check(options.judged, chosen, options.judge_model)
+        judge.reply("Reply with TIE.", options.judge, options.judge_model, key)  # known before the hours, not after
     result = evaluate.evaluate(chosen, config, options.data or run.folder("prepare"), output)
     if output == run.folder("evaluate"):
         shutil.copy(output / "report.json", run.root)
-    return DONE, result, evaluate.table(result) + f"\n\n{output / 'report.html'}"
+    text = evaluate.table(result) + f"\n\n{output / 'report.html'}"
+    if not options.judge:
+        return DONE, result, text
+    try:
+        judged = judge.ask(output, options.judged, options.judge, options.judge_model, key)
+    except ValueError as error:
+        return FAILED, result | {"judged": {"failed": str(error)}}, f"{text}\n\nnot judged: {error}"
+    return DONE, result | {"judged": judged}, f"{text}\n\njudged\n{tables.text(judged)}"
 
 
 def name_and_folder(pair: str) -> tuple[str, str]:
@@ -369,7 +582,7 @@ def name_and_folder(pair: str) -> tuple[str, str]:
 
 def run_all(options: argparse.Namespace, config: RunConfig) -> Outcome:
     """Every stage in order, each from the folder that the last one wrote."""
-    absent = dict.fromkeys(("input", "output", "prepared", "base", "adapter", "merged", "models", "data"))
+    absent = dict.fromkeys(("input", "output", "prepared", "base", "adapter", "merged", "models", "data", "judge"))
     options = argparse.Namespace(**(absent | vars(options)))
     if config.quantize.calibration not in ("own", "general", "both"):
         from helpers import quantize
@@ -386,8 +599,7 @@ def run_all(options: argparse.Namespace, config: RunConfig) -> Outcome:
 
 def done(stage: str, output: Path, measurements: dict) -> Outcome:
     """A finished stage: where it lies and what was measured."""
-    figures = "\n".join(f"  {name}: {value}" for name, value in measurements.items())
-    return DONE, {"output": str(output), **measurements}, f"{stage} done: {output}\n{figures}"
+    return DONE, {"output": str(output), **measurements}, f"{stage} done: {output}\n{tables.text(measurements)}"
 
 
 STAGES = {

@@ -24,7 +24,7 @@ MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 
 OWN_SOURCE, FIRST_RUN = "HuggingFaceH4/ultrachat_200k", 2000
 
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 CHOSEN = "chosen"
 """In a file of settings: who chose them and when, no setting itself."""
 GONE = {
@@ -42,14 +42,17 @@ class ModelConfig:
     """The frozen base: which weights, in which precision, with which attention kernel."""
 
     model: str = "mistralai/Mistral-7B-v0.3"
-    """A hub id, or a folder with config.json and safetensors."""
+    """The base: a hub id, or a folder with config.json and safetensors."""
     revision: str | None = None
+    """Branch, tag or commit of a model on the hub; none is its main branch."""
     weights: Literal["nf4", "int8", "fp16"] = "nf4"
-    """nf4 is QLoRA (https://arxiv.org/abs/2305.14314); fp16 means 16 bits: bf16 where the GPU has it."""
+    """The base's precision: nf4 is QLoRA (https://arxiv.org/abs/2305.14314); fp16 is bf16 where the GPU has it."""
     double_quant: bool = True
+    """NF4's block scales are quantized to 8 bits too, which saves 0.37 bits a weight."""
     upcast: bool = False
-    """Embeddings, head and norms in fp32, as peft.prepare_model_for_kbit_training does: costs memory, no quality."""
+    """Embeddings, head and norms in fp32, as PEFT does: needs more memory and does not improve quality."""
     attention: Literal["efficient", "eager", "math"] = "efficient"
+    """Kernel of attention: efficient never holds the matrix of all scores; eager and math do."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -57,10 +60,13 @@ class AdapterConfig:
     """LoRA: W + (alpha / rank) BA (https://arxiv.org/abs/2106.09685)."""
 
     rank: Annotated[int, Field(ge=1, le=1024, strict=True)] = 16
+    """LoRA's rank r: columns of B and rows of A; more can learn more, and need more memory."""
     alpha: Annotated[float, Field(gt=0, le=4096)] = 32
+    """LoRA's alpha; the update BA is scaled by alpha / rank."""
     dropout: Fraction = 0.0
+    """Share of an adapter's inputs that are zeroed while it trains."""
     targets: str = "all-linear"
-    """all-linear, attention, or module names with commas between."""
+    """Which linear layers get an adapter: all-linear, attention, or module names with commas between."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (https://arxiv.org/abs/2312.03732)."""
     dora: bool = False
@@ -89,7 +95,7 @@ class DataConfig:
     source: str = OWN_SOURCE
     """A file, a folder, a zip, or a hub dataset (owner/name, owner/name:configuration)."""
     source_split: str = "train_sft"
-    """Of a hub dataset, and of a folder whose files are named after splits; train where there is none of this name."""
+    """Read of a hub dataset, and of a folder with files named after splits; train where none has this name."""
     source_format: Literal[
         "auto", "messages", "sharegpt", "alternating", "alpaca", "prompt-completion", "flattened-text", "plain-text",
         "preference", "export",
@@ -102,7 +108,7 @@ class DataConfig:
     seq_len: Annotated[int, Field(ge=16, le=1_048_576, strict=True)] = 1024
     """The context: tokens of one training sequence, at most."""
     max_conversations: Literal["auto", "all"] | Count | None = "auto"
-    """auto: 2,000 of the profile's own hub dataset, for a first run of an afternoon, and all of anything else."""
+    """Used at most; auto: 2,000 of the profile's own hub dataset, for a first afternoon, all of any other."""
     heldout_fraction: Fraction = 0.02
     """Share of the conversations that is not trained on, chosen by their content."""
     heldout_source: str | None = None
@@ -130,32 +136,45 @@ class TrainConfig:
     batch_size: Annotated[int, Field(ge=1, le=1024, strict=True)] = 1
     """Sequences a micro-batch; a step has batch_size × accumulation of them."""
     accumulation: Annotated[int, Field(ge=1, le=4096, strict=True)] = 8
+    """Micro-batches whose gradients make one step: a larger batch without its memory."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    """Step size of the optimizer, at the end of the warm-up."""
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
+    """How the learning rate falls after the warm-up."""
     warmup_fraction: Fraction = 0.03
-    """Share of all steps; the 2023 recipe's 100 of 100 steps would never leave its warm-up."""
+    """Share of all steps in which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Pull of the adapters' weights towards zero, as AdamW decouples it."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """A step's gradient is scaled down to this length where it is longer."""
     epochs: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """How often the training rows are gone through."""
     max_steps: Count | None = None
+    """Training ends after so many steps, instead of after the epochs."""
     optimizer: Literal["paged_adamw_8bit", "adamw_8bit", "adamw_torch"] = "paged_adamw_8bit"
+    """AdamW with its states in 8 bits, paged to host memory when the GPU is full; in 8 bits; or in fp32."""
     checkpointing: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0, strict=True)] = "auto"
     """How many decoder layers recompute their activations; auto: as few as the budget allows."""
     keep_attention: bool = True
-    """Layers that recompute keep attention's result: 16 instead of 8 KiB a token at 7B, and it is never repeated."""
+    """Checkpointed layers save attention's result too and do not recompute it: 16 instead of 8 KiB a token at 7B."""
     offload_activations: bool = False
     """Keep the inputs of checkpointed layers in host memory."""
     offload_gib: Annotated[float, Field(ge=0, le=1024)] = 6.0
-    """Host memory that these may take, at most; half of what is free where that is less. The rest stays on the card."""
+    """Host memory for these inputs in GiB, at most; half of what is free where that is less. The rest: on the GPU."""
     loss: Literal["chunked", "full"] = "chunked"
+    """How cross-entropy is computed: in chunks, without all logits at once, or from all of them."""
     kernels: Literal["own", "plain"] = "own"
-    """own: custom layers where they can compute the model, else transformers' layers; plain: those always."""
+    """Layers that compute; own: custom layers where they know the model, else transformers'; plain: those always."""
     packing: bool = False
+    """Several conversations in one sequence, each attending to itself alone: fewer padding tokens."""
     neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
     """Noise on the embeddings (https://arxiv.org/abs/2310.05914); 0: none."""
     eval_steps: Count | None = None
+    """Steps between evaluations of the held-out loss; none evaluates at the end alone."""
     save_steps: Count = 50
+    """Steps between checkpoints."""
     keep_checkpoints: Count = 2
+    """How many of the newest checkpoints stay on disk."""
     patience: Count | None = None
     """Evaluations without a better held-out loss before training stops."""
 
@@ -165,8 +184,9 @@ class MergeConfig:
     """The adapter into its base."""
 
     merge_base: Literal["auto", "original", "nf4"] = "auto"
-    """original: the fp16 weights; nf4: those after rounding to NF4 and back; auto: what training saw."""
+    """Merged into: original, the fp16 weights; nf4, those rounded to NF4 and back; auto, what training saw."""
     shard_gib: Annotated[float, Field(gt=0, le=50)] = 1.8
+    """Size of a file of the merged model, at most, in GiB."""
     free_base: bool = False
     """Delete each base shard when it is merged, for small disks."""
 
@@ -176,14 +196,19 @@ class QuantizeConfig:
     """GPTQ of the merged model (https://arxiv.org/abs/2210.17323)."""
 
     bits: Literal[2, 3, 4, 8] = 4
+    """Bits of a quantized weight."""
     group_size: Literal[-1, 32, 64, 128] = 128
+    """Weights that share a scale; -1: a whole row. Smaller groups are more exact and larger on disk."""
     symmetric: bool = True
+    """Levels are symmetric about zero, which the fast kernels want."""
     act_order: bool = False
     """Quantize columns by falling activation size: a little better, slower to decode on old kernels."""
     calibration: str = "own"
-    """own, general, both, or a file of conversations or text to use instead of the run's own."""
+    """Text that GPTQ looks at: own (the training conversations), general, both, or a file of conversations or text."""
     calibration_samples: Count = 128
+    """Texts that GPTQ runs through the model to see its activations."""
     calibration_tokens: Count = 512
+    """Length of such a text, in tokens."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -193,11 +218,17 @@ class EvaluateConfig:
     questions: str | None = None
     """JSONL of question and answer; without it there is no exact match."""
     max_questions: Count | None = None
+    """Questions that are asked, at most; none asks all."""
     max_heldout: Count | None = 200
+    """Held-out conversations that perplexity is measured on, at most; none takes all."""
     eval_context: Annotated[int, Field(ge=16, strict=True)] = 1024
+    """Tokens that perplexity sees at once; longer texts are cut into windows."""
     eval_stride: Count = 512
+    """Tokens by which such a window moves on."""
     eval_batch_size: Count = 8
+    """Texts that are evaluated together."""
     max_new_tokens: Count = 128
+    """Length of an answer in tokens, at most."""
     tasks: str | None = None
     """Local .jsonl tasks of question, choices and answer, and tasks of lm-evaluation-harness; commas between."""
 
@@ -207,7 +238,9 @@ class RunConfig:
     """All of a run. Make one with `helpers.profiles.profile("tiny", rank=16)`."""
 
     profile: str = "mistral-7b"
+    """The set of defaults: mistral-7b for a free T4, tiny for a CPU."""
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    """Start of all that is drawn by lot: adapters, order of batches, samples."""
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -291,9 +324,7 @@ def allowed_range(name: str) -> str:
     >>> allowed_range("rank"), allowed_range("weights")
     ('a whole number from 1 to 1024', '')
     """
-    part = field_parts().get(name)
-    owner = {outer.name: outer.type for outer in fields(RunConfig)}[part] if part else RunConfig
-    annotations = [inner.type for inner in fields(owner) if inner.name == name]
+    annotations = [inner.type for inner in fields(owner(name)) if inner.name == name] if name in field_parts() else []
     arms = [arm for annotation in annotations for arm in (annotation, *get_args(annotation))]
     for kind, *notes in (get_args(arm) for arm in arms if get_origin(arm) is Annotated):
         bounds = {
@@ -311,6 +342,36 @@ def allowed_range(name: str) -> str:
         choices = "".join(f"{word}, " for word in sorted(words)) + ("or " if words else "")
         return f"{choices}{'a whole number' if kind is int else 'a number'} {low}{high}"
     return ""
+
+
+def owner(name: str) -> type:
+    """The part of RunConfig, or RunConfig itself, that a setting is a field of."""
+    part = field_parts()[name]
+    return {outer.name: outer.type for outer in fields(RunConfig)}[part] if part else RunConfig
+
+
+def explained(name: str) -> str:
+    """A setting's sentence: the docstring of its field.
+
+    >>> explained("save_steps")
+    'Steps between checkpoints.'
+    """
+    return " ".join((owner(name).__pydantic_fields__[name].description or "").split())
+
+
+def values_in_words(name: str) -> str:
+    """What a setting can be set to; one whose default is none has that too.
+
+    >>> values_in_words("rank"), values_in_words("weights"), values_in_words("dora"), values_in_words("columns")
+    ('a whole number from 1 to 1024', 'nf4, int8 or fp16', 'on or off', 'text')
+    >>> values_in_words("max_steps")
+    'a whole number from 1 up'
+    """
+    (kind,) = (inner.type for inner in fields(owner(name)) if inner.name == name)
+    arms = [kind, *(arm for arm in get_args(kind) if not isinstance(arm, str))]
+    words = [str(word) for arm in arms if get_origin(arm) is Literal for word in get_args(arm)]
+    listed = f"{', '.join(words[:-1])} or {words[-1]}" if words else ""
+    return allowed_range(name) or listed or ("on or off" if kind is bool else "text")
 
 
 def save_yaml(config: RunConfig, path: Path) -> Path:

@@ -16,12 +16,13 @@ KAGGLE_WORKING = Path("/kaggle/working")
 KAGGLE_KEEPS_GIB = 20e9 / GIB
 """What that folder may hold; the disk itself shows more (Kaggle's own first cell of a notebook says so)."""
 SMALLEST_7B_GIB = 6.0
-"""VRAM that QLoRA of a 7B needs with everything checkpointed and short contexts, a little room included."""
+"""VRAM in which the 7B's profile trains as it is, a little room included. No second arithmetic: the budget, which lies
+above this file, gives it, and a test holds the two together."""
 
 
 @dataclass(frozen=True)
 class GPU:
-    """What a card offers. Rates are the makers' dense matrix rates with 32-bit accumulation, in TFLOP/s."""
+    """What a GPU offers. Rates are the makers' dense matrix rates with 32-bit accumulation, in TFLOP/s."""
 
     name: str
     vram_gib: float
@@ -39,7 +40,7 @@ class GPU:
     bandwidth_share: float = 0.60
     """Share of the bandwidth that elementwise kernels and dequantization reach; measured where efficiency is."""
     count: int = 1
-    """Cards of this kind in the machine; a run uses one."""
+    """GPUs of this kind in the machine; a run uses one."""
     has_kernels: bool = True
     """Whether PyTorch has kernels for it: the wheels that people get by default in the tables, the installed one's own
     list in a probe."""
@@ -52,7 +53,7 @@ class GPU:
 
 @dataclass(frozen=True)
 class Host:
-    """The machine around the card."""
+    """The machine around the GPU."""
 
     name: str
     ram_gib: float
@@ -69,21 +70,21 @@ class Host:
 
 @dataclass(frozen=True)
 class Machine:
-    """A host with a card, or without one."""
+    """A host with a GPU, or without one."""
 
     gpu: GPU | None
     host: Host
     free_vram_gib: float | None = None
-    """Less than the card's, when others use it too (a probe fills it in)."""
+    """Less than the GPU's, when others use it too (a probe fills it in)."""
 
     @property
     def name(self) -> str:
-        """How reasons speak of it: "Tesla T4", or the host where there is no card."""
+        """How reasons speak of it: "Tesla T4", or the host where there is no GPU."""
         return self.gpu.name if self.gpu else self.host.name
 
     @property
     def vram_gib(self) -> float:
-        """What one process may take, its CUDA context included; 0 without a card."""
+        """What one process may take, its CUDA context included; 0 without a GPU."""
         if self.gpu is None:
             return 0.0
         return self.gpu.vram_gib if self.free_vram_gib is None else min(self.free_vram_gib, self.gpu.vram_gib)
@@ -95,12 +96,12 @@ class Machine:
 
     @property
     def unusable(self) -> str:
-        """Why PyTorch cannot compute on this card, and what mends it; "" where it can, or there is none."""
+        """Why PyTorch cannot compute on this GPU, and what mends it; "" where it can, or there is none."""
         if self.gpu is None or self.gpu.has_kernels:
             return ""
         major, minor = self.gpu.capability
         return (
-            f"this PyTorch has no kernels for the {self.gpu.name}'s compute capability {major}.{minor}: take a card of "
+            f"this PyTorch has no kernels for the {self.gpu.name}'s compute capability {major}.{minor}: take a GPU of "
             "7.5 or above (on Kaggle: T4 x2), or install a build of PyTorch for CUDA 12.6, the last with 5.0 to 7.0"
         )
 
@@ -137,7 +138,7 @@ ALIASES = {"a100": "a100-40", "kaggle": "2xt4", "colab": "t4", "3060": "rtx3060"
 ALIASES |= {"a100-40gb": "a100-40", "a100-80gb": "a100-80"}
 ALIASES |= {"3090": "rtx3090", "4070": "rtx4070", "4090": "rtx4090"}
 
-# Colab: FACTS §1's sources (colabtools#4134, the Colab FAQ); its disk differs, so the figure is on the safe side.
+# Colab: colabtools#4134 (2 cores, 12.7 GB) and Colab's FAQ (12 h); its disk differs, so the figure is on the safe side.
 # Kaggle: its documentation (30 GB RAM, 12 h a session, about 57 GiB free in /kaggle/temp, where runs lie).
 HOSTS = {
     "colab": Host("free Colab", 12.67, 60.0, 2, session_h=12.0, download_mb_s=100.0),
@@ -152,7 +153,7 @@ USUAL_HOST |= {"v100": "server", "a10g": "server", "a100-80": "server", "h100": 
 
 
 def machine(gpu: str, host: str | None = None) -> Machine:
-    """A machine from the tables; without a host, the one where people meet this card. "cpu" and "none" have no card.
+    """A machine from the tables; without a host, the one where people meet this GPU. "cpu" and "none" have no GPU.
 
     Raises ValueError naming what there is.
 
@@ -249,7 +250,7 @@ def probe_gpu() -> tuple[GPU | None, float | None]:
     """The first GPU and its free GiB, from torch where it is installed, else from nvidia-smi; (None, None): no GPU.
 
     Free is also what this process's allocator has reserved and no tensor uses: the driver counts it as taken, but it
-    is the next run's. Without it, a run that was stopped and is started again would be planned for a smaller card.
+    is the next run's. Without it, a run that was stopped and is started again would be planned for a smaller GPU.
     """
     try:
         import torch
@@ -262,7 +263,7 @@ def probe_gpu() -> tuple[GPU | None, float | None]:
         allocated = torch.cuda.memory_allocated(0)
         free += torch.cuda.memory_reserved(0) - allocated
         share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(0)
-        if share < 1:  # this process was given a part of the card
+        if share < 1:  # this process was given a part of the GPU
             free = min(free, share * total - allocated)
         free_gib = min(free / GIB + known.context_gib, total / GIB)
         found = has_kernels(known.capability, torch.cuda.get_arch_list())
@@ -272,7 +273,7 @@ def probe_gpu() -> tuple[GPU | None, float | None]:
 
 
 def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
-    """Whether a PyTorch built for these (torch.cuda.get_arch_list) runs on a card.
+    """Whether a PyTorch built for these (torch.cuda.get_arch_list) runs on a GPU.
 
     Machine code (sm_) runs on its generation from its minor version on, PTX (compute_) on all that came later.
 
@@ -303,11 +304,11 @@ def probe_nvidia_smi() -> tuple[GPU | None, float | None]:
 
 
 def gpu_named(name: str, capability: tuple[int, int], total_gib: float) -> GPU:
-    """The table's card of that name and memory, or a careful guess at an unknown one from its generation.
+    """The table's GPU of that name and memory, or a careful guess at an unknown one from its generation.
 
     >>> gpu_named("NVIDIA A100-SXM4-80GB", (8, 0), 79.2).bandwidth_gb_s
     2039
-    >>> gpu_named("Some Card", (8, 6), 15.9).fp16_tflops
+    >>> gpu_named("Some GPU", (8, 6), 15.9).fp16_tflops
     50.0
     """
     words = name.lower().replace("-", " ").replace("rtx", "").split()

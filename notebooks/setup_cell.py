@@ -23,7 +23,7 @@ for folder in (HOME, HOME / "drive" / "MyDrive"):  # else in a zip of the reposi
         with zipfile.ZipFile(path) as archive:
             names = sorted((name for name in archive.namelist() if name.endswith(SETUP)), key=len)
         found += [str(path / name.removesuffix(SETUP)) for name in names]
-found += [str(path.parents[1]) for path in Path("/kaggle/input").rglob(SETUP)]
+found = found or [str(path.parents[1]) for path in Path("/kaggle/input").rglob(SETUP)]
 if not found:
     raise SystemExit(
         f"There are no recipes above {Path.cwd()}, and no zip of them in {HOME} or in Drive: open this notebook "

@@ -1,16 +1,26 @@
 """The command line: its exit status, its JSON, and one sentence for what a newcomer gets wrong."""
 
+import argparse
+import doctest
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from helpers.cli import STAGES, main
+from helpers import cli
+from helpers.cli import STAGES, by_layer, is_read, main, parser
+from helpers.config import field_parts
+from helpers.show import tables
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(cli).failed == 0
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -96,9 +106,63 @@ def test_a_runs_own_configuration_stands_for_the_profile(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_explains_its_flags(stage, capsys):
+def test_every_flag_of_every_stage_has_a_sentence_its_values_and_its_default(stage, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([stage, "--help"])
     assert stopped.value.code == 0
-    told = capsys.readouterr().out
-    assert ("--seq-len" if stage == "prepare" else "--rank") in told  # prepare shows the settings that it reads
+    shown = capsys.readouterr().out
+    flags = [action for action in stage_parser(stage)._actions if "--help" not in action.option_strings]
+    for action in flags:
+        flag = action.option_strings[0]
+        if action.help == argparse.SUPPRESS:
+            assert stage == "prepare" and not is_read(stage, action.dest), flag
+            continue
+        told = re.fullmatch(r"(?P<sentence>\w.{3,}) \((?P<values>.+); default (?P<default>.+)\)\.", action.help)
+        assert told and flag in shown, f"{flag}: {action.help}"
+        assert all(str(choice) in told["values"] for choice in action.choices or ()), flag
+    named = {name for action in flags for name in action.option_strings}
+    assert {"--" + name.replace("_", "-") for name in field_parts()} <= named
+
+
+def stage_parser(stage):
+    (stages,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return stages.choices[stage]
+
+
+def test_a_stage_lists_its_own_settings_first_and_every_setting_is_read_by_some_stage():
+    for stage in STAGES:
+        *_, own, others = stage_parser(stage)._action_groups
+        assert all(is_read(stage, action.dest) for action in own._group_actions)
+        assert not any(is_read(stage, action.dest) for action in others._group_actions)
+    single = set(STAGES) - {"run", "budget"}
+    assert [name for name in field_parts() if not any(is_read(stage, name) for stage in single)] == ["profile"]
+
+
+def test_figures_are_printed_as_lines_and_tables_not_as_pythons_own():
+    figures = {
+        "bits": 4,
+        "peak_allocated_gib": None,
+        "layer_errors": {"0": 2e-4, "1": 7e-5},
+        "modules": [{"layer": n, "module": f"mlp.{m}_proj", "error": 1e-6} for n in (0, 1) for m in ("up", "down")],
+        "standing_out": ["layer 0 mlp.down_proj"],
+    }
+    assert tables.text(by_layer(figures)).splitlines() == [
+        "bits                4",
+        "peak_allocated_gib  –",
+        "standing_out        layer 0 mlp.down_proj",
+        "",
+        "errors",
+        "layer  all     down_proj  up_proj",
+        "0      0.0002  1e-06      1e-06",
+        "1      7e-05   1e-06      1e-06",
+    ]
+
+
+def test_what_prepare_prints_is_lines_and_no_dict_of_python(tmp_path, capfd):
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps({"prompt": "Who?", "completion": "I."}) + "\n", encoding="utf-8")
+    arguments = ["--profile", "tiny", "--input", str(source), "--output", str(tmp_path / "out")]
+    assert main(["prepare", *arguments, "--workspace", str(tmp_path / "run")]) == 0
+    heard = capfd.readouterr().out.splitlines()
+    assert heard[0] == f"prepare done: {tmp_path / 'out'}" and len(heard) > 8
+    assert not [line for line in heard if re.search(r"\[\d|\{'|: \[", line)], heard

@@ -4,6 +4,7 @@ import ast
 import doctest
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -199,3 +200,21 @@ def test_a_pinned_set_is_missing_what_is_absent_or_of_another_version(tmp_path):
     wanted = tmp_path / "wanted.txt"
     wanted.write_text('# none\npackaging>=1\npackaging==0.1  # old\nno-such-package\nnever; python_version < "3"\n')
     assert setup.missing([wanted]) == ["packaging==0.1", "no-such-package"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed: it is wherever `make test` runs this")
+@pytest.mark.parametrize("lacking", [False, True])
+def test_make_builds_an_environment_only_where_something_is_missing(lacking, tmp_path):
+    """Requirements that are newer than the environment say nothing yet: what they list may all be there."""
+    write_recipes(tmp_path)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pins", "gptq", "gguf"):
+        (tmp_path / "requirements" / f"{name}.txt").write_text("")
+    (tmp_path / "requirements.txt").write_text("no-such-package\n" if lacking else "packaging\n")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    done = subprocess.run(["make", "setup", "PYTHON=false"], cwd=tmp_path, capture_output=True, text=True)
+    assert (tmp_path / ".venv" / "ready").exists() is not lacking, done.stdout + done.stderr
+    assert bool(done.returncode) is lacking

@@ -3,8 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-from helpers import budget, hardware
-from helpers.budget import hours, nf4, vram
+from helpers import hardware
+from helpers.budget import estimate, hours, nf4, vram
+from helpers.budget.host import gguf_bytes
+from helpers.budget.step import Step
 from helpers.config import RunConfig
 from helpers.models import ModelShape, profile, shape
 
@@ -15,20 +17,20 @@ GB_IN_GIB = 1e9 / GIB
 def figures() -> list[dict[str, str]]:
     """Rows of claim, says, formula gives, verdict; Mistral 7B v0.3 at 1×1024 tokens on a T4 unless said."""
     seven, config, t4 = shape("mistral-7b-v0.3"), profile("mistral-7b", accumulation=1), hardware.machine("t4")
-    guides_way = config.with_values(upcast=True, kernels="plain", attention="math", checkpointing="all")
-    ours = budget.plan(config.with_values(batch_size=1), seven, t4).budget.vram
-    leanest = training_gib(seven, config, checkpointing="all", seq_len=512)
-    usual = training_gib(seven, guides_way)
-    unchecked, checked = (training_gib(seven, guides_way, checkpointing=how) for how in ("none", "all"))
-    half, quarter = 2 * seven.parameters / GIB, sum(vram.weights(seven, config).values()) / GIB
-    saved_by_double = sum(vram.weights(seven, config.with_values(double_quant=False)).values()) / GIB - quarter
-    lora_16 = training_gib(seven, guides_way, weights="fp16")
+    usual_recipe = config.with_values(upcast=True, kernels="plain", attention="math", checkpointing="all")
+    ours = estimate.plan(config.with_values(batch_size=1), seven, t4).budget.vram
+    leanest = training_gib(config, seven, checkpointing="all", seq_len=512)
+    usual = training_gib(usual_recipe, seven)
+    without, with_all = (training_gib(usual_recipe, seven, checkpointing=how) for how in ("none", "all"))
+    half, quarter = 2 * seven.parameters / GIB, sum(vram.weights(config, seven).values()) / GIB
+    saved_by_double = sum(vram.weights(config.with_values(double_quant=False), seven).values()) / GIB - quarter
+    lora_16 = training_gib(usual_recipe, seven, weights="fp16")
     full = 16 * seven.parameters / GIB  # weights, gradients in 16 bits; master weights and two moments in fp32
     per_weight = nf4.bits_per_weight(double_quant=True)
     article = article_step_s()
-    eight, four = q8_0_gb(seven), q4_k_m_gb(seven)
+    eight, four = (gguf_bytes(name, seven) / 1e9 for name in ("q8_0", "q4_k_m"))
     llama_cpp = " and ".join(dict.fromkeys((verdict(eight, 7.7, 7.7), verdict(four, 4.4, 4.4))))
-    rows_an_hour = 8 * 3600 / budget.plan(config.with_values(accumulation=8), seven, t4).budget.time.step_s
+    rows_an_hour = 8 * 3600 / estimate.plan(config.with_values(accumulation=8), seven, t4).budget.time.step_s
     return [
         row(
             "QLoRA of Mistral 7B",
@@ -70,7 +72,7 @@ def figures() -> list[dict[str, str]]:
         row(
             "gradient checkpointing saves",
             "30–50 % of training memory",
-            f"{1 - checked / unchecked:.0%} at 1,024 tokens: {unchecked:.1f} to {checked:.1f} GiB",
+            f"{1 - with_all / without:.0%} at 1,024 tokens: {without:.1f} to {with_all:.1f} GiB",
             "too careful, and the saving grows with the context",
         ),
         row(
@@ -84,7 +86,7 @@ def figures() -> list[dict[str, str]]:
             "5 to 50 thousand rows take",
             "1–3 h",
             f"{5000 / rows_an_hour:.0f} to {50_000 / rows_an_hour:.0f} h of full 1,024-token rows on a T4",
-            "right for short rows or faster cards",
+            "right for short rows or faster GPUs",
         ),
     ]
 
@@ -94,10 +96,10 @@ def row(claim: str, says: str, gives: str, verdict: str) -> dict[str, str]:
     return {"claim": claim, "says": says, "formula gives": gives, "verdict": verdict}
 
 
-def training_gib(shape: ModelShape, config: RunConfig, **values: Any) -> float:
-    """GiB of a training process on a large card, with some settings changed."""
-    card = replace(hardware.machine("a100-80"), gpu=replace(hardware.GPUS["t4"], vram_gib=80.0))
-    return budget.vram_of(config.with_values(**values), shape, card, "train").process_gib
+def training_gib(config: RunConfig, shape: ModelShape, **values: Any) -> float:
+    """GiB of a training process on a large GPU, with some settings changed."""
+    large = replace(hardware.machine("a100-80"), gpu=replace(hardware.GPUS["t4"], vram_gib=80.0))
+    return estimate.vram_of(config.with_values(**values), shape, large, "train").process_gib
 
 
 def verdict(value: float, low: float, high: float) -> str:
@@ -109,26 +111,4 @@ def article_step_s() -> float:
     """Seconds of a step of the 2023 recipe on a T4: 16 sequences of 512, all layers checkpointed, eager attention."""
     config = profile("mistral-7b", batch_size=4, accumulation=4, seq_len=512, dropout=0.05, checkpointing="all")
     config = config.with_values(upcast=True, kernels="plain", attention="eager", loss="full")
-    return hours.step_s(config, shape("mistral-7b-v0.1"), hardware.machine("t4"))
-
-
-def q8_0_gb(shape: ModelShape) -> float:
-    """llama.cpp's Q8_0: 32 codes of 8 bits and a scale of 16, for every matrix.
-
-    >>> round(q8_0_gb(shape("mistral-7b-v0.3")), 1)
-    7.7
-    """
-    return (shape.parameters - shape.small_parameters) * 8.5 / 8e9
-
-
-def q4_k_m_gb(shape: ModelShape) -> float:
-    """llama.cpp's Q4_K_M: 4.5 bits a weight; 6.5625 for the head and half of the v_proj and down_proj matrices.
-
-    >>> round(q4_k_m_gb(shape("mistral-7b-v0.3")), 1)
-    4.4
-    """
-    finer = [inputs * outputs * shape.copies(name) for name, (inputs, outputs) in shape.linears.items()
-             if name in ("v_proj", "down_proj")]  # fmt: skip
-    head = shape.vocab * shape.hidden
-    in_six = shape.layers * sum(finer) / 2 + head
-    return ((shape.parameters - shape.small_parameters - in_six) * 4.5 + in_six * 6.5625) / 8e9
+    return hours.step_s(Step.of(config, shape("mistral-7b-v0.1")), hardware.machine("t4"))

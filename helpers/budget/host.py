@@ -7,14 +7,17 @@
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 from helpers.budget import activations, vram
+from helpers.budget.step import Step, lora_parameters
 from helpers.config import RunConfig
 from helpers.hardware import Machine
-from helpers.models import ModelShape
+from helpers.models import ModelShape, gguf_types
+from helpers.workspace import existing
 
 GIB = 2**30
 LIBRARIES_GIB = {"train": 0.3, "merge": 0.22, "quantize": 0.9, "inference": 0.68}
@@ -27,6 +30,11 @@ UNASKED_PROMPTS = 32
 """Without questions, so many held-out conversations begin the answers of an evaluation."""
 KNOWN_CONVERSATIONS = {"HuggingFaceH4/ultrachat_200k": 207_865, "kaitchup/ultrachat-100k-flattened": 100_000}
 """Rows of data sets that people start with (their cards on the hub)."""
+GGUF_NAMES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+GGUF_NAMES |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+"""What llama.cpp calls a layer's matrices."""
+FP32 = {"LoRA weights", "LoRA gradients", "optimizer states", "optimizer buffers"}
+"""Components that are as large on a CPU as on a GPU; what a GPU holds in 16 bits a CPU holds in 32."""
 
 
 def ram(
@@ -34,46 +42,60 @@ def ram(
     shape: ModelShape,
     machine: Machine,
     stage: str,
-    moments: dict[str, dict[str, float]] | None = None,
+    phases: dict[str, vram.Parts] | None = None,
     waiting_gib: float = 0.0,
 ) -> dict[str, float]:
     """Component -> GiB of host memory that cannot be given back, at a stage's peak.
 
     Pages of memory-mapped files (safetensors, Arrow) are left out: the kernel drops them when memory is short.
-    moments: of an evaluated model (placement.vram_moments), default the adapter on its base; waiting_gib: of its
-    layers that are not on the card.
+    phases: of an evaluated model (placement.phases), default the adapter on its base; waiting_gib: of its layers that
+    are not on the GPU.
     """
     on_gpu = machine.gpu is not None
-    parts = {"Python and libraries": LIBRARIES_GIB[stage] + (CUDA_HOST_GIB[stage] if on_gpu else 0.0)}
-    largest = max(shape.vocab * shape.hidden, *(a * b for a, b in shape.linears.values()))
-    lora = vram.lora_parameters(shape, config)
-    if stage == "merge":  # the tensor as read, in fp32, its adapter's product in fp32, and the result in fp16
-        widest = max(a * b for a, b in shape.linears.values())
-        if on_gpu:  # only the result comes back
-            quantizing = {"bitsandbytes": BITSANDBYTES_GIB} if merges_into_nf4(config) else {}
-            return parts | quantizing | {"one tensor": 2 * widest / GIB, "adapter": 4 * lora / shape.layers / GIB}
-        return parts | {"one tensor": max(12 * widest, 4 * largest) / GIB, "adapter": 4 * lora / shape.layers / GIB}
+    libraries = {"Python and libraries": LIBRARIES_GIB[stage] + (CUDA_HOST_GIB[stage] if on_gpu else 0.0)}
+    if stage == "merge":
+        return libraries | merging(config, shape, on_gpu)
     if stage == "quantize":
-        rest, layer = 2 * (shape.parameters - shape.linear_parameters), 2 * shape.layer_linear_parameters
-        wide = 1 if on_gpu else 2  # a CPU computes in fp32
-        parts |= {"embedding and head": wide * rest / GIB, "one layer": wide * layer / GIB}
-        parts["calibration activations"] = wide * calibration_bytes(config, shape) / GIB
-        return parts if on_gpu else parts | {"Hessians": gptq_hessian_bytes(shape) / GIB}
+        return libraries | quantizing(config, shape, on_gpu)
     if on_gpu:
         at_once = 1 if stage == "inference" else 4  # measured: h200_evaluate_new.json
-        parts["tensors on their way to the card"] = at_once * 2 * largest / GIB
+        parts = libraries | {"tensors on their way to the GPU": at_once * 2 * largest_tensor(shape) / GIB}
         if stage == "train":
-            parts["adapters, for checkpoints"] = 2 * 4 * lora / GIB
+            parts["adapters, for checkpoints"] = 2 * 4 * lora_parameters(config, shape) / GIB
             if config.train.offload_activations:
-                parts["offloaded activations"] = activations.offloaded_bytes(shape, config) / GIB
+                parts["offloaded activations"] = activations.offloaded_bytes(Step.of(config, shape)) / GIB
         return parts | ({"layers that wait for their turn": waiting_gib} if waiting_gib else {})
-    moments = moments or (vram.moments(shape, config) if stage == "train" else vram.inference(shape, config))
-    fixed = {name for name in vram.weights(shape, config) if "16-bit" not in name}
-    held = max(
-        sum(size if name in fixed or "LoRA" in name or "optimizer" in name else 2 * size for name, size in m.items())
-        for m in moments.values()
-    )
-    return parts | {"model and activations, in fp32": held / GIB}
+    if phases is None:
+        train = stage == "train"
+        phases = vram.phases(Step.of(config, shape)) if train else vram.inference(config, shape)
+    fixed = FP32 | {name for name in vram.weights(config, shape) if "16-bit" not in name}
+    held = max(sum(size if name in fixed else 2 * size for name, size in parts.items()) for parts in phases.values())
+    return libraries | {"model and activations, in fp32": held / GIB}
+
+
+def merging(config: RunConfig, shape: ModelShape, on_gpu: bool) -> dict[str, float]:
+    """Component -> GiB of a merge: one tensor at a time, and its adapter."""
+    widest = max(a * b for a, b in shape.linears.values())
+    adapter = {"adapter": 4 * lora_parameters(config, shape) / shape.layers / GIB}
+    if on_gpu:  # only the result comes back
+        quantizing = {"bitsandbytes": BITSANDBYTES_GIB} if merges_into_nf4(config) else {}
+        return quantizing | {"one tensor": 2 * widest / GIB} | adapter
+    # the tensor as read, in fp32, its adapter's product in fp32, and the result in fp16; an embedding is only copied
+    return {"one tensor": max(12 * widest, 4 * largest_tensor(shape)) / GIB} | adapter
+
+
+def quantizing(config: RunConfig, shape: ModelShape, on_gpu: bool) -> dict[str, float]:
+    """Component -> GiB of GPTQ, which holds a layer at a time and that layer's inputs for the whole calibration set."""
+    rest, layer = 2 * (shape.parameters - shape.linear_parameters), 2 * shape.layer_linear_parameters
+    wide = 1 if on_gpu else 2  # a CPU computes in fp32
+    parts = {"embedding and head": wide * rest / GIB, "one layer": wide * layer / GIB}
+    parts["calibration activations"] = wide * calibration_bytes(config, shape) / GIB
+    return parts if on_gpu else parts | {"Hessians": gptq_hessian_bytes(shape) / GIB}
+
+
+def largest_tensor(shape: ModelShape) -> int:
+    """Values of the largest tensor of a model: a matrix of a layer, or the embedding."""
+    return max(shape.vocab * shape.hidden, *(a * b for a, b in shape.linears.values()))
 
 
 def merges_into_nf4(config: RunConfig) -> bool:
@@ -94,7 +116,12 @@ def gptq_hessian_bytes(shape: ModelShape) -> float:
 
 
 def quantized_bytes(config: RunConfig, shape: ModelShape) -> float:
-    """Bytes of the GPTQ model: codes, a scale of 16 bits and a zero of `bits` a group, the rest in 16 bits."""
+    """Bytes of the GPTQ model: codes, a scale of 16 bits and a zero of `bits` a group, the rest in 16 bits.
+
+    >>> from helpers.models import shape
+    >>> round(quantized_bytes(RunConfig(), shape("mistral-7b-v0.3")) / GIB, 2)
+    3.88
+    """
     asked, bits = config.quantize, 0.0
     for name, (inputs, outputs) in shape.linears.items():
         groups = 1 if asked.group_size < 0 else -(-inputs // asked.group_size)
@@ -102,9 +129,46 @@ def quantized_bytes(config: RunConfig, shape: ModelShape) -> float:
     return shape.layers * bits / 8 + 2 * (shape.parameters - shape.linear_parameters)
 
 
+def gguf_bytes(file_type: str, shape: ModelShape) -> float:
+    """Bytes of a GGUF file's tensors: each matrix as llama.cpp's recipe of that type has it, the rest in fp32.
+
+    >>> from helpers.models import shape
+    >>> [round(gguf_bytes(name, shape("mistral-7b-v0.3")) / 1e9, 1) for name in ("q8_0", "q4_k_m")]
+    [7.7, 4.4]
+    """
+    file, grouping = gguf_types.file_type(file_type), shape.heads // shape.kv_heads
+    tables = ("token_embd",) if shape.tied else ("token_embd", "output")
+    rows = [(f"{name}.weight", shape.hidden, shape.vocab) for name in tables]
+    rows += [
+        (f"blk.{layer}.{GGUF_NAMES[name]}.weight", inputs, outputs)
+        for layer in range(shape.layers)
+        for name, (inputs, outputs) in shape.linears.items()
+    ]
+    kinds = (gguf_types.recipe(name, columns, file, shape.layers, grouping) for name, columns, _ in rows)
+    packed = (
+        count * gguf_types.row_bytes(columns, kind) for (_, columns, count), kind in zip(rows, kinds, strict=True)
+    )
+    return sum(packed) + 4 * shape.small_parameters
+
+
+def check_disk(output: Path, needed_bytes: float, work: str) -> None:
+    """Raise ValueError with both numbers where the disk of an output folder has too little left for some work."""
+    free = shutil.disk_usage(existing(output)).free
+    if needed_bytes > free:
+        raise ValueError(
+            f"{work} needs {needed_bytes / GIB:.2f} GiB of disk at {output}, {free / GIB:.2f} are free: "
+            "free some, or give an output folder on another disk"
+        )
+
+
+def quantizing_disk_bytes(config: RunConfig, shape: ModelShape) -> float:
+    """Bytes that GPTQ writes at most: its result, as much again for layers that GPTQModel parks, and small files."""
+    return 2 * quantized_bytes(config, shape) + GIB // 16
+
+
 def checkpoint_bytes(config: RunConfig, shape: ModelShape) -> float:
     """Bytes of a training checkpoint: adapters in fp32 and the optimizer's states."""
-    return 4 * vram.lora_parameters(shape, config) + sum(vram.optimizer_states(shape, config))
+    return 4 * lora_parameters(config, shape) + sum(vram.optimizer_states(config, shape))
 
 
 def disk(config: RunConfig, shape: ModelShape, stage: str, in_cache: bool = True) -> dict[str, float]:
@@ -119,7 +183,7 @@ def disk(config: RunConfig, shape: ModelShape, stage: str, in_cache: bool = True
     if stage in ("merge", "run") and config.merge.free_base:
         parts["base, 16 bits"] = min(parts["base, 16 bits"], config.merge.shard_gib + 4.6)
     if stage in ("merge", "quantize", "run"):
-        parts["adapter"] = 4 * vram.lora_parameters(shape, config) / GIB
+        parts["adapter"] = 4 * lora_parameters(config, shape) / GIB
         parts["merged model"] = merged
     if stage in ("quantize", "run"):
         parts["GPTQ model"] = quantized_bytes(config, shape) / GIB
@@ -196,7 +260,7 @@ def questions(config: RunConfig) -> int:
 
 
 def mean_tokens(config: RunConfig) -> float:
-    """Tokens of a conversation on average: read off a local file, else a full context (the safe side)."""
+    """Tokens of a conversation on average: from a local file, else a full context (the safe side)."""
     if Path(config.data.source).is_file():
         return min(lines_and_mean_tokens(config.data.source)[1], config.data.seq_len)
     return config.data.seq_len

@@ -1,8 +1,8 @@
 """Seconds of a training step and hours of every stage, from FLOPs and bytes moved; no torch.
 
 A step is a roofline (https://doi.org/10.1145/1498765.1498785) summed over its kinds of work: matrix products at a share
-of the card's matrix rate, attention at another, weights dequantized and activations passed through the card's memory;
-and where a card is so fast that it waits for Python, Python's time.
+of the GPU's matrix rate, attention at another, weights dequantized and activations passed through the GPU's memory;
+and where a GPU is so fast that it waits for Python, Python's time.
 """
 
 import math
@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from helpers.budget import activations, host, vram
+from helpers.budget import activations, host
+from helpers.budget.step import Step, lora_parameters
 from helpers.config import RunConfig
 from helpers.hardware import GPU, Machine
 from helpers.models import ModelShape
@@ -26,17 +27,17 @@ PYTHON_S_PER_LAYER = 0.0085
 """Python's and the driver's time for one decoder layer, forward and backward, with adapters on all linear layers."""
 PYTHON_S_PER_RECOMPUTED_LAYER = 0.008
 WIDE = 14336
-"""From this MLP size on, products reach a card's full share."""
+"""From this MLP size on, products reach a GPU's full share."""
 READ_S_PER_GB = 6.0
 """Reading a model's files, the safe side of what rented disks do."""
-UNPACKED = 4.5
+DEQUANTIZED = 4.5
 """Bytes moved for a 4-bit weight that is written out in 16 bits and read again: half a byte, two and two."""
-DECODED = {"fp16": (2.0, 2.0), "int8": (1.0, 1.0), "nf4": (0.53, UNPACKED), "gptq": (0.53, 0.53)}
+DECODED = {"fp16": (2.0, 2.0), "int8": (1.0, 1.0), "nf4": (0.53, DEQUANTIZED), "gptq": (0.53, 0.53)}
 """Bytes moved for a weight and a new token: with one row, and with more. bitsandbytes has a fused product for one row
 only; GPTQ's here is ExLlamaV2's, fused up to 50 rows (MAX_Q_GEMM_ROWS in its sources), while Triton's and PyTorch's
-unpack for every token."""
+dequantize for every token."""
 BUS_GB_S = {7: 10.0, 8: 20.0, 9: 40.0}
-"""Copies from page-locked memory to a card, by its generation: 40 on an H200 (h200_evaluate_new.json), and as large a
+"""Copies from page-locked memory to a GPU, by its generation: 40 on an H200 (h200_evaluate_new.json), and as large a
 share, 0.63, of PCIe 3 and 4 with 16 lanes."""
 SPEED_TOKENS = (148, 100)
 """Tokens that evaluate/cost.py decodes one by one, and several at once: three runs of 32, four to warm up, profiles."""
@@ -49,7 +50,7 @@ h200_decode.csv, h200_evaluate_new.json)."""
 
 @dataclass(frozen=True)
 class Work:
-    """What one micro-batch has a card do."""
+    """What one micro-batch has a GPU do."""
 
     matrix_flops: float
     attention_flops: float
@@ -57,42 +58,47 @@ class Work:
     python_s: float
 
 
-def work(config: RunConfig, shape: ModelShape, seq_len: int | None = None) -> Work:
-    """FLOPs and bytes of one micro-batch, forward, recomputation and backward.
+def work(step: Step, seq_len: int | None = None) -> Work:
+    """FLOPs and bytes of one micro-batch, forward, recomputation and backward; seq_len: of its rows, default full.
 
     The base is frozen, so its backward pass is one product (for the inputs), not two; causal attention does half of
     seq² products, and its backward 2.5 times its forward's (FlashAttention, https://arxiv.org/abs/2205.14135).
     """
+    config, shape = step.config, step.shape
     seq_len = seq_len or config.data.seq_len
     tokens = config.train.batch_size * seq_len
-    again = scores_again = activations.checked_layers(shape, config) / shape.layers
-    own = activations.way(shape, config) == "own"
-    if own:  # finetune/engine/layers.py repeats neither down_proj nor, where its result is kept, attention
+    # the share of all layers' forward work that is done twice
+    again = scores_again = step.checkpointed / shape.layers
+    own = step.backend == "own"
+    if own:  # finetune/engine/layers.py repeats neither down_proj nor, where its result is saved, attention
         down = shape.intermediate * shape.hidden * shape.experts_per_token
         scores_again = 0.0 if config.train.keep_attention else again
         again *= 1 - down / shape.active_linear_parameters
+    # two FLOPs a weight and token for each product
     linear = 2 * shape.layers * shape.active_linear_parameters
-    adapters = 2 * vram.lora_parameters(shape, config)
+    adapters = 2 * lora_parameters(config, shape)
     head = 2 * shape.vocab * shape.hidden
     matrix = tokens * (linear * (2 + again) + adapters * (3 + again) + head * 2)
     scores = 4 * shape.layers * shape.heads * shape.head_dim * seq_len / 2
     attention = tokens * scores * (1 + scores_again + 2.5)
     # NF4: read half a byte, write two, read two again, a weight and a pass
     dequantized = shape.linear_parameters * (4.5 if config.model.weights == "nf4" else 2) * (2 + again)
-    passes = tokens * shape.layers * sum(activations.kept_by_layer(shape, config).values()) * 2 * (2 + again)
+    # elementwise work reads and writes about what a layer saves
+    passes = tokens * shape.layers * sum(activations.saved_by_layer(step).values()) * 2 * (2 + again)
     if config.model.attention != "efficient":
-        passes += activations.score_bytes(shape, config) * shape.layers * 2 * (2 + again)
+        passes += activations.score_bytes(step) * shape.layers * 2 * (2 + again)
     python = shape.layers * (PYTHON_S_PER_LAYER + PYTHON_S_PER_RECOMPUTED_LAYER * again) * (0.6 if own else 1.0)
     return Work(matrix, attention, dequantized + passes, python)
 
 
-def micro_batch_s(config: RunConfig, shape: ModelShape, machine: Machine, seq_len: int | None = None) -> float:
+def micro_batch_s(step: Step, machine: Machine, seq_len: int | None = None) -> float:
     """Seconds of one micro-batch.
 
-    Fitted: T4's shares to published steps of Qwen2.5-7B (3.72 and 3.91 s at 1×1024), narrow products' loss to those of
-    1B and 3B models; H200's shares to rows of 8,192 tokens and more. Attention runs at a quarter of the products' rate.
+    Calibrated: T4's shares on published steps of Qwen2.5-7B (3.72 and 3.91 s at 1×1024), narrow products' loss on
+    those of 1B and 3B models; H200's shares on rows of 8,192 tokens and more. Attention runs at a quarter of the
+    products' rate.
     """
-    asked = work(config, shape, seq_len)
+    asked, shape = work(step, seq_len), step.shape
     if machine.gpu is None:
         rate = 1e9 * CPU_GFLOPS_PER_CORE * machine.host.cpus
         return (asked.matrix_flops + asked.attention_flops) / rate + shape.layers * CPU_S_PER_LAYER
@@ -103,12 +109,12 @@ def micro_batch_s(config: RunConfig, shape: ModelShape, machine: Machine, seq_le
     return max(busy, asked.python_s)
 
 
-def step_s(config: RunConfig, shape: ModelShape, machine: Machine, seq_len: int | None = None) -> float:
+def step_s(step: Step, machine: Machine, seq_len: int | None = None) -> float:
     """Seconds of one optimizer step, the update included; seq_len: tokens of its rows, full contexts when None."""
     update = 0.0
     if machine.gpu:
-        update = 20 * vram.lora_parameters(shape, config) / (0.5e9 * machine.gpu.bandwidth_gb_s)
-    return config.train.accumulation * micro_batch_s(config, shape, machine, seq_len) + update
+        update = 20 * lora_parameters(step.config, step.shape) / (0.5e9 * machine.gpu.bandwidth_gb_s)
+    return step.config.train.accumulation * micro_batch_s(step, machine, seq_len) + update
 
 
 def steps(config: RunConfig, tokens_in_dataset: int | None = None) -> tuple[int, int]:
@@ -137,7 +143,7 @@ def stage_hours(
     gigabytes = 2 * shape.parameters / 1e9
     if stage == "train":
         count, mean = steps(config, tokens_in_dataset)
-        each = step_s(config, shape, machine, mean)
+        each = step_s(Step.of(config, shape), machine, mean)
         parts |= {"loading": gigabytes * READ_S_PER_GB / 3600, "training": count * each / 3600}
     elif stage == "merge":
         parts |= {"merging": gigabytes * 8 / 3600}
@@ -155,9 +161,12 @@ def stage_hours(
 def gptq_s(config: RunConfig, shape: ModelShape, machine: Machine) -> float:
     """Seconds of GPTQ: two passes of the calibration set, Hessians, a column-by-column sweep a module, and packing."""
     tokens = config.quantize.calibration_samples * config.quantize.calibration_tokens
+    # each layer reads the calibration set twice: to collect its Hessians, and quantized, for what the next one reads
     products = 2 * tokens * shape.linear_parameters * 2
+    # XᵀX of each module's inputs; a Cholesky factor of its inverse; and the error of each column onto those after it
     hessians = 2 * tokens * shape.layers * sum(a * a * shape.copies(n) for n, (a, _) in shape.linears.items())
     solving = shape.layers * sum((4 * a**3 + 2 * a * a * b) * shape.copies(n) for n, (a, b) in shape.linears.items())
+    # a column waits for the one before it: on a GPU that is kernel launches, not arithmetic
     columns = shape.layers * sum(a * shape.copies(n) for n, (a, _) in shape.linears.items())
     rate = 1e12 * machine.gpu.fp16_tflops * machine.gpu.efficiency if machine.gpu else 3e10 * machine.host.cpus
     slow = rate / 8 if machine.gpu else rate  # fp32
@@ -174,7 +183,7 @@ def evaluation_s(
 ) -> dict[str, float]:
     """Seconds of one model by part: reading the held-out texts, answers to the questions, measuring its speed.
 
-    Layers that are not on the card are copied to it once a batch while texts are read, and once a token of a batch
+    Layers that are not on the GPU are copied to it once a batch while texts are read, and once a token of a batch
     while answers are written. counts: texts and questions, default what the configuration's data has.
     """
     asked = config.evaluate
@@ -190,9 +199,10 @@ def evaluation_s(
         speed += sum(SPEED_TOKENS) * shape.layers * CPU_S_PER_LAYER / 2
         return {"reading": reading / rate, "answers": writing + batches, "speed": speed if answers else 0.0}
     gpu = machine.gpu
-    unpacking = UNPACKED * shape.linear_parameters if found.precision in ("nf4", "gptq") else 0.0
+    # a batch pays once for what does not grow with its rows: dequantized weights, and layers copied from the host
+    dequantizing = DEQUANTIZED * shape.linear_parameters if found.precision in ("nf4", "gptq") else 0.0
     away = away_s(shape, machine, found)
-    a_batch = unpacking / (1e9 * gpu.bandwidth_share * gpu.bandwidth_gb_s) + away
+    a_batch = dequantizing / (1e9 * gpu.bandwidth_share * gpu.bandwidth_gb_s) + away
     one, many = (token_s(shape, gpu, found.precision, rows, away) for rows in (1, found.batch_size))
     return {
         "reading": reading / (1e12 * gpu.fp16_tflops * gpu.efficiency) + math.ceil(rows / found.batch_size) * a_batch,
@@ -213,7 +223,7 @@ def read_tokens(tokens: float, context: int, stride: int) -> float:
 def token_s(shape: ModelShape, gpu: GPU, precision: str, rows: int, away: float = 0.0) -> float:
     """Seconds of one new token of each of `rows` answers: the weights pass through memory once, or Python is slower.
 
-    away: seconds of copying the layers that are not on the card, which the card waits for, but Python does not.
+    away: seconds of copying the layers that are not on the GPU, which the GPU waits for, but Python does not.
     """
     head = 2 * shape.vocab * shape.hidden
     moved = DECODED[precision][rows > 1] * shape.layers * shape.active_linear_parameters + head
@@ -222,7 +232,7 @@ def token_s(shape: ModelShape, gpu: GPU, precision: str, rows: int, away: float 
 
 
 def away_s(shape: ModelShape, machine: Machine, found: "Placement") -> float:
-    """Seconds of copying the layers that are not on the card to it, once."""
+    """Seconds of copying the layers that are not on the GPU to it, once."""
     gigabytes = 2 * found.away * shape.layer_linear_parameters / 1e9
     if found.away_in == "disk":
         return gigabytes * READ_S_PER_GB

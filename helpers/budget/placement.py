@@ -2,8 +2,8 @@
 
 A merged model in 16 bits does not fit a T4 beside a batch's keys and values, and must not be rounded to 4 bits again:
 that throws part of what it learned away, and the table would compare the rounding. So as many decoder layers as fit
-stay on the card, and the others wait in host memory, or on disk where there is no room for them, and are copied to one
-place on the card whenever their turn comes:
+stay on the GPU, and the others wait in host memory, or on disk where there is no room for them, and are copied to one
+place on the GPU whenever their turn comes:
 
 >>> from helpers import hardware
 >>> from helpers.models import profile, shape
@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 
 from helpers.budget import host, planning, vram
 from helpers.budget import hours as pace
+from helpers.budget.step import lora_parameters
 from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape
@@ -39,7 +40,7 @@ FEWEST_QUESTIONS = 16
 
 @dataclass(frozen=True)
 class Placement:
-    """How one model is opened: the last `away` of its decoder layers are not on the card."""
+    """How one model is opened: the last `away` of its decoder layers are not on the GPU."""
 
     kind: str
     """model (16 bits), adapter or gptq."""
@@ -96,13 +97,13 @@ def plan(
         return Evaluation(config, places, tuple(notes))
     notes.append(
         f"all models answer {fewer} of {questions} questions: with all of them {slowest} would take "
-        f"{hours(seconds[slowest])} on this card"
+        f"{hours(seconds[slowest])} on this GPU"
     )
     return Evaluation(config.with_values(max_questions=fewer), places, tuple(notes))
 
 
 def place(kind: str, config: RunConfig, shape: ModelShape, machine: Machine) -> Placement:
-    """How a model is opened: whole on the card in the batches that were asked for, if that fits.
+    """How a model is opened: whole on the GPU in the batches that were asked for, if that fits.
 
     Otherwise a 16-bit model leaves layers away, and reads in smaller batches where that is faster (more layers then
     stay); an adapter's base and a GPTQ model are only read in smaller batches. `problem` says when nothing fits.
@@ -111,13 +112,14 @@ def place(kind: str, config: RunConfig, shape: ModelShape, machine: Machine) -> 
     whole = Placement(kind, precision, config.evaluate.eval_batch_size)
     if machine.gpu is None or fits(whole, config, shape, machine):
         return whole
-    ways = [way for batch in halved(whole.batch_size) if (way := fewest_away(whole, batch, config, shape, machine))]
-    if ways:
-        return min(ways, key=lambda way: sum(pace.evaluation_s(config, shape, machine, way).values()))
+    each = (fewest_away(whole, batch, config, shape, machine) for batch in halved(whole.batch_size))
+    fitting = [found for found in each if found is not None]
+    if fitting:
+        return min(fitting, key=lambda found: sum(pace.evaluation_s(config, shape, machine, found).values()))
     leanest = replace(whole, batch_size=1, away=shape.layers if kind == "model" else 0)
     reason = (
         f"it needs at least {needed_gib(leanest, config, shape, machine):.1f} GiB of VRAM and "
-        f"{room_gib(config, shape, machine):.1f} may be used: take a card with more, or a smaller eval_context"
+        f"{room_gib(machine):.1f} may be used: take a GPU with more, or a smaller eval_context"
     )
     return replace(leanest, away=0, answers=False, problem=reason)
 
@@ -136,7 +138,7 @@ def halved(batch_size: int) -> Iterator[int]:
 def fewest_away(
     whole: Placement, batch_size: int, config: RunConfig, shape: ModelShape, machine: Machine
 ) -> Placement | None:
-    """With as few layers away as fit the card; None when it does not fit with all of them away."""
+    """With as few layers away as fit the GPU; None when it does not fit with all of them away."""
     for away in range(shape.layers + 1 if whole.kind == "model" else 1):
         found = replace(whole, batch_size=batch_size, away=away)
         if fits(found, config, shape, machine):
@@ -147,39 +149,80 @@ def fewest_away(
 
 def fits(found: Placement, config: RunConfig, shape: ModelShape, machine: Machine) -> bool:
     """Whether the predicted need leaves what a prediction can be under."""
-    return needed_gib(found, config, shape, machine) <= room_gib(config, shape, machine)
+    return needed_gib(found, config, shape, machine) <= room_gib(machine)
 
 
-def room_gib(config: RunConfig, shape: ModelShape, machine: Machine) -> float:
+def room_gib(machine: Machine) -> float:
     """GiB of PyTorch's allocator that an evaluation may be predicted to take."""
-    return planning.usable_gib(config, shape, machine, "inference") - machine.gpu.context_gib
+    return planning.usable_gib(machine) - machine.gpu.context_gib
 
 
 def needed_gib(found: Placement, config: RunConfig, shape: ModelShape, machine: Machine) -> float:
-    """GiB that the allocator reserves at the largest moment."""
-    moments = vram_moments(found, config, shape, machine.gpu.capability)
-    allocated = max(sum(parts.values()) for parts in moments.values()) / GIB
-    return allocated + beyond_gib(found, config, shape, allocated)
+    """GiB that the allocator reserves in the largest phase."""
+    allocated = allocated_gib(found, config, shape, machine.gpu.capability)
+    return allocated + overhead_gib(found, config, shape, allocated)
 
 
-def vram_moments(
+def allocated_gib(
     found: Placement, config: RunConfig, shape: ModelShape, capability: tuple[int, int] = (7, 5)
-) -> dict[str, dict[str, float]]:
-    """Moment -> component -> bytes in the allocator while a model so placed is evaluated."""
-    held, unpacks = weights(found, config, shape), found.precision != "fp16"
-    return vram.inference(shape, config, capability, held, unpacks, found.batch_size)
+) -> float:
+    """GiB of tensors in the largest phase."""
+    return max(sum(parts.values()) for parts in phases(found, config, shape, capability).values()) / GIB
+
+
+def needs(
+    found: Placement, config: RunConfig, shape: ModelShape, machine: Machine, counts: tuple[int, int]
+) -> dict[str, float]:
+    """GiB and seconds of one model's evaluation, by the names that a report measures them under.
+
+    counts: texts read and answers written. VRAM only with a GPU.
+    """
+    found_s = pace.evaluation_s(config, shape, machine, found, counts)
+    sizes = {
+        "anonymous_gib": sum(ram(found, config, shape, machine).values()),
+        "evaluation_s": sum(found_s.values()),
+    }
+    if machine.gpu:
+        allocated = allocated_gib(found, config, shape, machine.gpu.capability)
+        sizes["allocated_gib"] = allocated
+        sizes["reserved_gib"] = allocated + overhead_gib(found, config, shape, allocated)
+    return sizes
+
+
+def phases(
+    found: Placement, config: RunConfig, shape: ModelShape, capability: tuple[int, int] = (7, 5)
+) -> dict[str, vram.Parts]:
+    """Phase -> component -> bytes in the allocator while a model so placed is evaluated."""
+    held, dequantizes = weights(found, config, shape), found.precision != "fp16"
+    return vram.inference(config, shape, capability, held, dequantizes, found.batch_size)
+
+
+def ram(found: Placement, config: RunConfig, shape: ModelShape, machine: Machine) -> dict[str, float]:
+    """Component -> GiB of host memory while a model so placed is evaluated."""
+    capability = machine.gpu.capability if machine.gpu else (7, 5)
+    return host.ram(
+        config, shape, machine, "inference", phases(found, config, shape, capability), host_gib(found, shape)
+    )
 
 
 def weights(found: Placement, config: RunConfig, shape: ModelShape) -> dict[str, float]:
-    """Component -> bytes of what the card holds of a model, its adapter included."""
+    """Component -> bytes of what the GPU holds of a model, its adapter included."""
     if found.kind == "adapter":
-        return vram.weights(shape, config) | {"LoRA weights": vram.FULL * vram.lora_parameters(shape, config)}
+        return vram.weights(config, shape) | {"LoRA weights": vram.FULL * lora_parameters(config, shape)}
     if found.kind == "gptq":
         rest = vram.HALF * (shape.parameters - shape.linear_parameters)
         return {"4-bit weights": host.quantized_bytes(config, shape) - rest, "16-bit weights": rest}
     layer = layer_bytes(shape)
     held = {"16-bit weights": vram.HALF * shape.parameters - found.away * layer}
-    return held | ({"a waiting layer's place": layer} if found.away else {})
+    return held | ({"buffer for a waiting layer": layer} if found.away else {})
+
+
+def weights_room(free_bytes: int) -> int:
+    """Bytes of a GPU's free memory that weights may take where rows are read one at a time, as after GPTQ.
+
+    The rest, 1.5 GiB, is for a row's logits in fp32, a dequantized matrix, and what the allocator reserves beyond them.
+    """
+    return free_bytes - 3 * GIB // 2
 
 
 def layer_bytes(shape: ModelShape) -> float:
@@ -188,7 +231,7 @@ def layer_bytes(shape: ModelShape) -> float:
 
 
 def away_gib(found: Placement, shape: ModelShape) -> float:
-    """GiB of the layers that are not on the card."""
+    """GiB of the layers that are not on the GPU."""
     return found.away * layer_bytes(shape) / GIB
 
 
@@ -197,10 +240,10 @@ def host_gib(found: Placement, shape: ModelShape) -> float:
     return away_gib(found, shape) if found.away_in == "host memory" else 0.0
 
 
-def beyond_gib(found: Placement, config: RunConfig, shape: ModelShape, allocated_gib: float) -> float:
+def overhead_gib(found: Placement, config: RunConfig, shape: ModelShape, allocated_gib: float) -> float:
     """GiB reserved beyond the tensors' peak: holes between keys and values that grow; weights leave none.
 
-    The share was read off h200_evaluate.json, an NF4 model's row; h200_evaluate_new.json's two have a little less.
+    The share was calibrated on h200_evaluate.json, an NF4 model's row; h200_evaluate_new.json's two have a little less.
     """
     held_gib = sum(weights(found, config, shape).values()) / GIB
     return 0.165 * max(allocated_gib - held_gib, 0.0)
@@ -223,7 +266,7 @@ def without_answers(found: Placement, shape: ModelShape, seconds: dict[str, floa
     """Perplexity alone, where the texts are read in LONGEST_S, else nothing."""
     if seconds["reading"] <= LONGEST_S:
         return replace(found, answers=False)
-    why = f"it would take {hours(seconds)}, {in_words(found, shape)}: take a card with more memory, or a smaller model"
+    why = f"it would take {hours(seconds)}, {in_words(found, shape)}: take a GPU with more memory, or a smaller model"
     return replace(found, answers=False, problem=why)
 
 
@@ -240,7 +283,7 @@ def hours(seconds: dict[str, float]) -> str:
 
 
 def in_words(found: Placement, shape: ModelShape) -> str:
-    """Where layers are that are not on the card; "" when there are none."""
+    """Where layers are that are not on the GPU; "" when there are none."""
     return f"{found.away} of {shape.layers} layers from {found.away_in}" if found.away else ""
 
 

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from helpers.budget import activations, host, hours
+from helpers.budget import host, hours
+from helpers.budget.step import Step
 from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape
@@ -14,7 +15,6 @@ RANKS = (256, 128, 64, 32, 16, 8, 4)
 MARGIN = {"own": 0.03, "other": 0.05}
 """Share of the VRAM that must stay free: what a process took of rows that nothing was calibrated on was at most 2.5 %
 above its prediction with our own layers, and 4.8 % with transformers' (tests/benchmarks/tables.py)."""
-
 LEANEST = {"keep_attention": False, "offload_activations": True}
 
 Needs = Callable[[RunConfig], float]
@@ -32,9 +32,10 @@ def search(config: RunConfig, shape: ModelShape, machine: Machine, needs: Needs)
     if machine.gpu is None:
         asked = config.train.checkpointing
         return (with_train(config, checkpointing="none") if asked == "auto" else config), (
-            "without a card there is nothing to trade: no layer is checkpointed",
+            "without a GPU there is nothing to trade: no layer is checkpointed",
         )
-    room = usable_gib(config, shape, machine)
+    room = usable_gib(machine, Step.of(config, shape).backend)
+    # what is asked for, then other ways of computing the same steps, then less than was asked for
     if config.train.checkpointing != "auto" and needs(config) <= room:
         return config, ("these settings fit as they are",)
     found = fastest(config, shape, machine, needs, room)
@@ -59,16 +60,16 @@ def within_host(config: RunConfig, machine: Machine) -> RunConfig:
     return with_train(config, offload_gib=half) if offloads else config
 
 
-def usable_gib(config: RunConfig, shape: ModelShape, machine: Machine, stage: str = "train") -> float:
+def usable_gib(machine: Machine, backend: str = "") -> float:
     """GiB of a machine's VRAM that a stage may be predicted to take; the rest is the prediction's own error.
 
+    backend: what computes a training step's layers (`Step.backend`); other stages have none.
+
     >>> from helpers import hardware
-    >>> from helpers.models import shape
-    >>> round(usable_gib(RunConfig(), shape("mistral-7b-v0.3"), hardware.machine("t4")), 2)
+    >>> round(usable_gib(hardware.machine("t4"), "own"), 2)
     14.12
     """
-    own = stage == "train" and activations.way(shape, config) == "own"
-    return machine.vram_gib * (1 - MARGIN["own" if own else "other"])
+    return machine.vram_gib * (1 - MARGIN["own" if backend == "own" else "other"])
 
 
 def shrunk(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
@@ -87,13 +88,15 @@ def shrunk(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
 
 
 def fastest(config: RunConfig, shape: ModelShape, machine: Machine, needs: Needs, room_gib: float) -> RunConfig | None:
-    """The way of computing the same steps that fits and takes least time; None when none fits."""
-    ways = (least_recomputed(split, shape, machine, needs, room_gib) for split in splits(config))
-    found = [way for way in ways if way is not None]
-    if not found:
-        return None
+    """The configuration of the same steps that fits and takes least time; None when none fits."""
+
+    def step_s(found: RunConfig) -> float:
+        return round(hours.step_s(Step.of(found, shape), machine), 3)
+
+    each = (least_recomputed(split, shape, machine, needs, room_gib) for split in splits(config))
+    fitting = [found for found in each if found is not None]
     # of equally fast ones the smaller micro-batch: less padding, and more room
-    return min(found, key=lambda way: (round(hours.step_s(way, shape, machine), 3), way.train.batch_size))
+    return min(fitting, key=lambda found: (step_s(found), found.train.batch_size), default=None)
 
 
 def splits(config: RunConfig) -> Iterator[RunConfig]:
@@ -104,12 +107,13 @@ def splits(config: RunConfig) -> Iterator[RunConfig]:
 
 def in_batches(config: RunConfig, batch_size: int, shape: ModelShape, machine: Machine, needs: Needs) -> RunConfig:
     """The same steps in micro-batches of this size, with as little recomputed as fits; the leanest when none does."""
-    way = with_batch(config, batch_size)
+    split = with_batch(config, batch_size)
     if machine.gpu is None:
-        return with_train(way, checkpointing="none") if way.train.checkpointing == "auto" else way
-    way = with_train(way, keep_attention=True, offload_activations=False)  # chosen anew for this machine
-    leanest = within_host(with_train(way, checkpointing="all", **LEANEST), machine)
-    return least_recomputed(way, shape, machine, needs, usable_gib(way, shape, machine)) or leanest
+        return with_train(split, checkpointing="none") if split.train.checkpointing == "auto" else split
+    split = with_train(split, keep_attention=True, offload_activations=False)  # chosen anew for this machine
+    leanest = within_host(with_train(split, checkpointing="all", **LEANEST), machine)
+    room = usable_gib(machine, Step.of(split, shape).backend)
+    return least_recomputed(split, shape, machine, needs, room) or leanest
 
 
 def batch_sizes(config: RunConfig) -> list[int]:
@@ -128,20 +132,21 @@ def with_batch(config: RunConfig, batch_size: int) -> RunConfig:
 def least_recomputed(
     config: RunConfig, shape: ModelShape, machine: Machine, needs: Needs, room_gib: float
 ) -> RunConfig | None:
-    """With as few layers checkpointed as fit, and where all of them do not, with inputs in host memory or less kept.
+    """With as few layers checkpointed as fit, and where all of them do not, with inputs in host memory or less saved.
 
     Copies to the host cost next to nothing beside the work of a layer; attention again costs 12 % at 16,384 tokens.
     """
+    # from what costs no time to what costs most: the first that fits with every layer checkpointed is taken
     for more in ({}, {"offload_activations": True}, {"keep_attention": False}, LEANEST):
-        way = within_host(with_train(config, **more), machine)
-        everything = with_train(way, checkpointing="all")
+        leaner = within_host(with_train(config, **more), machine)
+        everything = with_train(leaner, checkpointing="all")
         in_ram = sum(host.ram(everything, shape, machine, "train").values()) <= machine.host.ram_gib
-        if (in_ram or not way.train.offload_activations) and needs(everything) <= room_gib:
-            return fewest_checked(way, shape, needs, room_gib)
+        if (in_ram or not leaner.train.offload_activations) and needs(everything) <= room_gib:
+            return fewest_checkpointed(leaner, shape, needs, room_gib)
     return None
 
 
-def fewest_checked(config: RunConfig, shape: ModelShape, needs: Needs, room_gib: float) -> RunConfig:
+def fewest_checkpointed(config: RunConfig, shape: ModelShape, needs: Needs, room_gib: float) -> RunConfig:
     """With as few layers checkpointed as fit: memory falls with each, so halving the interval finds it."""
 
     def fits(count: int) -> bool:
@@ -166,11 +171,11 @@ def with_train(config: RunConfig, **values: Any) -> RunConfig:
 
 def reasons(config: RunConfig, shape: ModelShape, machine: Machine, needed_gib: float) -> tuple[str, ...]:
     """Why a configuration was chosen, in sentences."""
-    room_gib = usable_gib(config, shape, machine)
-    asked, checked = config.train, activations.checked_layers(shape, config)
+    step, asked = Step.of(config, shape), config.train
+    room_gib = usable_gib(machine, step.backend)
     layers = "no layer is checkpointed: nothing is computed twice"
-    if checked:
-        layers = f"{checked} of {shape.layers} layers are checkpointed, the fewest that fit"
+    if step.checkpointed:
+        layers = f"{step.checkpointed} of {shape.layers} layers are checkpointed, the fewest that fit"
     free = f"{1 - room_gib / machine.vram_gib:.0%} stay free, because a prediction can be that much under"
     said = [
         f"micro-batches of {asked.batch_size} × {asked.accumulation} accumulated: the fastest way of a step that fits",
@@ -184,10 +189,10 @@ def reasons(config: RunConfig, shape: ModelShape, machine: Machine, needed_gib: 
 
 def single_changes(config: RunConfig, shape: ModelShape) -> Iterator[tuple[str, RunConfig]]:
     """(in words, configuration) for each single setting that needs less VRAM, what costs least first."""
-    train, model = config.train, config.model
-    if activations.checked_layers(shape, config) < shape.layers:
+    train, model, step = config.train, config.model, Step.of(config, shape)
+    if step.checkpointed < shape.layers:
         yield "checkpointing=all", with_train(config, checkpointing="all")
-    elif train.keep_attention and activations.way(shape, config) == "own":
+    elif train.keep_attention and step.backend == "own":
         yield "keep_attention=False", with_train(config, keep_attention=False)
     if model.attention != "efficient":
         yield "attention=efficient", replace(config, model=replace(model, attention="efficient"))
@@ -202,7 +207,7 @@ def single_changes(config: RunConfig, shape: ModelShape) -> Iterator[tuple[str, 
     for batch in reversed([size for size in batch_sizes(config) if size < train.batch_size]):
         split = with_batch(config, batch)
         yield f"batch_size={batch} with accumulation={split.train.accumulation}", split
-    if not train.offload_activations and activations.checked_layers(shape, config):
+    if not train.offload_activations and step.checkpointed:
         yield "offload_activations=True", with_train(config, offload_activations=True)
     for seq_len in (length for length in CONTEXTS if length < config.data.seq_len):
         yield f"seq_len={seq_len}", replace(config, data=replace(config.data, seq_len=seq_len))
@@ -219,12 +224,12 @@ def vram_remedy(config: RunConfig, shape: ModelShape, machine: Machine, stage: s
     best, best_gib = "", needs(config)
     for words, candidate in single_changes(config, shape):
         needed = needs(within_host(candidate, machine))
-        if needed <= usable_gib(candidate, shape, machine):
+        if needed <= usable_gib(machine, Step.of(candidate, shape).backend):
             return f"{words} fits, with {needed:.1f} GiB"
         if needed < best_gib:
             best, best_gib = words, needed
     if not best:
-        return "no setting needs less; take a smaller model, or a card with more"
+        return "no setting needs less; take a smaller model, or a GPU with more"
     return f"no single change makes it fit, {best} frees most and leaves {best_gib:.1f} GiB; take the plan's proposal"
 
 

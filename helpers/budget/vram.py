@@ -1,11 +1,11 @@
 """VRAM of a training step and of inference, tensor by tensor: sizes from the shape, no torch.
 
 A step's memory rises in the forward pass (each layer saves what its backward pass will read), is highest somewhere in
-the backward pass, and falls as layers are done. So the peak is the largest of a few moments, each a sum of components:
+the backward pass, and falls as layers are done. So the peak is the largest of a few phases, each a sum of components:
 
 >>> from helpers.config import RunConfig
 >>> from helpers.models import shape
->>> parts = weights(shape("mistral-7b-v0.3"), RunConfig())
+>>> parts = weights(RunConfig(), shape("mistral-7b-v0.3"))
 >>> {name: round(size / GIB, 2) for name, size in parts.items()}
 {'4-bit weights': 3.25, 'quantization scales': 0.1, '16-bit weights': 0.5}
 
@@ -14,14 +14,17 @@ derivatives.yaml, bitsandbytes' MatMul4Bit, PEFT's LoRA layers, Liger's kernels 
 """
 
 from helpers.budget import activations
-from helpers.budget.activations import FULL, HALF, stream_bytes
+from helpers.budget.step import FULL, HALF, Step, lora_parameters
 from helpers.config import RunConfig
 from helpers.models import ModelShape
 
 GIB = 2**30
 
+Parts = dict[str, float]
+"""Component -> bytes in PyTorch's allocator."""
 
-def weights(shape: ModelShape, config: RunConfig) -> dict[str, float]:
+
+def weights(config: RunConfig, shape: ModelShape) -> Parts:
     """Bytes of the frozen base. NF4: half a byte a weight, and a scale for each block of 64 (QLoRA, section 3).
 
     The scale is 4 bytes; with double quantization 1 byte, and 4 bytes for each 256 of those. The experts of a mixture
@@ -29,7 +32,8 @@ def weights(shape: ModelShape, config: RunConfig) -> dict[str, float]:
     """
     rest = shape.embedding_parameters + shape.small_parameters
     experts = {"experts in 16 bits": shape.expert_parameters * HALF} if shape.experts > 1 else {}
-    unquantized = {"32-bit weights" if config.model.upcast else "16-bit weights": rest * stream_bytes(config)}
+    name, width = ("32-bit weights", FULL) if config.model.upcast else ("16-bit weights", HALF)
+    unquantized = {name: rest * width}
     if config.model.weights == "fp16":
         if config.model.upcast:
             return {"16-bit weights": shape.linear_parameters * HALF, **unquantized}
@@ -44,24 +48,17 @@ def weights(shape: ModelShape, config: RunConfig) -> dict[str, float]:
     return {"4-bit weights": quantized / 2, "quantization scales": scales, **unquantized, **experts}
 
 
-def lora_parameters(shape: ModelShape, config: RunConfig) -> int:
-    """Trained weights, DoRA's magnitudes (one an output) among them."""
-    targets = config.adapter.target_modules
-    magnitudes = sum(shape.linears[name][1] * shape.copies(name) for name in targets) * shape.layers
-    return shape.lora_parameters(config.adapter.rank, targets) + (magnitudes if config.adapter.dora else 0)
-
-
-def optimizer_states(shape: ModelShape, config: RunConfig) -> tuple[float, float]:
+def optimizer_states(config: RunConfig, shape: ModelShape) -> tuple[float, float]:
     """Bytes of Adam's two moments: (in the allocator, paged: in managed memory beside it).
 
     8-bit states take a byte and an fp32 scale each 256 (https://arxiv.org/abs/2110.02861). bitsandbytes pages only
     tensors of at least 100,000 values, and keeps those under 4,096 in fp32 (bitsandbytes/optim/optimizer.py).
     """
     if config.train.optimizer == "adamw_torch":
-        return 2 * FULL * lora_parameters(shape, config), 0.0
+        return 2 * FULL * lora_parameters(config, shape), 0.0
     here = paged = 0.0
     for name in config.adapter.target_modules:
-        for features in shape.linears[name]:
+        for features in shape.linears[name]:  # A is rank × in, B is out × rank
             values, tensors = features * config.adapter.rank, shape.copies(name) * shape.layers
             each = 2 * values * (1 if values >= 4096 else FULL)
             scales = 2 * FULL * values / 256 if values >= 4096 else 0
@@ -71,139 +68,134 @@ def optimizer_states(shape: ModelShape, config: RunConfig) -> tuple[float, float
     return here, paged
 
 
-def workspace(capability: tuple[int, int]) -> float:
-    """Bytes of cuBLAS' work space, one for the forward and one for the backward thread: 32 MiB each from 9.0 on.
+def cublas_workspace(capability: tuple[int, int]) -> float:
+    """Bytes of cuBLAS' workspace, one for the forward and one for the backward thread: 32 MiB each from 9.0 on.
 
     Elsewhere 8.125 MiB each (aten/src/ATen/cuda/CublasHandlePool.cpp).
     """
     return 2 * (32 if capability >= (9, 0) else 8.125) * 2**20
 
 
-def moments(shape: ModelShape, config: RunConfig, capability: tuple[int, int] = (7, 5)) -> dict[str, dict[str, float]]:
-    """Moment of a training step -> component -> bytes in PyTorch's allocator; the largest sum is the peak.
+def phases(step: Step, capability: tuple[int, int] = (7, 5)) -> dict[str, Parts]:
+    """Phase of a training step -> component -> bytes in PyTorch's allocator; the largest sum is the peak.
 
-    The lower layers are the checkpointed ones: they keep little, and their backward pass rebuilds what an unchecked
-    layer keeps. Backward runs from the top, freeing what layers kept and adding their adapters' gradients (which are
-    there all along when micro-batches accumulate).
+    The lower layers are the checkpointed ones: they save little, and their backward pass recomputes what the others
+    saved. Backward runs from the top, freeing what layers saved and adding their adapters' gradients.
     """
-    layers, checked = shape.layers, activations.checked_layers(shape, config)
-    lora = FULL * lora_parameters(shape, config)
-    own = activations.way(shape, config) == "own"
-    casts = 0.0 if own else activations.adapter_casts(shape, config)
-    one_kept, one_input = activations.kept(shape, config), activations.kept_when_checked(shape, config)
-    loss_forward, loss_backward = activations.loss_work(shape, config)
-    backward = activations.backward_work(shape, config)
-    always = weights(shape, config) | {
+    config, layers, checkpointed = step.config, step.shape.layers, step.checkpointed
+    full = layers - checkpointed  # layers that save everything
+    lora = FULL * lora_parameters(config, step.shape)
+    always = weights(config, step.shape) | {
         "LoRA weights": lora,
-        "optimizer states": optimizer_states(shape, config)[0],
-        "cuBLAS work space": workspace(capability),
+        "optimizer states": optimizer_states(config, step.shape)[0],
+        "cuBLAS workspace": cublas_workspace(capability),
     }
-    moving = activations.kept_while_offloading(shape, config)
-    all_gradients = config.train.accumulation > 1
+    one_saved, one_checkpoint = activations.saved(step), activations.saved_when_checkpointed(step)
+    moving = activations.offload_buffers(step)
 
-    def moment(inputs: int, unchecked: int, gradients: float, **extra: float) -> dict[str, float]:
+    def phase(checkpoints: int, saving: int, gradients: float, beside: Parts) -> Parts:
+        # gradients: share of the adapters' that is there; all of them all along when micro-batches accumulate
         return always | {
-            "LoRA gradients": lora if all_gradients else lora * gradients,
-            "checkpoints": inputs * one_input + (moving if inputs else 0.0),
-            "activations of unchecked layers": unchecked * one_kept,
-            **{name.replace("_", " "): size for name, size in extra.items()},
+            "LoRA gradients": lora if config.train.accumulation > 1 else lora * gradients,
+            "checkpointed activations": checkpoints * one_checkpoint + (moving if checkpoints else 0.0),
+            "saved activations": saving * one_saved,
+            **beside,
         }
 
-    cached = {"adapters in 16 bits": casts * checked / layers}
-    above = (layers - checked) / layers
+    # autocast caches 16-bit copies of the adapters until the forward pass ends; those of layers that save everything
+    # are among what these saved
+    casts = 0.0 if step.backend == "own" else activations.adapter_casts(step)
+    cached = {"adapters in 16 bits": casts * checkpointed / layers}
+    loss_forward, loss_backward = activations.loss_buffers(step)
+    gradients = {"layer gradients": activations.backward_buffers(step)}
     found = {
-        "the loss": moment(checked, layers - checked, 0.0, logits_and_loss=loss_forward) | cached,
-        "the loss's backward pass": moment(checked, layers - checked, 0.0, logits_and_loss=loss_backward),
-        "the optimizer step": moment(0, 0, 1.0, optimizer_work=optimizer_work(shape, config)),
+        "the loss": phase(checkpointed, full, 0.0, {"logits and loss": loss_forward} | cached),
+        "the loss's backward pass": phase(checkpointed, full, 0.0, {"logits and loss": loss_backward}),
+        "the optimizer step": phase(0, 0, 1.0, {"optimizer buffers": optimizer_buffers(config, step.shape)}),
     }
-    if checked < layers:
-        work = activations.forward_work(shape, config, checked=False)
-        found["the top layer"] = moment(checked, layers - checked, 0.0, layer_work=work) | cached
-        found["the top layer's backward pass"] = moment(checked, layers - checked, 0.0, layer_gradients=backward)
-    if not checked:
-        found["the lowest layer's backward pass"] = moment(0, 1, 1.0, layer_gradients=backward)
-    if checked:
-        again = {"a_checkpointed_layer,_rebuilt": activations.rebuilt(shape, config), "layer_gradients": backward}
-        work = activations.forward_work(shape, config, checked=True)
-        found["the upper checkpointed layer"] = moment(checked, 0, 0.0, layer_work=work) | cached
-        found["the upper checkpointed layer's backward pass"] = moment(checked, 0, above, **again)
-        found["the lowest layer's backward pass"] = moment(1, 0, 1.0, **again)
+    if full:  # nothing is freed yet when the top layer begins
+        work = {"temporary buffers": activations.forward_buffers(step, checkpointed=False)}
+        found["the top layer"] = phase(checkpointed, full, 0.0, work | cached)
+        found["the top layer's backward pass"] = phase(checkpointed, full, 0.0, gradients)
+    if not checkpointed:
+        found["the lowest layer's backward pass"] = phase(0, 1, 1.0, gradients)
+    else:  # from here on only checkpoints are left, and one layer at a time is recomputed
+        again = {"recomputed activations (one layer)": activations.recomputed(step)} | gradients
+        work = {"temporary buffers": activations.forward_buffers(step, checkpointed=True)}
+        found["the upper checkpointed layer"] = phase(checkpointed, 0, 0.0, work | cached)
+        found["the upper checkpointed layer's backward pass"] = phase(checkpointed, 0, full / layers, again)
+        found["the lowest layer's backward pass"] = phase(1, 0, 1.0, again)
     return found
 
 
-def optimizer_work(shape: ModelShape, config: RunConfig) -> float:
+def optimizer_buffers(config: RunConfig, shape: ModelShape) -> float:
     """Bytes that an optimizer step needs: torch's AdamW takes all roots at once, bitsandbytes needs none."""
-    return FULL * lora_parameters(shape, config) if config.train.optimizer == "adamw_torch" else 0.0
+    return FULL * lora_parameters(config, shape) if config.train.optimizer == "adamw_torch" else 0.0
 
 
-def beyond(shape: ModelShape, config: RunConfig, expandable: bool = True) -> float:
+def allocator_overhead(step: Step, expandable: bool = True) -> float:
     """Bytes that the allocator reserves beyond a training step's peak: holes between tensors of different sizes.
 
-    Fitted (quantile regression) to every other row of h200_t4_envelope.csv for expandable segments, which fine-tuning
-    here switches on, and to the first T4 rows and the "segments" group for the allocator's default.
+    Calibrated (quantile regression) on every other row of h200_t4_envelope.csv for expandable segments, which
+    fine-tuning here switches on, and on the first T4 rows and the "segments" group for the allocator's default.
     """
-    rebuilding = activations.checked_layers(shape, config) > 0
-    work = max(
-        activations.forward_work(shape, config, checked=rebuilding),
-        activations.backward_work(shape, config),
-        *activations.loss_work(shape, config),
+    recomputes = step.checkpointed > 0
+    buffers = max(
+        activations.forward_buffers(step, checkpointed=recomputes),
+        activations.backward_buffers(step),
+        *activations.loss_buffers(step),
     )
-    again = activations.rebuilt(shape, config) if rebuilding else 0.0
-    adam = optimizer_work(shape, config)
+    again = activations.recomputed(step) if recomputes else 0.0
+    adam = optimizer_buffers(step.config, step.shape)
     if expandable:
-        return 0.105 * GIB + 0.16 * work + 0.165 * again + 0.7 * adam
-    return 0.18 * GIB + 0.09 * work + 0.4 * again + 0.87 * adam
+        return 0.105 * GIB + 0.16 * buffers + 0.165 * again + 0.7 * adam
+    return 0.18 * GIB + 0.09 * buffers + 0.4 * again + 0.87 * adam
 
 
 def inference(
-    shape: ModelShape,
     config: RunConfig,
+    shape: ModelShape,
     capability: tuple[int, int] = (7, 5),
-    held: dict[str, float] | None = None,
-    unpacks: bool = True,
+    held: Parts | None = None,
+    dequantizes: bool = True,
     batch_size: int | None = None,
-) -> dict[str, dict[str, float]]:
-    """Moments of evaluation: weights, adapters, keys and values, and one layer's MLP while a prompt is read.
+) -> dict[str, Parts]:
+    """Phases of evaluation: weights, adapters, keys and values, and one layer's MLP while a prompt is read.
 
-    An MLP holds its input, gate, its activation, up and their product in 16 bits; with an adapter on gate or up, PEFT's
-    product of it and that scaled are there in fp32 beside the gate and the base's product. held: component -> bytes of
-    the weights on the card, default the base as training saw it and its adapter; unpacks: 4-bit weights are, to 16
-    bits, one matrix at a time; batch_size: default the configuration's.
+    held: component -> bytes of the weights on the GPU, default the base as training saw it and its adapter;
+    dequantizes: 4-bit weights are, to 16 bits, one matrix at a time; batch_size: default the configuration's.
     """
     asked = config.evaluate
     rows = batch_size or asked.eval_batch_size
     prompt = rows * asked.eval_context
     inner = shape.intermediate * shape.experts_per_token
-    adapted = weights(shape, config) | {"LoRA weights": FULL * lora_parameters(shape, config)}
-    base = (adapted if held is None else held) | {"cuBLAS work space": workspace(capability) / 2}
-    unpacked = activations.largest_weight(shape) if unpacks else 0.0
+    adapted = weights(config, shape) | {"LoRA weights": FULL * lora_parameters(config, shape)}
+    base = (adapted if held is None else held) | {"cuBLAS workspace": cublas_workspace(capability) / 2}
+    dequantized = activations.largest_weight(shape) if dequantizes else 0.0
+    # an MLP holds its input, gate, its activation, up and their product in 16 bits; with an adapter on gate or up,
+    # PEFT's product of it and that scaled are there in fp32, beside the gate and the base's product
     mlp = prompt * (4 * inner + shape.hidden) * HALF
     if "LoRA weights" in base and {"gate_proj", "up_proj"} & set(config.adapter.target_modules):
         mlp = prompt * (2 * inner * HALF + 2 * inner * FULL + shape.hidden * (2 * HALF + 2 * FULL))
-    reading = max(mlp, prompt * 2 * inner * HALF + unpacked)
-    tokens = rows * (asked.eval_context + asked.max_new_tokens)
+    reading = max(mlp, prompt * 2 * inner * HALF + dequantized)
+    # the cache grows by concatenation: while one layer's is copied, it is there twice
+    tokens, a_token = rows * (asked.eval_context + asked.max_new_tokens), shape.kv_cache_bytes_per_token()
+    cache = 2 * tokens * a_token / shape.layers + tokens * a_token
     return {
-        "reading the prompts": base
-        | {"keys and values": prompt * shape.kv_cache_bytes_per_token(), "layer work": reading},
-        "writing the answers": base
-        | {
-            "keys and values": 2 * tokens * shape.kv_cache_bytes_per_token() / shape.layers
-            + tokens * shape.kv_cache_bytes_per_token(),
-            "layer work": unpacked,
-        },
+        "reading the prompts": base | {"keys and values": prompt * a_token, "temporary buffers": reading},
+        "writing the answers": base | {"keys and values": cache, "temporary buffers": dequantized},
     }
 
 
-def merging(shape: ModelShape, config: RunConfig, capability: tuple[int, int] = (7, 5)) -> dict[str, dict[str, float]]:
-    """The one moment of a merge: the largest adapted tensor in fp32, its adapter's product, their sum, the change."""
+def merging(shape: ModelShape, capability: tuple[int, int] = (7, 5)) -> dict[str, Parts]:
+    """The one phase of a merge: the largest adapted tensor in fp32, its adapter's product, their sum, the change."""
     widest = max(inputs * outputs for inputs, outputs in shape.linears.values())
-    return {"the largest tensor": {"layer work": 4 * FULL * widest, "cuBLAS work space": workspace(capability) / 2}}
+    workspace = {"cuBLAS workspace": cublas_workspace(capability) / 2}
+    return {"the largest tensor": {"temporary buffers": 4 * FULL * widest} | workspace}
 
 
-def quantization(
-    shape: ModelShape, config: RunConfig, capability: tuple[int, int] = (7, 5)
-) -> dict[str, dict[str, float]]:
-    """Moments of GPTQ (https://arxiv.org/abs/2210.17323), one decoder layer at a time on the card.
+def quantization(config: RunConfig, shape: ModelShape, capability: tuple[int, int] = (7, 5)) -> dict[str, Parts]:
+    """Phases of GPTQ (https://arxiv.org/abs/2210.17323), one decoder layer at a time on the GPU.
 
     The widest module's Hessian, its inverse and Cholesky factor are fp32 squares of its inputs; a layer's inputs for
     the whole calibration set stay in fp16, and its outputs, made once it is quantized.
@@ -215,12 +207,12 @@ def quantization(
     base = {
         "one layer": shape.layer_linear_parameters * HALF,
         "calibration activations": tokens * shape.hidden * HALF,
-        "cuBLAS work space": workspace(capability),
+        "cuBLAS workspace": cublas_workspace(capability),
     }
     return {
         "the widest module's sweep": base
         | {"Hessians": 3 * inputs**2 * FULL, "the module's weights in fp32": 2 * inputs * outputs * FULL},
-        "the calibration set's pass": base | {"Hessians": inputs**2 * FULL, "layer work": work},
+        "the calibration set's pass": base | {"Hessians": inputs**2 * FULL, "temporary buffers": work},
         "the quantized layer's pass": base
-        | {"calibration activations": 2 * tokens * shape.hidden * HALF, "layer work": work},
+        | {"calibration activations": 2 * tokens * shape.hidden * HALF, "temporary buffers": work},
     }

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from helpers import hardware
-from helpers.budget import host, hours, placement
+from helpers.budget import host, placement
 from helpers.budget.placement import Evaluation, Placement
 from helpers.config import RunConfig
 from helpers.evaluate import cost, metrics, perplexity
@@ -27,7 +27,6 @@ from helpers.evaluate.perplexity import Perplexity, read_items, read_jsonl, rows
 from helpers.evaluate.tasks import run_tasks
 from helpers.hardware import Machine
 from helpers.inference import (
-    GIB,
     Generation,
     Loaded,
     base_of,
@@ -37,7 +36,6 @@ from helpers.inference import (
     open_tokenizer,
     pinned,
     read_config,
-    stream,
 )
 from helpers.models import ModelShape, shape_from_config
 from helpers.models.gpu import free_memory, gives_back
@@ -270,22 +268,14 @@ def evaluate_one(
 def predictions(
     loaded: Loaded, config: RunConfig, machine: Machine, counts: tuple[int, int], peaks: dict[str, float]
 ) -> dict[str, float]:
-    """What the budget gives for a model as it was opened: `predicted_` and the name of the figure; VRAM with a card.
+    """What the budget gives for a model as it was opened: `predicted_` and the name of the figure; VRAM with a GPU.
 
     counts: texts read and answers written. No precision that it was opened in, or none of its shape: nothing.
     """
     place, shape = loaded.placement, shape_of(loaded.path, config)
-    moments = placement.vram_moments(place, config, shape, machine.gpu.capability if machine.gpu else (7, 5))
-    allocated = max(sum(parts.values()) for parts in moments.values()) / GIB
-    ram = host.ram(config, shape, machine, "inference", moments, placement.host_gib(place, shape))
-    found = {
-        "predicted_anonymous_gib": sum(ram.values()),
-        "predicted_evaluation_s": sum(hours.evaluation_s(config, shape, machine, place, counts).values()),
-    }
-    if "peak_allocated_gib" in peaks:
-        found["predicted_allocated_gib"] = allocated
-        found["predicted_reserved_gib"] = allocated + placement.beyond_gib(place, config, shape, allocated)
-    return found
+    needs = placement.needs(place, config, shape, machine, counts)
+    unmeasured = set() if "peak_allocated_gib" in peaks else {"allocated_gib", "reserved_gib"}
+    return {f"predicted_{name}": size for name, size in needs.items() if name not in unmeasured}
 
 
 def ask(loaded: Loaded, prompts: list[dict[str, Any]], config: RunConfig) -> list[Generation]:
@@ -373,4 +363,4 @@ def table(report: dict[str, dict[str, Any]]) -> str:
     return report_pages.text_table(report)
 
 
-__all__ = ["batch_generate", "evaluate", "load", "perplexity", "stream", "table"]
+__all__ = ["evaluate", "table"]

@@ -14,8 +14,9 @@ import random
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from helpers.evaluate.metrics import SIGNIFICANCE
@@ -50,6 +51,35 @@ class Tally:
     high: float
     p_value: float
     verdict: str
+
+
+def check(judged: str, models: Collection[str], judge: str | None) -> tuple[str, str]:
+    """The two names in `ONE,OTHER`. Raises ValueError when they are not two of the models, or nobody judges.
+
+    >>> check("base, gptq", ["base", "gptq"], "qwen3-32b")
+    ('base', 'gptq')
+    """
+    names = [name.strip() for name in judged.split(",")]
+    if len(names) != 2 or len({*names} & {*models}) != 2:
+        raise ValueError(f"judged must be two of {', '.join(models)} with a comma between, not {judged!r}")
+    if not judge:
+        raise ValueError("a judge needs a name: judge_model is that of the model at its endpoint")
+    return names[0], names[1]
+
+
+def ask(folder: Path, judged: str, url: str, model: str, key: str = "") -> dict[str, Any]:
+    """What an endpoint says of two models' answers in an evaluation's folder: the tally, with the models' names.
+
+    Without a decided pair there is no share and no p. Raises ValueError with one sentence when it does not answer.
+    """
+    lines = (folder / "generations.jsonl").read_text(encoding="utf-8").splitlines()
+    generations = [json.loads(line) for line in lines]
+    one, other = check(judged, generations[0]["models"], model)
+    preferred = ask_endpoint(blind_pairs(generations, one, other), url, model, key)
+    about = {"judge": model, "model": other, "against": one}
+    if not any(preferred):
+        return about | {"wins": 0, "losses": 0, "ties": len(preferred), "verdict": "no difference shown"}
+    return about | asdict(tally(preferred, one, other))
 
 
 def blind_pairs(generations: Sequence[dict[str, Any]], one: str, other: str, seed: int = 0) -> list[Pair]:

@@ -1,28 +1,6 @@
-"""Jinja templates of the report, the side-by-side table and the model card."""
+"""Jinja templates of the report and the side-by-side table."""
 
 TEMPLATES = {
-    "card": """\
-# {{ name }}
-
-{{ made }}
-
-Base: `{{ base }}`. Data: `{{ data }}`, at most {{ config.data.seq_len }} tokens a
-conversation. Learning rate {{ config.train.learning_rate }}, {{ config.train.schedule }},
-{{ config.train.batch_size }} × {{ config.train.accumulation }} conversations a step, seed {{ config.seed }}.
-
-## What was measured
-
-On held-out conversations (perplexity of the assistant's tokens, context {{ entry.context }}, stride {{ entry.stride }})
-and {{ entry.answers }} questions, greedy; 95% intervals in brackets. Loaded as: {{ entry.loaded_as }}.
-
-| figure | value |
-|---|---|
-{% for title, value in rows -%}
-| {{ title }} | {{ value }} |
-{% endfor %}
-## Limits
-
-It was measured on data like its training data, and nowhere else; it says wrong things with the same confidence.""",
     "side_by_side": """\
 <table class="side">
 <tr><th>question</th><th>expected</th>{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr>

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.evaluate.pages import TEMPLATES
-from helpers.show import plots
+from helpers.show import card, plots
 from helpers.workspace import MANIFEST, checksum, read_manifest, text_checksum, write_text
 
 MIB = 2**20
@@ -279,105 +279,40 @@ def png_data(figure: Any) -> str:
 
 
 def template(name: str) -> Any:
-    """A template of pages.py; in HTML every value is escaped unless it is marked safe."""
+    """A template of pages.py, in HTML: every value is escaped unless it is marked safe."""
     from jinja2 import DictLoader, Environment
 
-    return Environment(loader=DictLoader(TEMPLATES), autoescape=lambda page: page != "card").get_template(name)
+    return Environment(loader=DictLoader(TEMPLATES), autoescape=True).get_template(name)
 
 
 def model_card(name: str, entry: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """README.md for a model folder: Hugging Face metadata, how it was made, what was measured.
+    """README.md for a model folder: how it was made, and what the evaluation measured.
 
     config: a run's configuration as its manifest holds it.
     """
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
-    made = HOW_MADE[
-        entry["kind"] if entry["kind"] != "model" or entry["path"] == config["model"]["model"] else "merged"
+    kind = entry["kind"] if entry["kind"] != "model" or entry["path"] == config["model"]["model"] else "merged"
+    rows = [
+        (COLUMNS[column][0], with_interval(entry, column))
+        for column in COLUMNS
+        if column != "loaded_as" and entry.get(column) is not None
     ]
-    base, source = config["model"]["model"], config["data"]["source"]
-    metrics = {"perplexity": "Perplexity", "exact_match": "Exact match", "f1": "F1", "rouge_l": "ROUGE-L"}
-    data = ModelCardData(
-        base_model=base if is_hub_id(base) else None,
-        base_model_relation=made["relation"],
-        library_name=made["library"],
-        pipeline_tag="text-generation",
-        datasets=[source] if is_hub_id(source) else None,
-        tags=made["tags"],
-        model_name=name,
-        eval_results=[
-            EvalResult(
-                task_type="text-generation",
-                dataset_type="held-out",
-                dataset_name="held-out conversations and questions of this run",
-                metric_type=metric,
-                metric_name=title,
-                metric_value=round(entry[metric], 5),
-            )
-            for metric, title in metrics.items()
-            if entry.get(metric) is not None
-        ],
+    measured = (
+        f"On held-out conversations (perplexity of the assistant's tokens, context {entry['context']}, stride "
+        f"{entry['stride']}) and {entry['answers']} questions, greedy; 95% intervals in brackets. "
+        f"Loaded as: {entry['loaded_as']}."
     )
-    values = {
-        "name": name,
-        "base": base if is_hub_id(base) else Path(base).name,
-        "data": source if is_hub_id(source) else Path(source).name,
-        "made": made["words"].format(
-            **{key: value for part in config.values() if isinstance(part, dict) for key, value in part.items()}
-        ),
-        "rows": [
-            (COLUMNS[column][0], with_interval(entry, column))
-            for column in COLUMNS
-            if column != "loaded_as" and entry.get(column) is not None
-        ],
-        "config": config,
-        "entry": entry,
-    }
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{template('card').render(**values)}\n"))
+    return card.card(name, kind, config, measured, rows, {metric: entry.get(metric) for metric in card.METRICS})
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a data source is a hub dataset, which metadata may name, and not a file.
-
-    >>> is_hub_id("HuggingFaceH4/ultrachat_200k"), is_hub_id("/tmp/rows.jsonl")
-    (True, False)
-    """
-    return name.count("/") == 1 and not Path(name).suffix and not name.startswith((".", "/"))
-
-
-def put_card(card: str, folder: Path) -> Path | None:
+def put_card(text: str, folder: Path) -> Path | None:
     """Write README.md into a model folder that a run made, and keep its manifest true; None for any other folder."""
     stage = next((place for place in (folder, folder.parent) if (place / MANIFEST).is_file()), None)
     if stage is None:
         return None
     manifest = read_manifest(stage)
-    path = write_text(folder / "README.md", card)
+    path = write_text(folder / "README.md", text)
     known = manifest["outputs"].get(str(path.relative_to(stage)))
     if known is not None:  # PEFT wrote a card of its own, which is now replaced
         known |= {"size_bytes": path.stat().st_size, "sha256": checksum(path)}
         write_text(stage / MANIFEST, json.dumps(manifest | {"sha256": text_checksum(manifest)}, indent=1))
     return path
-
-
-HOW_MADE = {
-    "adapter": {
-        "relation": "adapter",
-        "library": "peft",
-        "tags": ["qlora", "lora"],
-        "words": "A LoRA adapter of rank {rank} (alpha {alpha}, {targets}) on the base in {weights}: QLoRA.",
-    },
-    "merged": {
-        "relation": "finetune",
-        "library": "transformers",
-        "tags": ["qlora", "merged"],
-        "words": "The base with a QLoRA adapter of rank {rank} (alpha {alpha}, {targets}) merged into its weights.",
-    },
-    "gptq": {
-        "relation": "quantized",
-        "library": "transformers",
-        "tags": ["gptq", "qlora"],
-        "words": "A QLoRA fine-tuned model, quantized with GPTQ to {bits} bits, groups of {group_size}; "
-        "`AutoModelForCausalLM.from_pretrained` loads it with optimum and gptqmodel installed.",
-    },
-    "model": {"relation": None, "library": "transformers", "tags": [], "words": "The base model, as it came."},
-}

@@ -1,7 +1,10 @@
-"""Taking it home: an adapter or a model to a folder (Drive), as a download, or to the hub, private by default.
+"""Export of an adapter or a model as it is: to a folder (Drive), as a download, or to the hub, private by default.
+
+    python -m helpers export --to drive                                     the run's GPTQ model
+    python -m helpers export --to hub --adapter runs/tiny/finetune --output me/mine
 
 Sizes are said before anything is copied; what broke off goes on where it stopped; nothing that holds an access token
-leaves. `card` writes the README that goes with it: what it was made from, with which settings, and how to load it.
+leaves; nothing is written over. A model card goes along.
 """
 
 import shutil
@@ -9,12 +12,43 @@ import zipfile
 from pathlib import Path
 
 from helpers import tokens, workspace
-from helpers.config import from_tree
+from helpers.show import card, tables
 
 GIB = 2**30
 CARD = "README.md"
 CALM_DOWNLOAD_GIB = 1.0
 """Browsers lose larger downloads from Colab more often than not: Drive is surer."""
+
+
+def stage_of(folder: Path) -> Path:
+    """The finished stage that a folder of a model is, or is in: an adapter lies in its stage. Raises ValueError."""
+    folder = Path(folder)
+    found = next((place for place in (folder, folder.parent) if (place / workspace.MANIFEST).is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"model {folder} is no finished stage of a run (it has no {workspace.MANIFEST}): name the folder that "
+            "finetune, merge or quantize wrote"
+        )
+    return found
+
+
+def drive() -> Path:
+    """Where an export goes that no folder is named for. Raises ValueError when no Drive is mounted."""
+    store = workspace.lasting_store()
+    if store is None:
+        raise ValueError("output must name a folder: no Drive is mounted here")
+    return store / "mistral-t4-recipes" / "exported"
+
+
+def repository(output: Path | None) -> str:
+    """A repository's name on the hub from `--output`. Raises ValueError when it is not OWNER/NAME.
+
+    >>> repository(Path("me/mistral-of-mine"))
+    'me/mistral-of-mine'
+    """
+    if output is None or output.is_absolute() or len(output.parts) != 2:
+        raise ValueError(f"output must be OWNER/NAME for the hub, not {output}")
+    return output.as_posix()
 
 
 def to_folder(stage: Path, folder: Path) -> Path:
@@ -24,6 +58,11 @@ def to_folder(stage: Path, folder: Path) -> Path:
     """
     stage, target = Path(stage), Path(folder) / Path(stage).name
     refuse_tokens(stage)
+    mark = stage / workspace.MANIFEST
+    if target.exists() and any(target.iterdir()):
+        there = target / workspace.MANIFEST
+        if not there.is_file() or there.read_bytes() != mark.read_bytes():
+            raise ValueError(f"output {target} holds something else: name another folder")
     said_size(stage, f"to {target}")
     try:
         workspace.copy_stage(stage, target)
@@ -32,7 +71,7 @@ def to_folder(stage: Path, folder: Path) -> Path:
             f"{stage} could not be copied to {target}: {error}; make room there (empty Drive's bin too), run this again"
         ) from None
     workspace.check_outputs(target)
-    (target / CARD).write_text(card(stage), encoding="utf-8")
+    (target / CARD).write_text(card_of(stage), encoding="utf-8")
     return target
 
 
@@ -40,6 +79,9 @@ def to_download(stage: Path, archive: Path | None = None) -> Path:
     """Pack a finished stage into one zip, without compressing: weights do not shrink; in Colab, start its download."""
     stage = Path(stage)
     archive = Path(archive or stage.with_suffix(".zip"))
+    if archive.exists():
+        raise ValueError(f"output {archive} is there already: name another file")
+    archive.parent.mkdir(parents=True, exist_ok=True)
     refuse_tokens(stage)
     size_gib = said_size(stage, f"into {archive}")
     outputs = workspace.check_outputs(stage)["outputs"]
@@ -51,7 +93,7 @@ def to_download(stage: Path, archive: Path | None = None) -> Path:
         for name in (*outputs, workspace.MANIFEST):
             if name != CARD:
                 packed.write(stage / name, f"{stage.name}/{name}")
-        packed.writestr(f"{stage.name}/{CARD}", card(stage))
+        packed.writestr(f"{stage.name}/{CARD}", card_of(stage))
     unfinished.replace(archive)
     if workspace.place() == "colab":
         from google.colab import files
@@ -85,46 +127,16 @@ def to_hub(stage: Path, repository: str, private: bool = True) -> str:
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         if private and not api.model_info(repository).private:
-            raise ValueError(f"huggingface.co/{repository} is public: pass private=False, or choose another name")
+            raise ValueError(
+                f"huggingface.co/{repository} is public: pass private=False (--public), or choose another name"
+            )
         api.upload_folder(repo_id=repository, folder_path=stage, ignore_patterns=[CARD, "*.log"])
-        api.upload_file(repo_id=repository, path_or_fileobj=card(stage).encode(), path_in_repo=CARD)
+        api.upload_file(repo_id=repository, path_or_fileobj=card_of(stage).encode(), path_in_repo=CARD)
     except ValueError:
         raise
     except Exception as error:  # the hub's client raises many kinds
         raise ValueError(tokens.redact(hub_sentence(error, "model", repository))) from None
     return f"https://huggingface.co/{repository}"
-
-
-def from_hub(repository: str, folder: Path) -> Path:
-    """Fetch what `to_hub` sent, and check every file; goes on where it broke off. Raises ValueError in one sentence."""
-    from huggingface_hub import snapshot_download
-
-    from helpers.models.hub import hub_sentence
-
-    try:
-        snapshot_download(repository, local_dir=folder, token=tokens.hub_token())
-    except Exception as error:  # the hub's client raises many kinds
-        raise ValueError(tokens.redact(hub_sentence(error, "model", repository))) from None
-    if not (Path(folder) / workspace.MANIFEST).is_file():
-        raise ValueError(f"huggingface.co/{repository} was not uploaded by these recipes: it has no manifest")
-    workspace.check_outputs(Path(folder))
-    return Path(folder)
-
-
-def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack what `to_download` packed, and check every file. Raises ValueError for a name that leads out of folder."""
-    folder = Path(folder)
-    try:
-        with zipfile.ZipFile(archive) as packed:
-            for name in packed.namelist():
-                if Path(name).is_absolute() or not (folder / name).resolve().is_relative_to(folder.resolve()):
-                    raise ValueError(f"{archive} holds {name}, which leads out of {folder}: it is not unpacked")
-            packed.extractall(folder)
-            inside = folder / Path(packed.namelist()[0]).parts[0]
-    except zipfile.BadZipFile:
-        raise ValueError(f"{archive} is not a whole zip: download it again") from None
-    workspace.check_outputs(inside)
-    return inside
 
 
 def said_size(stage: Path, where: str) -> float:
@@ -143,40 +155,13 @@ def refuse_tokens(stage: Path) -> None:
         raise ValueError(f"{file} holds a {kind}: it does not leave this machine; take it out, and revoke the token")
 
 
-def card(stage: Path) -> str:
-    """The README of an adapter or a model: its making from the manifest, and the lines that load it."""
+def card_of(stage: Path) -> str:
+    """The README that goes along: the one with an evaluation's figures where there is one, else from the manifest."""
     stage = Path(stage)
+    if (stage / CARD).is_file():
+        return (stage / CARD).read_text(encoding="utf-8")
     manifest = workspace.read_manifest(stage)
-    config = from_tree(manifest["config"])
-    kind = {"finetune": "LoRA adapter", "merge": "merged model", "quantize": f"{config.quantize.bits}-bit GPTQ model"}
-    is_adapter = manifest["stage"] == "finetune"
+    kind = card.KINDS.get(manifest["stage"], "model")
     figures = {name: value for name, value in manifest["measurements"].items() if isinstance(value, int | float | str)}
-    load = (
-        'AutoPeftModelForCausalLM.from_pretrained("FOLDER/adapter")'
-        if is_adapter
-        else 'AutoModelForCausalLM.from_pretrained("FOLDER", device_map="auto")'
-    )
-    package = "peft import AutoPeftModelForCausalLM" if is_adapter else "transformers import AutoModelForCausalLM"
-    settings = {
-        "LoRA": f"rank {config.adapter.rank}, alpha {config.adapter.alpha:g}, {config.adapter.targets}",
-        "training": f"{config.train.learning_rate:g} {config.train.schedule}, {config.train.batch_size} × "
-        f"{config.train.accumulation} sequences a step, context {config.data.seq_len}",
-        "data": Path(config.data.source).name if Path(config.data.source).exists() else config.data.source,
-        "seed": config.seed,
-    }
-    base = Path(config.model.model).name if Path(config.model.model).exists() else config.model.model
-    header = f"base_model: {base}\n" if "/" in base else ""
-    header += f"library_name: {'peft' if is_adapter else 'transformers'}\npipeline_tag: text-generation"
-    return "\n".join(
-        [
-            f"---\n{header}\n---",
-            f"# {kind.get(manifest['stage'], manifest['stage'])} of {base}\n",
-            "| made with | |\n|---|---|",
-            *(f"| {name} | {value} |" for name, value in settings.items()),
-            *(f"| {name} | {version} |" for name, version in manifest["versions"].items()),
-            "\n| measured | |\n|---|---|",
-            *(f"| {name} | {value} |" for name, value in figures.items()),
-            f"\n```python\nfrom {package}\n\nmodel = {load}\n```\n",
-            "The base model's licence holds for it, and that of the data that it was trained on.\n",
-        ]
-    )
+    rows = [*((name, tables.plain(value)) for name, value in figures.items()), *manifest["versions"].items()]
+    return card.card(stage.name, kind, manifest["config"], "While it was made, with these versions.", rows)

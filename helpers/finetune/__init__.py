@@ -98,8 +98,9 @@ def planned(config: RunConfig, checkpoint: Path | None = None) -> RunConfig:
     same = all(getattr(config.train, name) == value for name, value in made.items())
     if same and config.train.checkpointing != "auto":
         return planning.within_host(config, machine)
-    chosen = plan_from(config, checkpoint, machine)
-    budget.check(chosen.budget)
+    sizes = shape(config.model.model, config.model.revision)
+    settled = budget.settle(config, sizes, machine, plan_from(config, checkpoint, machine))
+    budget.check(settled.budget)
     if not same:
-        print("; ".join(chosen.reasons))
-    return chosen.config
+        print("; ".join(settled.plan.reasons))
+    return settled.config

@@ -36,10 +36,11 @@ def micro_batches(
     epoch = 0
     while epoch < epochs and (micro_batch_limit is None or len(planned) < micro_batch_limit):
         order = list(range(len(lengths)))
+        # A generator an epoch, seeded by both numbers: no epoch's order depends on how far another one got.
         shuffle = random.Random(f"{seed} {epoch}")
         shuffle.shuffle(order)
         batches = packed(order, lengths, batch_size, seq_len) if packing else grouped(order, lengths, batch_size)
-        shuffle.shuffle(batches)
+        shuffle.shuffle(batches)  # grouping has sorted within windows: batches would grow shorter and shorter
         share = min(1.0, epochs - epoch)
         planned += batches[: max(1, round(share * len(batches)))]
         epoch += 1
@@ -71,6 +72,7 @@ def packed(
     batches = []
     for start in range(0, len(order), window):
         bins: list[tuple[int, list[int]]] = []  # (tokens left, rows)
+        # Best fit decreasing: into the fullest bin that takes it. At most 11/9 of the fewest bins, and 4 (Johnson 1973)
         for row in sorted(order[start : start + window], key=lambda row: -lengths[row]):
             fitting = [place for place, (left, _) in enumerate(bins) if left >= lengths[row]]
             if fitting:
@@ -107,10 +109,12 @@ def collate(rows: list[dict[str, Any]], pad_id: int, packing: bool = False, by_b
             "input_ids": pad(ids, batch_first=True, padding_value=pad_id),
             "labels": pad(labels, batch_first=True, padding_value=IGNORE),
         }
+    # Where each conversation starts, and the end of the last: [5, 3] -> [0, 5, 8], in the kernels' int32.
     sizes = torch.tensor([len(tokens) for tokens in ids])
     ends = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(torch.int32)
     return {
         "input_ids": torch.cat(ids)[None],
+        # Without a mask transformers would read the packing out of position_ids, and make one for it.
         **({"attention_mask": torch.ones(1, int(ends[-1]), dtype=torch.long)} if by_bounds else {}),
         "position_ids": torch.cat([torch.arange(len(tokens)) for tokens in ids])[None],
         "labels": torch.cat(labels)[None],

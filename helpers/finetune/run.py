@@ -28,6 +28,7 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
     there may be a checkpoint and it cannot be read or fetched. Checkpoints of an earlier run, here and in the lasting
     place, go when the first one of this run is whole there, not before.
     """
+    # Where to go on from, and whose checkpoints lie there: asked before anything is written.
     folder, keep = Path(trainer.args.output_dir), trainer.recipe.train.keep_checkpoints
     lasting = checkpoints.lasting(folder)
     found = checkpoints.fetch(lasting, folder, trainer.identity) if resume == "auto" else checkpoints.Found("none")
@@ -46,6 +47,7 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
     train_s = time.perf_counter() - started
     if watch.interrupted is not None:
         raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}; run again to continue from there")
+    # fp16 skips the first steps while it looks for its scale: a short run can end without one update and raise nothing.
     changed = sum(not torch.equal(watch.start[name], value.detach().cpu()) for name, value in adapters(trainer.model))
     if (not watch.applied and watch.step_s) or not changed:
         raise NotTrained(
@@ -54,6 +56,7 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
         )
     load_best(trainer)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    # Tokens a second are of this session's steps only: the share of all steps that it made.
     busy_s = sum(watch.step_s)
     share = len(watch.step_s) / trainer.state.max_steps
     return {
@@ -82,13 +85,13 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
 
 def load_best(trainer: FineTuner) -> None:
     """With patience, the adapter of the best evaluation, unless it is the last one's anyway."""
-    kept = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.best_global_step}"
+    best = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.best_global_step}"
     if not trainer.recipe.train.patience or trainer.state.best_global_step is None:
         return
-    if kept.is_dir():
-        set_peft_model_state_dict(trainer.model, load_file(str(kept / "adapter_model.safetensors")))
+    if best.is_dir():
+        set_peft_model_state_dict(trainer.model, load_file(str(best / "adapter_model.safetensors")))
     else:
-        print(f"{kept.name}, the best on held-out conversations, is no longer there: the last adapter is kept instead")
+        print(f"{best.name}, the best on held-out conversations, is no longer there: the last adapter is kept instead")
 
 
 def save(trainer: FineTuner, output: Path) -> Path:

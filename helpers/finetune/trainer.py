@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from helpers import workspace
-from helpers.budget import activations
+from helpers.budget.step import host_room
 from helpers.config import RunConfig
 from helpers.finetune import base, batches
 from helpers.finetune.base import adapters, trainable_to_fp32
@@ -202,7 +202,7 @@ def choose_layers(model: PeftModel, config: RunConfig) -> tuple[bool, str]:
         # there still: what is recomputed for the first layers then takes the room of what the last ones have freed.
         checkpointed = "attention" if config.train.keep_attention else "input"
         saves = [checkpointed] * count + ["everything"] * (len(layers) - count)
-        decoder.install(causal_lm, saves, activations.host_room(config) if config.train.offload_activations else 0)
+        decoder.install(causal_lm, saves, host_room(config) if config.train.offload_activations else 0)
         return True, f"{count} of {len(layers)} layers are checkpointed, through helpers.finetune.engine.layers"
     if count:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})  # of all; transformers knows no number

@@ -23,9 +23,9 @@ from helpers.models import PROFILES
 from helpers.models.templates import Template, load_tokenizer, special_tokens, tokenizer_identity
 from helpers.prepare import advice
 from helpers.prepare.checks import DROP, REPAIR, Findings, actions, check, leaks
-from helpers.prepare.rows import Conversation, Rows, hash_of, split
+from helpers.prepare.rows import Conversation, Rows
 from helpers.prepare.uploads import save_upload
-from helpers.prepare.view import epoch, findings, lengths, summary, token_view
+from helpers.prepare.view import summary
 from helpers.sources import columns, markers
 from helpers.sources.folders import Split
 from helpers.sources.formats import BadRow, as_row, read_row, recognise
@@ -223,16 +223,4 @@ def load_prepared(folder: Path) -> dict[str, Any]:
     return {name: side(folder, name) for name in SIDES}
 
 
-__all__ = [
-    "epoch",
-    "findings",
-    "hash_of",
-    "lengths",
-    "load_prepared",
-    "load_tokenizer",
-    "prepare",
-    "save_upload",
-    "split",
-    "summary",
-    "token_view",
-]
+__all__ = ["load_prepared", "prepare", "save_upload", "summary"]

@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from helpers.budget import host, placement
 from helpers.config import QuantizeConfig, RunConfig, load_yaml, save_yaml
 from helpers.inference import kind, read_config
 from helpers.models import ROOT, ModelShape, shape
@@ -32,7 +33,7 @@ from helpers.models.stored import for_all_readers, stored_tensors
 from helpers.models.templates import Template, hand_on, load_tokenizer
 from helpers.sources.formats import BadRow, recognise, to_messages
 from helpers.sources.readers import kind_of, read
-from helpers.workspace import beside, building, exclusive, existing, refuse_output, write_manifest, write_text
+from helpers.workspace import beside, building, exclusive, refuse_output, write_manifest, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +100,7 @@ def quantize(
     _, own = calibration_sets(config, given)
     refuse_output(output, [model, *own], "quantize")
     rows, check_rows = calibration_rows(model, config, own, widest_input(sizes))
-    check_disk(output, quantized_bytes(sizes, config))
+    host.check_disk(output, host.quantizing_disk_bytes(RunConfig(quantize=config), sizes), "quantizing")
     with exclusive(work):
         run = merged_config(model).with_values(**asdict(config))
         remove_all(work)
@@ -212,29 +213,6 @@ def widest_input(sizes: ModelShape) -> int:
     14336
     """
     return max(inputs for inputs, _ in sizes.linears.values())
-
-
-def quantized_bytes(sizes: ModelShape, config: QuantizeConfig) -> int:
-    """Size of the result: codes, a scale (16 bits) and a zero (bits) a group, and the rest in 16 bits.
-
-    >>> round(quantized_bytes(shape("mistral-7b-v0.3"), QuantizeConfig()) / GIB, 2)
-    3.88
-    """
-    bits = 0
-    for name, (inputs, outputs) in sizes.linears.items():
-        groups = 1 if config.group_size < 0 else math.ceil(inputs / config.group_size)
-        bits += sizes.copies(name) * outputs * (inputs * config.bits + groups * (16 + config.bits))
-    return sizes.layers * bits // 8 + 2 * (sizes.parameters - sizes.linear_parameters)
-
-
-def check_disk(output: Path, result_bytes: int) -> None:
-    """The result, and as much again for layers that GPTQModel parks on disk. Raises ValueError with both numbers."""
-    needed, free = 2 * result_bytes + GIB // 16, shutil.disk_usage(existing(output)).free
-    if needed > free:
-        raise ValueError(
-            f"quantizing needs {needed / GIB:.2f} GiB of disk at {output}, {free / GIB:.2f} are free: "
-            f"free some, or give an output folder on another disk"
-        )
 
 
 # ---- calibration -----------------------------------------------------------------------------------------------------
@@ -768,7 +746,7 @@ def open_model(folder: Path, offload: Path, gpu_gib: float | None = None, say: S
 
     if not torch.cuda.is_available():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    room = int((gpu_gib or torch.cuda.mem_get_info()[0] / GIB) * GIB) - 3 * GIB // 2
+    room = placement.weights_room(int((gpu_gib or torch.cuda.mem_get_info()[0] / GIB) * GIB))
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     place = {"device_map": "cuda"}
     if weights > room:

@@ -54,19 +54,19 @@ COLOURS = {
     "adapters in 16 bits": "#b5dcae",
     "optimizer states": "#2f7d5b",
     "paged optimizer states": "#79b8a5",
-    "optimizer work": "#a9d6c9",
-    "checkpoints": "#ffbf79",
-    "activations of unchecked layers": "#f58518",
-    "a checkpointed layer, rebuilt": "#c9620c",
+    "optimizer buffers": "#a9d6c9",
+    "checkpointed activations": "#ffbf79",
+    "saved activations": "#f58518",
+    "recomputed activations (one layer)": "#c9620c",
     "layer gradients": "#e0a93b",
-    "layer work": "#ecc56f",
+    "temporary buffers": "#ecc56f",
     "attention scores": "#e45756",
     "logits and loss": "#b279a2",
     "keys and values": "#d67195",
     "model and activations, in fp32": "#4c78a8",
     "Python and libraries": "#a6a6a6",
-    "cuBLAS work space": "#c9c2b8",
-    "reserved beyond it": "#a6a6a6",
+    "cuBLAS workspace": "#c9c2b8",
+    "allocator overhead": "#a6a6a6",
     "CUDA context": "#707070",
 }
 SPARE_COLOURS = ["#8c6bb1", "#9d755d", "#439894", "#b79a20", "#d88aa5", "#6b8fb3"]
@@ -149,8 +149,9 @@ class Panel(ipywidgets.VBox):
         try:
             config = self.config()
             self.derived.value = derived(config, self.shape)
-            self.plan = budget.plan(config.with_values(checkpointing="auto"), self.shape, self.machine)
-            needs = budget.budget(budget.requested(config, self.plan), self.shape, self.machine)
+            free = config.with_values(checkpointing="auto")  # a proposal may choose what the reader has set
+            self.plan = budget.plan(free, self.shape, self.machine)
+            needs = budget.settle(config, self.shape, self.machine, self.plan).budget
         except ValueError as error:  # what the sliders show is no run at all; the sentence says why
             self.picture.value = f"{STYLE}<div class='needs'>{verdict(False, [str(error)])}</div>"
             self.words, self.button.disabled, self.proposal.value = str(error), True, ""
@@ -252,7 +253,7 @@ def picture(needs: budget.Budget) -> str:
     main = needs.vram if on_card else needs.ram
     used = needs.vram.process_gib if on_card else needs.ram.peak_gib
     where = f"VRAM of this {needs.machine.name}" if on_card else f"RAM of {needs.machine.name}, which has no GPU"
-    when = f"<span>fullest at {escape(needs.vram.moment)}</span>" if on_card and needs.vram.moment else ""
+    when = f"<span>fullest at {escape(needs.vram.phase)}</span>" if on_card and needs.vram.phase else ""
     rest = space("RAM", needs.ram) if on_card else ""
     rest += space("Disk", needs.disk) + hours(needs.time, needs.machine.host.session_h)
     return (

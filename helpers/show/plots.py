@@ -218,36 +218,6 @@ def mark_limit(axes: Axes, limit: float, text: str) -> None:
     )  # fmt: skip
 
 
-def budget_bar(parts_gib: Mapping[str, float], limit_gib: float, title: str = "VRAM at the peak") -> Figure:
-    """What fills the memory, as one bar of parts against the limit; parts below 1% of it are one."""
-    figure, axes = canvas(height=2.4)
-    start, total = 0.0, sum(parts_gib.values())
-    for i, (name, size) in enumerate(large_parts(parts_gib, limit_gib).items()):
-        axes.barh(
-            0, size, left=start, color=COLOURS[i % len(COLOURS)], hatch=HATCHES[i % len(HATCHES)], edgecolor="white",
-            label=f"{name} {size:.2f}", height=0.6,
-        )  # fmt: skip
-        start += size
-    verdict = f"{limit_gib - total:.2f} GiB free" if total <= limit_gib else f"{total - limit_gib:.2f} GiB too much"
-    axes.set(xlabel="GiB", yticks=[], xlim=(0, 1.05 * max(total, limit_gib)), ylim=(-0.4, 0.75))
-    mark_limit(axes, limit_gib, f"limit {limit_gib:.2f} GiB")
-    axes.set_title(f"{title}: {total:.2f} GiB, {verdict}")
-    axes.grid(axis="y", visible=False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    return figure
-
-
-def large_parts(parts_gib: Mapping[str, float], limit_gib: float) -> dict[str, float]:
-    """Parts of at least 1% of the limit, and the sum of the others.
-
-    >>> large_parts({"weights": 4.0, "norms": 0.001, "biases": 0.002}, 10.0)
-    {'weights': 4.0, 'other': 0.003}
-    """
-    large = {name: size for name, size in parts_gib.items() if size >= 0.01 * limit_gib}
-    rest = sum(size for name, size in parts_gib.items() if name not in large)
-    return large | ({"other": rest} if rest > 0 else {})
-
-
 def nf4_levels(ours: Sequence[float], library: Sequence[float]) -> Figure:
     """NF4's sixteen levels from the quantiles of a normal distribution, against bitsandbytes' own table."""
     figure, axes = canvas(height=3.4)

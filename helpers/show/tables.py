@@ -27,10 +27,65 @@ def in_words(value: Any) -> str:
     ('1,234,567', '0.02172', '&lt;s&gt;', '')
     """
     from html import escape
+
+    return "" if value is None else str(value) if isinstance(value, bool) else escape(plain(value))
+
+
+def plain(value: Any) -> str:
+    """A figure as text: whole numbers with separators, others to four digits, what is not known as a dash.
+
+    >>> plain(1234567), plain(0.0217241), plain(True), plain(None)
+    ('1,234,567', '0.02172', 'yes', '–')
+    """
     from numbers import Integral, Real
 
     if value is None:
-        return ""
-    if isinstance(value, Integral) and not isinstance(value, bool):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Integral):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, Real) and not isinstance(value, bool) else escape(str(value))
+    return f"{value:.4g}" if isinstance(value, Real) else str(value)
+
+
+def text(figures: Mapping[str, Any]) -> str:
+    """Figures for a terminal, a line each: names to the left, values below each other.
+
+    A dict's items are lines of their own, and so are a list's; a list of dicts is a table, below the rest.
+
+    >>> print(text({"steps": 1350, "check": {"ours": 2.5}, "seen": ["a", "b"], "rows": [{"x": 1, "y": None}]}))
+    steps       1,350
+    check ours  2.5
+    seen        a
+                b
+    <BLANKLINE>
+    rows
+    x  y
+    1  –
+    """
+    lines, tables = [], []
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            lines += [(f"{name} {key}", plain(inner)) for key, inner in value.items()]
+        elif isinstance(value, Sequence) and value and isinstance(value[0], Mapping):
+            tables.append(f"\n{name}\n{columns_of(value)}")
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            lines += [(name if i == 0 else "", plain(inner)) for i, inner in enumerate(value)]
+        else:
+            lines.append((name, plain(value)))
+    width = max((len(name) for name, _ in lines), default=0)
+    return "\n".join([*(f"{name:{width}}  {value}" for name, value in lines), *tables])
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as columns of text, under their names.
+
+    >>> print(columns_of([{"layer": 0, "error": 0.25}, {"layer": 10, "error": 0.125}]))
+    layer  error
+    0      0.25
+    10     0.125
+    """
+    cells = [[str(name) for name in rows[0]], *([plain(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    padded = ("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells)
+    return "\n".join(padded)

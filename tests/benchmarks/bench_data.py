@@ -17,7 +17,6 @@ import os
 import platform
 import random
 import resource
-import sys
 import tempfile
 import threading
 import time
@@ -25,16 +24,15 @@ from pathlib import Path
 
 os.environ.setdefault("RAYON_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+from t4 import ROOT
 
-from helpers import prepare  # noqa: E402 - the environment of the tokenizer's threads comes first
-from helpers.models import TINY, profile  # noqa: E402
-from helpers.models.templates import Template, load_tokenizer  # noqa: E402
-from helpers.prepare.checks import Findings, actions  # noqa: E402
-from helpers.prepare.duplicates import groups, jaccard, sketches, windows  # noqa: E402
-from helpers.prepare.outliers import languages, scripts  # noqa: E402
-from helpers.sources.readers import read  # noqa: E402
+from helpers import prepare
+from helpers.models import TINY, profile
+from helpers.models.templates import Template, load_tokenizer
+from helpers.prepare.checks import Findings, actions
+from helpers.prepare.duplicates import groups, jaccard, sketches, windows
+from helpers.prepare.outliers import languages, scripts
+from helpers.sources.readers import read
 
 SHORT = 30_000
 """Conversations of the speed measurement."""
@@ -148,19 +146,11 @@ def memory(folder: Path, file_gb: float, books: bool = False) -> None:
         stop.set()
         watcher.join()
     assert made["in"] == count == made["kept"] + sum(made["dropped"].values())
-    print(
-        json.dumps(
-            {
-                "what": "prepare of a large file" + (" of books" if books else ""),
-                "bytes": path.stat().st_size,
-                "conversations": count,
-                "tokens": made["train_tokens"] + made["heldout_tokens"],
-                "wall_s": round(time.monotonic() - start),
-                "peak_anonymous_gib": round(peak[0] / 2**30, 2),
-                "peak_resident_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30, 2),
-            }
-        )
-    )
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found = {"what": "prepare of a large file" + (" of books" if books else ""), "bytes": path.stat().st_size}
+    found |= {"conversations": count, "tokens": made["train_tokens"] + made["heldout_tokens"]}
+    found |= {"wall_s": round(time.monotonic() - start), "peak_anonymous_gib": round(peak[0] / 2**30, 2)}
+    print(json.dumps(found | {"peak_resident_gib": round(resident / 2**30, 2)}))
 
 
 def main() -> None:

@@ -13,19 +13,18 @@ token and for 512).
 
 import argparse
 import csv
-import json
 import os
 import resource
 import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+import random_model
+import tasks
+from t4 import GIB, ROOT
 
-GIB = 2**30
-GROUP = 128
+TINY = ROOT / "data" / "tiny-mistral"
 MATRIX_BOUND, LOGITS_BOUND = 0.01, 0.05
 KERNELS = ("gptq_exllama_v2", "gptq_triton", "gptq_torch")
 COLUMNS = (
@@ -47,11 +46,12 @@ def main() -> None:
     parser.add_argument("--task", help="internal: one task, its job as JSON on standard input")
     options = parser.parse_args()
     if options.task:
-        child(options.task, json.loads(sys.stdin.read()))
-        return
+        tasks.answer(partial(rows_of, options.task))
+    options.work = options.work.resolve()
     for folder in (options.work, options.output, options.work / "drive"):
         folder.mkdir(parents=True, exist_ok=True)
-    job = {"work": str(options.work), "layers": 2 if options.toy else options.layers, "toy": options.toy}
+    shape = {"name": str(TINY), "layers": 2} if options.toy else {"name": random_model.SHAPE, "layers": options.layers}
+    job = {"work": str(options.work), "shape": shape}
     begun = time.monotonic()
     building = None if options.toy else start("build", job, options.work, cache="first")  # beside the next: 2 cores
     rows = finish(start("dense", job, options.work), options.limit_s)
@@ -75,34 +75,19 @@ def start(task: str, job: dict, work: Path, cache: str = "second") -> subprocess
     environment = {
         "GPTQMODEL_TORCH_EXTENSIONS_DIR": str(work / "cache" / cache),
         "RECIPES_LASTING": str(work / "drive"),
-        "HF_HUB_OFFLINE": "1",
-        "GPTQMODEL_CPU_WORKERS": "2",
     }
     name = job.get("kernel", task)
-    process = subprocess.Popen(
-        [sys.executable, __file__, "--task", task],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(work / f"log-{name}.txt").open("w"), text=True,
-        env=os.environ | environment,
-    )  # fmt: skip
-    process.stdin.write(json.dumps(job))
-    process.stdin.close()
-    process.stdin = None
-    process.log = work / f"log-{name}.txt"
-    process.name = name
+    process = tasks.start(__file__, task, job, work / f"log-{name}.txt", environment)
+    process.log, process.name = work / f"log-{name}.txt", name
     return process
 
 
 def finish(process: subprocess.Popen, limit_s: float) -> list[dict]:
     """A process's rows; one that says why when it failed."""
-    try:
-        out, _ = process.communicate(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, _ = process.communicate()
-    if process.returncode:
+    rows = tasks.finish(process, limit_s)
+    if rows is None:
         print(process.log.read_text(errors="replace")[-3000:])
         return [{"model": process.name, "failed": process.returncode}]
-    rows = json.loads(out.splitlines()[-1])
     print(rows, flush=True)
     return rows
 
@@ -110,14 +95,9 @@ def finish(process: subprocess.Popen, limit_s: float) -> list[dict]:
 # ---- in a task's process ---------------------------------------------------------------------------------------------
 
 
-def child(task: str, job: dict) -> None:
-    """Do one task and print its rows as the last line of standard output."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    rows = {"build": build, "dense": dense, "gptq": gptq}[task](job)
-    out.write("\n" + json.dumps([row | about() for row in rows]) + "\n")
-    out.flush()
-    os._exit(0)
+def rows_of(task: str, job: dict) -> list[dict]:
+    """One task's rows."""
+    return [row | about() for row in {"build": build, "dense": dense, "gptq": gptq}[task](job)]
 
 
 def about() -> dict:
@@ -151,39 +131,21 @@ def build(job: dict) -> list[dict]:
     ]
 
 
-def sizes(job: dict):
-    """The shape of the models."""
-    from helpers.models import TINY, shape
-
-    return shape(str(TINY) if job["toy"] else "mistral-7b-v0.3")
-
-
-def model_config(job: dict):
-    """transformers' configuration of the shape."""
-    from transformers import MistralConfig
-
-    one = sizes(job)
-    return MistralConfig(
-        vocab_size=one.vocab, hidden_size=one.hidden, intermediate_size=one.intermediate,
-        num_hidden_layers=job["layers"], num_attention_heads=one.heads, num_key_value_heads=one.kv_heads,
-        head_dim=one.head_dim, max_position_embeddings=one.max_context, sliding_window=None, rms_norm_eps=1e-5,
-        rope_theta=1e6, bos_token_id=1, eos_token_id=2, architectures=["MistralForCausalLM"], dtype="float16",
-    )  # fmt: skip
-
-
 def dense(job: dict) -> list[dict]:
     """The shape in 16 bits, then the same model's linear layers in NF4; and the GPTQ folder for the other tasks."""
     import torch
-    from transformers import AutoTokenizer, MistralForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    write_gptq(job)
+    from helpers.models.templates import load_tokenizer
+
+    random_model.make_gptq(Path(job["work"]) / "gptq", **job["shape"])
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     with torch.device(device):
-        model = MistralForCausalLM(model_config(job)).eval()
+        model = AutoModelForCausalLM.from_config(random_model.config_of(**job["shape"]), dtype=dtype).eval()
     torch.set_default_dtype(torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(Path(job["work"]) / "gptq")
+    tokenizer = load_tokenizer(str(Path(job["work"]) / "gptq"))
     rows = [{"model": "fp16"} | measured(model, tokenizer, "model")]
     into_nf4(model, dtype)
     return [*rows, {"model": "nf4"} | measured(model, tokenizer, "model")]
@@ -207,66 +169,15 @@ def into_nf4(model, dtype) -> None:
                     setattr(block, name, small)
 
 
-def write_gptq(job: dict) -> None:
-    """A GPTQ folder of the shape: random codes, scales that give weights a spread of 0.02, the zero in the middle."""
-    import torch
-    from bench_merge_quantize import layer_tensors, make_tokenizer
-    from safetensors.torch import save_file
-
-    one, folder = sizes(job), Path(job["work"]) / "gptq"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(0)
-    settings = {
-        "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True, "lm_head": False, "quant_method": "gptq",
-        "checkpoint_format": "gptq", "pack_dtype": "int32", "meta": {"quantizer": ["gptqmodel:7.6.0"]},
-    }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    make_tokenizer(folder, one.vocab)
-    (folder / "quantize_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    whole = model_config(job).to_dict() | {"quantization_config": settings, "torch_dtype": "float16"}
-    (folder / "config.json").write_text(json.dumps(whole), encoding="utf-8")
-
-    def codes(rows: int, columns: int):
-        """Eight codes of 1 … 15 in each int32, their mean is the zero of 8: a shift would add up in products."""
-        drawn = torch.randint(1, 16, (8, rows, columns), dtype=torch.int64, device=device, generator=generator)
-        packed = sum(drawn[place] << 4 * place for place in range(8))
-        return torch.where(packed < 2**31, packed, packed - 2**32).int()
-
-    def normal(*size: int):
-        return torch.randn(size, device=device, generator=generator).mul_(0.02).half()
-
-    groups = [{name: normal(one.vocab, one.hidden) for name in ("model.embed_tokens.weight", "lm_head.weight")}]
-    groups[0]["model.norm.weight"] = torch.ones(one.hidden, dtype=torch.float16)
-    for layer in range(job["layers"]):
-        tensors = {}
-        for name, size in layer_tensors(one, layer).items():
-            module = name.removesuffix(".weight")
-            if len(size) == 1:
-                tensors[name] = torch.ones(size, dtype=torch.float16)
-                continue
-            outputs, inputs = size
-            spread = 0.5 + torch.rand((inputs // GROUP, outputs), device=device, generator=generator)
-            tensors[f"{module}.qweight"] = codes(inputs // 8, outputs)
-            tensors[f"{module}.qzeros"] = torch.full((inputs // GROUP, outputs // 8), 0x77777777, dtype=torch.int32)
-            tensors[f"{module}.scales"] = (spread * 0.02 / 4.3).half()  # codes of 1..15 less 8 spread by 4.3
-            tensors[f"{module}.g_idx"] = torch.arange(inputs, dtype=torch.int32) // GROUP
-        groups.append(tensors)
-    place = {}
-    for number, tensors in enumerate(groups, 1):
-        name = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, folder / name, {"format": "pt"})
-        place |= dict.fromkeys(tensors, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
-
-
 def gptq(job: dict) -> list[dict]:
     """The GPTQ folder opened with one kernel, as helpers.inference does."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from helpers import quantize
     from helpers.inference import read_config
     from helpers.models.gptq_kernels import TORCH, gptq_kernel, why_not
+    from helpers.models.templates import load_tokenizer
 
     folder = Path(job["work"]) / "gptq"
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
@@ -282,7 +193,7 @@ def gptq(job: dict) -> list[dict]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, **chosen).eval()
     load_s = time.monotonic() - began
     row = {"model": job["kernel"], "ready_s": round(ready_s, 2), "load_s": round(load_s, 1)}
-    row |= measured(model, AutoTokenizer.from_pretrained(folder), "gptq")
+    row |= measured(model, load_tokenizer(str(folder)), "gptq")
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(300, 700, (1, 512), generator=generator).to(device)
     module = "model.layers.0.mlp.down_proj"

@@ -7,7 +7,7 @@ Two models in one process that is held to 14.42 GiB in the allocator, 12.7 GB of
 lets us) and two cores, and sees a T4 (t4_envelope/): the merged one in 16 bits, some of whose layers wait in host
 memory, and an adapter on its base in NF4. Each scores texts of 1,024 tokens and answers prompts of that length in
 batches of 8, then decodes at batch 1 and 8. Beside what was measured stands what budget/placement.py and
-budget/hours.py give for it: memory for a T4, seconds for the card that really computes.
+budget/hours.py give for it: memory for a T4, seconds for the GPU that really computes.
 
 --compiled measures decoding with and without torch.compile on a static cache besides, some two minutes more.
 """
@@ -15,8 +15,6 @@ budget/hours.py give for it: memory for a T4, seconds for the card that really c
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -24,12 +22,10 @@ from datetime import date
 from importlib import metadata
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+import random_model
+import t4
+from t4 import GIB
 
-from whole_way import ALLOCATOR_GIB, CORES, GROUP, HOST_BYTES, events, make_group  # noqa: E402
-
-GIB = 2**30
 TEXTS, TOKENS, ANSWERS, NEW_TOKENS, BATCH = 64, 1024, 16, 48, 8
 MODELS = ("merged", "finetuned")
 
@@ -38,7 +34,8 @@ def main() -> None:
     """Make the models, measure them in a process under the limits, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument("--layers", type=int, default=32, help="fewer, to try it out")
+    parser.add_argument("--layers", type=int, help="fewer, to try it out")
+    parser.add_argument("--shape", default=random_model.SHAPE, help="another model's, or a folder's, to try it out")
     parser.add_argument("--only", choices=MODELS, help="one of the two models")
     parser.add_argument("--compiled", action="store_true", help="static cache and torch.compile too")
     parser.add_argument("--folder", type=Path, help="of models that are there already: the process under the limits")
@@ -47,55 +44,36 @@ def main() -> None:
         options.output.write_text(json.dumps(measure(options)), encoding="utf-8")
         return
     with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder), options.layers)
+        make(Path(folder), options.shape, options.layers)
         found = under_limits(options, Path(folder))
     options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
 
 
-def make(folder: Path, layers: int) -> None:
+def make(folder: Path, shape: str, layers: int | None) -> None:
     """A 16-bit model of the shape and an adapter for it, both of random weights, with the sample's tokenizer."""
-    from bench_merge_quantize import make as make_checkpoint
     from transformers import AutoTokenizer
 
-    from helpers.models import TINY, shape
+    from helpers.models import TINY
 
-    names = {"folder": str(folder / "merged"), "adapter": str(folder / "finetuned")}
-    make_checkpoint({"name": "mistral-7b-v0.3", "layers": layers, **names})
+    random_model.make(folder / "merged", shape, layers, adapter=folder / "finetuned")
     AutoTokenizer.from_pretrained(TINY).save_pretrained(folder / "merged")
-    settings = folder / "finetuned" / "adapter_config.json"
-    targets = {"target_modules": list(shape("mistral-7b-v0.3").linears), "task_type": "CAUSAL_LM"}
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | targets))
 
 
 def under_limits(options: argparse.Namespace, folder: Path) -> dict:
     """The figures of a process of its own, and what the limit on host memory did."""
     import torch
 
-    fraction, real = 1.0, "cpu"
-    if torch.cuda.is_available():
-        fraction = ALLOCATOR_GIB * GIB / torch.cuda.get_device_properties(0).total_memory
-        real = torch.cuda.get_device_name(0)
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(HERE / "t4_envelope"), os.environ.get("PYTHONPATH", "")]),
-        "PYTORCH_CUDA_ALLOC_CONF": f"expandable_segments:True,per_process_memory_fraction:{fraction:.5f}",
-        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
-        "HF_HUB_OFFLINE": "1",
-        "REAL_CARD": real,
-    }
-    limited = make_group()
-    before = events(limited)
-    enter = f"echo $$ > {GROUP}/cgroup.procs && " if limited else ""
+    limited = t4.host_limit()
+    before = t4.events(limited)
+    real = {"REAL_CARD": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"}
     result = folder / "figures.json"
     flags = ["--folder", str(folder), *(["--only", options.only] if options.only else [])]
     flags += ["--compiled"] if options.compiled else []
-    subprocess.run(
-        ["bash", "-c", f'{enter}exec taskset -c {CORES} "$0" "$@"', sys.executable, __file__, str(result), *flags],
-        env=environment,
-        check=True,
-    )
+    if t4.python([__file__, str(result), *flags], limited, real).wait():
+        raise SystemExit("the process under the limits failed")
     found = json.loads(result.read_text(encoding="utf-8"))
-    return found | {name: count - before[name] for name, count in events(limited).items()}
+    return found | {name: count - before[name] for name, count in t4.events(limited).items()}
 
 
 def measure(options: argparse.Namespace) -> dict:
@@ -111,11 +89,11 @@ def measure(options: argparse.Namespace) -> dict:
         "date": date.today().isoformat(),
         "gpu": os.environ["REAL_CARD"],
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "bitsandbytes")},
-        "limits": {"allocator_gib": ALLOCATOR_GIB, "host_bytes": HOST_BYTES, "cores": CORES},
+        "limits": {"allocator_gib": t4.ALLOCATOR_GIB, "host_bytes": t4.HOST_BYTES, "cores": t4.CORES},
     }
     for name in [options.only] if options.only else MODELS:
         machine = hardware.probe()
-        ram_gib = min(machine.host.ram_gib, HOST_BYTES / GIB - 1.5)
+        ram_gib = min(machine.host.ram_gib, t4.HOST_BYTES / GIB - 1.5)
         machine = replace(machine, host=replace(machine.host, ram_gib=ram_gib))
         found[name] = measure_one(options.folder / name, config, machine, options.compiled)
         gpu.free_memory()

@@ -6,10 +6,10 @@
 
 ENGINE is ours, planned (ours, as helpers.budget plans it for a T4), baseline, unsloth, check (losses against plain
 PEFT's) or kernels (dequantization beside bitsandbytes'). A ROW is words as name=value: seq, batch, and for ours any
-setting of helpers.config.RunConfig. The envelope: PyTorch's allocator capped at 14.42 GiB, flash and cuDNN SDPA off
-(7.5 has none), fp16. The weights are random. A row's figures: median seconds of a step by the clock (5 after 3), the
-summed time of the GPU's kernels in a step (profiler, 2 more steps; without copies to and from the host, which run
-beside them), and the allocator's peak. finetune_table.py makes CSVs and tables of them.
+setting of helpers.config.RunConfig. Each process is held to a T4 by t4.limit; the weights are random. A row's figures:
+median seconds of a step by the clock (5 after 3), the summed time of the GPU's kernels in a step (profiler, 2 more
+steps; without copies to and from the host, which run beside them), and the allocator's peak. keep.py puts them into
+the CSVs.
 """
 
 import argparse
@@ -19,18 +19,17 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from datetime import date
-from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-GIB = 2**30
-CAP_GIB = float(os.environ.get("CAP_GIB", "14.42"))
+import random_model
+import t4
+from t4 import GIB
+
 WARM, TIMED, PROFILED = 3, 5, 2
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "liger_kernel")
+PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel")
 
 LEAN = "checkpointing=all keep_attention=False offload_activations=True"
 KEPT = "checkpointing=all offload_activations=True"
@@ -72,20 +71,20 @@ PROCESSES = {
 
 def main() -> None:
     """Run everything, or one engine's rows."""
-    if sys.argv[1] in ("all", "plan"):
-        parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-        parser.add_argument("what", choices=("all", "plan"))
-        parser.add_argument("out", type=Path)
-        parser.add_argument("--models", type=Path, default=Path("/tmp/models"))
-        parser.add_argument("--seconds", type=float, default=590)
-        parser.add_argument("--only", default=",".join(PROCESSES))
-        options = parser.parse_args()
-        names = ["plan"] if options.what == "plan" else options.only.split(",")
-        run_all(options.out, options.models, options.seconds, names)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("all", "plan", *ENGINES))
+    parser.add_argument("arguments", nargs="+", help="OUT_DIR of all and plan; MODEL OUT.jsonl ROW… of an engine")
+    parser.add_argument("--models", type=Path, default=Path("/tmp/models"), help="where random models are made")
+    parser.add_argument("--seconds", type=float, default=590, help="until the last process is stopped")
+    parser.add_argument("--only", default=",".join(PROCESSES), help="processes of all")
+    options = parser.parse_args()
+    if options.what in ENGINES:
+        model, out, *rows = options.arguments
+        parsed = [dict(word.split("=", 1) for word in row.split()) for row in rows]
+        ENGINES[options.what](options.what, Path(model), Path(out), parsed)
         return
-    engine, model, out, *rows = sys.argv[1:]
-    parsed = [dict(word.split("=", 1) for word in row.split()) for row in rows]
-    ENGINES[engine](engine, Path(model), Path(out), parsed)
+    names = ["plan"] if options.what == "plan" else options.only.split(",")
+    run_all(Path(options.arguments[0]), options.models, options.seconds, names)
 
 
 def run_all(out: Path, models: Path, seconds: float, names: list[str]) -> None:
@@ -96,7 +95,7 @@ def run_all(out: Path, models: Path, seconds: float, names: list[str]) -> None:
         engine, rows = PROCESSES[name]
         model, layers = (models / "cut", 2) if engine in ("check", "kernels") else (models / "7b", 32)
         if not (model / "tokenizer.json").is_file():
-            subprocess.run([sys.executable, __file__, "make", str(model), str(layers)], check=True)
+            subprocess.run([sys.executable, random_model.__file__, str(model), "--layers", str(layers)], check=True)
             print(f"{model.name} made after {time.monotonic() - began:.0f} s", flush=True)
         left = seconds - (time.monotonic() - began)
         if left < 20:
@@ -114,17 +113,6 @@ def run_all(out: Path, models: Path, seconds: float, names: list[str]) -> None:
         print(f"  -- {name} until {time.monotonic() - began:.0f} s", flush=True)
 
 
-def envelope() -> None:
-    """Hold this process to what a T4 has."""
-    import torch
-
-    if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, CAP_GIB * GIB / total))
-        torch.backends.cuda.enable_flash_sdp(False)
-        torch.backends.cuda.enable_cudnn_sdp(False)
-
-
 def clock_callback(steps: int):
     """A trainer callback that times steps, then reads the peak, then profiles two steps more."""
     import torch
@@ -136,10 +124,7 @@ def clock_callback(steps: int):
 
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == steps and torch.cuda.is_available():
-                self.peak = {
-                    "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
-                    "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
-                }
+                self.peak = peak()
                 self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
                 self.profiler.__enter__()
             synchronize()
@@ -163,6 +148,14 @@ def clock_callback(steps: int):
             self.kernels = {name[:70]: round(value, 4) for name, value in spent.most_common(14)}
 
     return Clock()
+
+
+def peak() -> dict[str, float]:
+    """What the allocator took at most, in GiB."""
+    import torch
+
+    sizes = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    return {f"{name}_gib": round(size / GIB, 3) for name, size in sizes.items()}
 
 
 def synchronize() -> None:
@@ -192,59 +185,24 @@ def figures(clock, row: dict, steps: int, losses: list[float]) -> dict:
 
 def emit(out: Path, record: dict) -> None:
     """One line to the file, with date, machine and versions, and to standard output without those and the kernels."""
-    import torch
-
-    about = {"date": str(date.today()), "gpu": "none", "cap_gib": CAP_GIB}
-    if torch.cuda.is_available():
-        about["gpu"] = torch.cuda.get_device_name()
-    found = {each.name.lower().replace("-", "_"): each.version for each in metadata.distributions() if each.name}
-    names = (*PACKAGES, "unsloth") if record["engine"] == "unsloth" else PACKAGES
-    about |= {name: found.get(name, "") for name in names}
+    about = t4.about(*PACKAGES, *(["unsloth"] if record["engine"] == "unsloth" else []))
+    about = {name.replace("-", "_"): value for name, value in about.items()}
     with out.open("a") as stream:
         stream.write(json.dumps(about | record) + "\n")
     shown = {name: value for name, value in record.items() if name != "kernels"}
     print(json.dumps(shown, ensure_ascii=False), flush=True)
 
 
-def write_prepared(folder: Path, model: Path, sequences: int, seq: int, distinct: int | None = None) -> Path:
-    """A prepared folder of random tokens, each of them trained on."""
-    import torch
-    from datasets import Dataset
-
-    words = json.loads((model / "config.json").read_text())["vocab_size"]
-    ids = torch.randint(300, words, (distinct or sequences, seq), generator=torch.Generator().manual_seed(0))
-    ids = ids.repeat(-(-sequences // len(ids)), 1)[:sequences].tolist()
-    rows = {"id": [str(place) for place in range(len(ids))], "messages": [[{"role": "user", "content": ""}]] * len(ids)}
-    rows |= {"input_ids": ids, "assistant_masks": [[1] * seq] * len(ids)}
-    Dataset.from_dict(rows).save_to_disk(str(folder / "train"))
-    Dataset.from_dict({name: values[:1] for name, values in rows.items()}).save_to_disk(str(folder / "heldout"))
-    return folder
-
-
-def as_on_a_t4():
-    """helpers.finetune with fp16 whatever the card, and this process in the envelope."""
-    sys.path.insert(0, str(ROOT))
-    import torch
-
-    from helpers import finetune
-
-    envelope()
-    chosen = torch.float16 if torch.cuda.is_available() else torch.float32
-    finetune.precision = lambda *_: finetune.Precision(chosen, "as on a T4")
-    return finetune
-
-
 def ours(engine: str, model: Path, out: Path, rows: list[dict]) -> None:
     """Rows through helpers.finetune, one load of the base for all of them; planned: as a T4's plan has them."""
-    import tempfile
-
+    import recipes
     import torch
 
-    finetune = as_on_a_t4()
+    finetune = t4.fine_tuning_in_fp16()
     from helpers import budget, hardware
     from helpers.models import profile, shape
 
-    base, t4 = None, hardware.machine("t4")
+    base, machine = None, hardware.machine("t4")
     for row in rows:
         record = {"engine": engine, **row}
         settings = {name: parse(value) for name, value in row.items() if name not in ("seq", "batch", "steps")}
@@ -261,7 +219,7 @@ def ours(engine: str, model: Path, out: Path, rows: list[dict]) -> None:
             **settings,
         )
         if engine == "planned":
-            plan = budget.plan(config, shape(str(model)), t4)
+            plan = budget.plan(config, shape(str(model)), machine)
             config, expected = plan.config, plan.budget
             record |= {
                 "planned": in_words(config.train),
@@ -269,37 +227,25 @@ def ours(engine: str, model: Path, out: Path, rows: list[dict]) -> None:
                 "predicted_reserved_gib": round(expected.vram.reserved_gib, 3),
                 "predicted_tok_s": round(int(row["seq"]) * int(row["batch"]) / expected.time.step_s),
             }
-        folder = Path(tempfile.mkdtemp())
         trainer = None
         try:
             if base is None:
                 base, tokenizer = finetune.load_base(config)
                 base.config.max_position_embeddings = 10**6  # the memory of a long context does not depend on it
-                originals = [layer.forward for layer in base.model.layers], base.forward
-            for layer, forward in zip(base.model.layers, originals[0], strict=True):
-                layer.forward = forward
-            base.forward = originals[1]
-            adapted = finetune.attach_adapter(base, config)
-            prepared = write_prepared(folder, model, (steps + profiled) * int(row["batch"]), int(row["seq"]))
-            trainer = finetune.build_trainer(config, adapted, tokenizer, prepared, folder / "checkpoints")
-            trainer.args.save_strategy = "no"
-            trainer.args.set_save(strategy="no")
-            clock = clock_callback(steps)
-            trainer.add_callback(clock)
+            clock, sequences = clock_callback(steps), (steps + profiled) * int(row["batch"])
+            trainer = recipes.own_trainer(base, tokenizer, config, [clock], sequences, Path(tempfile.mkdtemp()))
+            adapted = trainer.model
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
                 record["ready_gib"] = round(torch.cuda.memory_allocated() / GIB, 3)
             trainer.train()
             if not clock.peak and torch.cuda.is_available():
-                clock.peak = {
-                    "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
-                    "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
-                }
+                clock.peak = peak()
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
             record |= {"layers": trainer.layers_reason, "applied": trainer.watch.applied}
             record |= figures(clock, row, steps, losses)
             if engine == "planned" and "reserved_gib" in record:
-                record["card_share"] = round(record["reserved_gib"] / CAP_GIB, 3)
+                record["card_share"] = round(record["reserved_gib"] / t4.ALLOCATOR_GIB, 3)
             base = adapted.unload()
         except Exception as error:
             record["error"] = f"{type(error).__name__}: {str(error)[:300]}"
@@ -318,9 +264,9 @@ def ours(engine: str, model: Path, out: Path, rows: list[dict]) -> None:
 
 
 def in_words(train) -> str:
-    """How a configuration computes a step: micro-batches, layers that recompute, and where they keep their inputs."""
-    words = [f"{train.batch_size} × {train.accumulation}", f"{train.checkpointing} layers recompute"]
-    words += ["attention too"] if train.checkpointing and not train.keep_attention else []
+    """How a configuration computes a step: micro-batches, checkpointed layers, and where their inputs lie."""
+    words = [f"{train.batch_size} × {train.accumulation}", f"{train.checkpointing} layers are checkpointed"]
+    words += ["attention recomputed"] if train.checkpointing and not train.keep_attention else []
     return ", ".join(words + (["offloaded"] if train.offload_activations else []))
 
 
@@ -337,62 +283,41 @@ def rival(engine: str, model: Path, out: Path, rows: list[dict]) -> None:
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     if engine == "unsloth":
         from unsloth import FastLanguageModel
+    import recipes
     import torch
     from datasets import Dataset
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-    from trl import SFTConfig, SFTTrainer
 
-    envelope()
-    for row in rows:
-        seq, batch, steps = int(row["seq"]), int(row["batch"]), WARM + TIMED
-        record = {"engine": engine, **row}
+    t4.limit()
+    for words in rows:
+        row, steps = recipes.baseline(int(words["batch"]), int(words["seq"])), WARM + TIMED
+        record = {"engine": engine, **words}
         try:
             if engine == "unsloth":
                 base, tokenizer = FastLanguageModel.from_pretrained(
-                    str(model), max_seq_length=seq, dtype=torch.float16, load_in_4bit=True
+                    str(model), max_seq_length=row.seq, dtype=torch.float16, load_in_4bit=True
                 )
                 adapted = FastLanguageModel.get_peft_model(
-                    base, r=16, target_modules=TARGETS, lora_alpha=16, lora_dropout=0, bias="none",
+                    base, r=16, target_modules=recipes.ALL_LINEAR, lora_alpha=16, lora_dropout=0, bias="none",
                     use_gradient_checkpointing="unsloth", random_state=0,
                 )  # fmt: skip
             else:
-                tokenizer = AutoTokenizer.from_pretrained(model)
-                quantization = BitsAndBytesConfig(
-                    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                    bnb_4bit_compute_dtype=torch.float16,
-                )  # fmt: skip
-                base = AutoModelForCausalLM.from_pretrained(
-                    model, quantization_config=quantization, device_map={"": 0}, dtype=torch.float16
-                )
-                base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
-                lora = LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, bias="none", task_type="CAUSAL_LM")
-                adapted = get_peft_model(base, lora)
+                base, tokenizer = recipes.load(model, row)
+                adapted = recipes.adapt(base, row)
             generator = torch.Generator().manual_seed(0)
-            ids = torch.randint(300, 32000, (batch * (steps + PROFILED), seq), generator=generator).tolist()
+            ids = torch.randint(300, 32000, (row.batch * (steps + PROFILED), row.seq), generator=generator).tolist()
             columns = {"input_ids": ids}
             if engine == "unsloth":
-                columns["attention_mask"] = [[1] * seq] * len(ids)
-            arguments = SFTConfig(
-                output_dir="/tmp/rival", per_device_train_batch_size=batch, gradient_accumulation_steps=1,
-                max_steps=steps + PROFILED, learning_rate=2e-4, optim="paged_adamw_8bit", fp16=True, bf16=False,
-                max_length=seq, packing=False, report_to="none", save_strategy="no", logging_steps=1, warmup_steps=1,
-                gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
-                dataset_kwargs={"skip_prepare_dataset": True}, disable_tqdm=True,
-            )  # fmt: skip
+                columns["attention_mask"] = [[1] * row.seq] * len(ids)
             clock = clock_callback(steps)
-            trainer = SFTTrainer(
-                model=adapted, args=arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer,
-                callbacks=[clock],
+            scratch = Path(tempfile.mkdtemp())
+            trainer = recipes.trainer(
+                adapted, tokenizer, row, Dataset.from_dict(columns), [clock], steps + PROFILED, scratch,
+                in_fp32=engine == "baseline",
             )  # fmt: skip
-            if engine == "baseline":  # trl casts them to bf16, which fp16 training cannot unscale
-                for parameter in trainer.model.parameters():
-                    if parameter.requires_grad:
-                        parameter.data = parameter.data.float()
             torch.cuda.reset_peak_memory_stats()
             trainer.train()
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-            record |= figures(clock, row, steps, losses)
+            record |= figures(clock, words, steps, losses)
         except Exception as error:
             record["error"] = f"{type(error).__name__}: {str(error)[:300]}"
         emit(out, record)
@@ -402,19 +327,17 @@ def rival(engine: str, model: Path, out: Path, rows: list[dict]) -> None:
 
 
 def check(engine: str, model: Path, out: Path, rows: list[dict]) -> None:
-    """20 steps of a 2-layer cut in fp16: our layers against transformers', for each way of keeping and packing.
+    """20 steps of a 2-layer cut in fp16: our layers against transformers', whatever is saved, offloaded and packed.
 
     rows: [{"only": names of variants}], or none for all of them.
     """
-    import tempfile
-
     import torch
 
-    finetune = as_on_a_t4()
+    finetune = t4.fine_tuning_in_fp16()
     from helpers.models import profile
 
     lengths = {"seq": 256, "batch": 4}
-    prepared = write_prepared(Path(tempfile.mkdtemp()), model, 80, lengths["seq"], distinct=8)
+    prepared = random_model.write_prepared(Path(tempfile.mkdtemp()), model, 80, lengths["seq"], distinct=8)
     variants = {
         "plain": {"kernels": "plain", "loss": "full"},
         "everything kept": {"checkpointing": "none"},
@@ -424,7 +347,6 @@ def check(engine: str, model: Path, out: Path, rows: list[dict]) -> None:
         "offloaded, attention kept": {"checkpointing": "all", "offload_activations": True},
         "packed": {"packing": True, "seq_len": 1024, "batch_size": 1},
         "full loss": {"loss": "full"},
-        "fused loss": {"loss": "fused"},
         "flash": {"flash": True},
         "flash, packed": {"flash": True, "packing": True, "seq_len": 1024, "batch_size": 1},
         "plain, window": {"kernels": "plain", "window": 100},
@@ -476,7 +398,6 @@ def kernels(engine: str, model: Path, out: Path, rows: list[dict]) -> None:
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    sys.path.insert(0, str(ROOT))
     from helpers.finetune.engine.kernels import dequantize
 
     def milliseconds(call) -> float:
@@ -500,37 +421,10 @@ def kernels(engine: str, model: Path, out: Path, rows: list[dict]) -> None:
         emit(out, record)
 
 
-def make(folder: Path, layers: int) -> None:
-    """A randomly initialised checkpoint of Mistral-7B-v0.3's shape, or a cut of its first layers, with a tokenizer."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
-
-    config = MistralConfig(
-        vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=32768, sliding_window=None, rope_theta=1e6,
-        rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, dtype="float16",
-    )  # fmt: skip
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = MistralForCausalLM(config)
-    model.save_pretrained(folder, max_shard_size="2GB")
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{place}": place for place in range(3, 32768)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
-    ).save_pretrained(folder)
-
-
 ENGINES = {"ours": ours, "planned": ours, "baseline": rival, "unsloth": rival, "check": check, "kernels": kernels}
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    if sys.argv[1] == "make":
-        make(Path(sys.argv[2]), int(sys.argv[3]))
-    else:
-        main()
+    main()

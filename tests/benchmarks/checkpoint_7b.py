@@ -10,16 +10,14 @@ and the two 8-bit moments of its optimizer with their block scales, through work
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
+import random_model
 import torch
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from helpers import models
 from helpers.workspace import checkpoints
@@ -30,17 +28,6 @@ BLOCK = 256
 """Values that share a scale in bitsandbytes' 8-bit optimizers."""
 DISK_SLOWDOWN = 5
 """A rented machine's disk and two slow cores against this machine, at worst."""
-
-
-def adapter(config, shape) -> dict[str, torch.Tensor]:
-    """LoRA factors of all layers, fp32, by PEFT's names."""
-    rank, tensors = config.adapter.rank, {}
-    for layer in range(shape.layers):
-        for name, (inputs, outputs) in shape.linears.items():
-            place = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{place}.lora_A.weight"] = torch.randn(rank, inputs)
-            tensors[f"{place}.lora_B.weight"] = torch.randn(outputs, rank)
-    return tensors
 
 
 def optimizer_state(tensors: dict[str, torch.Tensor]) -> dict:
@@ -62,8 +49,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    config, shape = models.profile("mistral-7b"), models.shape("mistral-7b-v0.3")
-    tensors = adapter(config, shape)
+    config, tensors = models.profile("mistral-7b"), random_model.lora_factors(random_model.config_of())
     state = optimizer_state(tensors)
     folder = options.folder or Path(tempfile.mkdtemp())
     write_s, check_s = [], []
@@ -81,24 +67,14 @@ def main() -> None:
         shutil.rmtree(folder)
     step_s = MICRO_STEP_S * config.train.accumulation * config.train.batch_size
     between_s = step_s * config.train.save_steps
-    print(
-        json.dumps(
-            {
-                "weights": sum(tensor.numel() for tensor in tensors.values()),
-                "adapter_mib": round(sizes["adapter_model.safetensors"] / 2**20, 1),
-                "optimizer_mib": round(sizes["optimizer.pt"] / 2**20, 1),
-                "checkpoint_mib": round(sum(sizes.values()) / 2**20, 1),
-                "kept": config.train.keep_checkpoints,
-                "write_and_check_s": round(median(write_s), 2),
-                "check_again_s": round(median(check_s), 2),
-                "t4_step_s": step_s,
-                "save_steps": config.train.save_steps,
-                "share_percent": round(100 * median(write_s) / between_s, 3),
-                "share_percent_if_five_times_slower": round(100 * DISK_SLOWDOWN * median(write_s) / between_s, 3),
-            },
-            indent=1,
-        )
-    )
+    share = 100 * median(write_s) / between_s
+    found = {"weights": sum(tensor.numel() for tensor in tensors.values())}
+    found |= {"adapter_mib": round(sizes["adapter_model.safetensors"] / 2**20, 1)}
+    found |= {"optimizer_mib": round(sizes["optimizer.pt"] / 2**20, 1)}
+    found |= {"checkpoint_mib": round(sum(sizes.values()) / 2**20, 1), "kept": config.train.keep_checkpoints}
+    found |= {"write_and_check_s": round(median(write_s), 2), "check_again_s": round(median(check_s), 2)}
+    found |= {"t4_step_s": step_s, "save_steps": config.train.save_steps, "share_percent": round(share, 3)}
+    print(json.dumps(found | {"share_percent_if_five_times_slower": round(DISK_SLOWDOWN * share, 3)}, indent=1))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from pathlib import Path
 import rows
 from rows import GIB, MEASURED, Measured
 
-from helpers.budget import activations, vram
+from helpers.budget import vram
+from helpers.budget.step import attention_of
 
 OUT = MEASURED / "comparison.csv"
 COLUMNS = [
@@ -66,7 +67,7 @@ def for_fitcheck(row: Measured) -> tuple[dict, dict]:
         "lora_rank": config.adapter.rank,
         "lora_targets": list(config.adapter.target_modules),
         "grad_checkpoint": config.train.checkpointing == "all",
-        "flash_attn": activations.attention_kernel(shape, config) == "efficient",
+        "flash_attn": attention_of(config, shape) == "efficient",
         "grad_accum_steps": config.train.accumulation,
     }
     return model, training
@@ -112,9 +113,9 @@ def main() -> None:
         for row, answer in zip(measured, answers, strict=True):
             tensors, total = (float(size) * 2**20 / GIB for size in json.loads(answer))
             ours = rows.allocated_gib(row)[0]
-            beyond = vram.beyond(row.shape, row.config, row.expandable) / GIB
+            overhead = vram.allocator_overhead(row.step, row.expandable) / GIB
             context = 0.1376  # a T4's, which fitcheck counts into its overhead
-            sizes = [row.allocated_gib, row.reserved_gib, ours, ours + beyond, tensors, total - context]
+            sizes = [row.allocated_gib, row.reserved_gib, ours, ours + overhead, tensors, total - context]
             writer.writerow(
                 [row.source, row.recipe, row.shape.name, row.label, row.config.model.attention, row.status]
                 + ["" if size is None else round(size, 3) for size in [*sizes, weights[row.shape.name]]]

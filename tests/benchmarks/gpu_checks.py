@@ -21,9 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-GIB = 2**30
-CAP_GIB = 14.42
+import random_model
+import t4
+from t4 import GIB, ROOT
+
 TOLERANCE = 4e-4
 LEFT_GIB = 0.25
 """Of the 7B's 4 to 14 GiB, at most this much after a run: what libraries keep for the process."""
@@ -43,7 +44,6 @@ def main() -> int:
     parser.add_argument("--check", choices=CHECKS, help="in this very process")
     options = parser.parse_args()
     if options.check:
-        sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks")]
         print(json.dumps(result_of(options.check, options.models)), flush=True)
         return 0
     failed = 0
@@ -76,10 +76,9 @@ def result_of(name: str, models: Path) -> dict:
 
 def made(models: Path, name: str, layers: int) -> Path:
     """A random model of the 7B's shape, or of its first layers."""
-    import bench_finetune
-
     if not (models / name / "tokenizer.json").is_file():
-        subprocess.run([sys.executable, bench_finetune.__file__, "make", str(models / name), str(layers)], check=True)
+        command = [sys.executable, random_model.__file__, str(models / name), "--layers", str(layers)]
+        subprocess.run(command, check=True)
     return models / name
 
 
@@ -116,17 +115,17 @@ def cards(models: Path) -> dict:
 
 
 def train_tiny() -> dict:
-    """Four steps of the tiny model on whatever is visible: what they measured, and what lies on every card after."""
+    """Four steps of the tiny model on whatever is visible: what they measured, and what lies on every GPU after."""
     import torch
-    from bench_finetune import write_prepared
 
     from helpers import finetune
     from helpers.models import TINY, profile
 
     folder = Path(tempfile.mkdtemp())
     config = profile("tiny", batch_size=2, accumulation=1, max_steps=4, seq_len=64, epochs=1.0)
-    measured = finetune.finetune(config, write_prepared(folder / "prepared", TINY, 8, 64), folder / "finetune")
-    used = [torch.cuda.max_memory_reserved(card) for card in range(torch.cuda.device_count())]
+    prepared = random_model.write_prepared(folder / "prepared", TINY, 8, 64)
+    measured = finetune.finetune(config, prepared, folder / "finetune")
+    used = [torch.cuda.max_memory_reserved(number) for number in range(torch.cuda.device_count())]
     passed = measured["steps_applied"] > 0 and not any(used[1:])
     return {"passed": passed, "visible": len(used), "reserved_bytes": used, "loss_last": measured["loss_last"]}
 
@@ -134,14 +133,11 @@ def train_tiny() -> dict:
 def again(models: Path) -> dict:
     """Memory before, in and after a run that is stopped, and the run that continues it."""
     need_gpus(1)
-    import torch
-    from bench_finetune import write_prepared
-
     from helpers.models import profile
 
     model, folder = made(models, "7b", 32), Path(tempfile.mkdtemp())
-    torch.cuda.set_per_process_memory_fraction(CAP_GIB * GIB / torch.cuda.get_device_properties(0).total_memory)
-    prepared = write_prepared(folder / "prepared", model, 6, 2048)
+    t4.limit()
+    prepared = random_model.write_prepared(folder / "prepared", model, 6, 2048)
     config = profile("mistral-7b", model=str(model), seq_len=2048, batch_size=1, accumulation=2, max_steps=3)
     return stopped_and_continued(config, prepared, folder / "finetune")
 
@@ -149,8 +145,9 @@ def again(models: Path) -> dict:
 def stopped_and_continued(config, prepared: Path, output: Path) -> dict:
     """Train, stop in the second step, keep the traceback as IPython does, train again."""
     from helpers import finetune, hardware
+    from helpers.finetune.trainer import FineTuner
 
-    loss = finetune.FineTuner.compute_loss
+    loss = FineTuner.compute_loss
 
     def stop_in_second_step(trainer, *arguments, **named):
         found = loss(trainer, *arguments, **named)
@@ -159,14 +156,14 @@ def stopped_and_continued(config, prepared: Path, output: Path) -> dict:
         return found
 
     found: dict = {"before": memory()}
-    finetune.FineTuner.compute_loss = stop_in_second_step
+    FineTuner.compute_loss = stop_in_second_step
     try:
         finetune.finetune(config, prepared, output)
     except KeyboardInterrupt as stopped:
         sys.last_traceback, sys.last_value = stopped.__traceback__, stopped
         found["said"] = str(stopped)
     finally:
-        finetune.FineTuner.compute_loss = loss
+        FineTuner.compute_loss = loss
     found["stopped"] = memory()
     probed = hardware.probe()
     found["probed_gib"] = round(probed.vram_gib, 2)
@@ -214,17 +211,17 @@ def drive_offload(device, hidden: int, layers: int, contexts: list[int]) -> dict
 
     import torch
 
-    from helpers.budget import activations
+    from helpers.budget.activations import offloaded_bytes
+    from helpers.budget.step import Step, host_room
     from helpers.finetune.engine.offload import Offload
-    from helpers.models import gpu as card
-    from helpers.models import profile, shape
+    from helpers.models import gpu, profile, shape
 
     sizes = replace(shape("mistral-7b-v0.3"), hidden=hidden, layers=layers)
     asked = profile("mistral-7b", batch_size=1, checkpointing="all", offload_activations=True)
-    host, rows, counted, right = Offload(device, activations.host_room(asked)), [], 0, True
+    host, rows, counted, right = Offload(device, host_room(asked)), [], 0, True
     for seq_len in contexts:
         host.begin()
-        counted = max(counted, activations.offloaded_bytes(sizes, asked.with_values(seq_len=seq_len)))
+        counted = max(counted, offloaded_bytes(Step.of(asked.with_values(seq_len=seq_len), sizes)))
         slots = []
         for layer in range(layers):
             slots.append(host.put(torch.full((1, seq_len, hidden), float(layer), dtype=torch.float16, device=device)))
@@ -237,19 +234,18 @@ def drive_offload(device, hidden: int, layers: int, contexts: list[int]) -> dict
         row["arena_gib"] = round(len(host.arena.chunks) * host.arena.size / GIB, 4)
         rows.append(row | pinned())
     del host
-    card.free_memory()
+    gpu.free_memory()
     exact = all(row["arena_gib"] == row["counted_gib"] >= row.get("pinned_gib", 0.0) for row in rows)
     return {"passed": exact and right, "came_back": right, "contexts": rows, "after": memory()}
 
 
 def waiting(models: Path) -> dict:
-    """The tiny model's logits and answers with two of four layers away, beside all of it on the card."""
+    """The tiny model's logits and answers with two of four layers away, beside all of it on the GPU."""
     need_gpus(1)
     import torch
 
     from helpers import hardware, inference
-    from helpers.models import TINY, profile
-    from helpers.models import gpu as card
+    from helpers.models import TINY, gpu, profile
     from helpers.models import offload as parked
 
     memory_once = torch.empty(2**20, dtype=torch.uint8)
@@ -261,8 +257,8 @@ def waiting(models: Path) -> dict:
     found, passed, before = {}, locked == [True, False], memory()["allocated_gib"]
     for name, machine in {
         "whole": None,
-        "host memory": small_card(config, 100.0),
-        "disk": small_card(config, 0.0),
+        "host memory": small_gpu(config, 100.0),
+        "disk": small_gpu(config, 0.0),
     }.items():
         loaded = inference.load(TINY, config, machine)
         with torch.inference_mode():
@@ -273,14 +269,14 @@ def waiting(models: Path) -> dict:
         passed &= same and (machine is None or loaded.how.endswith(f"2 of 4 layers from {name}"))
         found[name] = {"how": loaded.how, "same": same} | (expected if machine is None else {})
         del loaded
-        card.free_memory()
+        gpu.free_memory()
     found["whole"] = {"how": found["whole"]["how"]}
     left_gib = memory()["allocated_gib"] - before
     return {"passed": passed and left_gib < 0.05, "left_gib": left_gib, "gpu": hardware.probe().name, **found}
 
 
-def small_card(config, ram_gib: float):
-    """A machine whose card keeps two of the tiny model's layers away."""
+def small_gpu(config, ram_gib: float):
+    """A machine whose GPU keeps two of the tiny model's layers away."""
     from dataclasses import replace
 
     from helpers import hardware

@@ -20,9 +20,9 @@ from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 DATA = Path(__file__).resolve().parents[2] / "data"
 sys.path.insert(0, str(DATA))
 
+import make_tiny_mistral  # noqa: E402
 import make_world  # noqa: E402
 
-ROW_TOKENS = 256
 BATCH_ROWS = 128
 PASSAGES = 200_000
 PEAK_RATE = 1.5e-3
@@ -40,43 +40,18 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny-mistral")
     world = make_world.make_world(make_world.SEED)
-    rows = token_rows(tokenizer, make_world.passages(world, options.passages, "pre-training"))
-    held_out = token_rows(tokenizer, make_world.passages(world, 400, "held-out text")).to(device).long()
-    model = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=512,
-            intermediate_size=1536,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            head_dim=64,
-            max_position_embeddings=512,
-            rms_norm_eps=1e-5,
-            rope_theta=1_000_000.0,
-            sliding_window=None,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=None,
-        )
-    ).to(device)
+    rows = make_tiny_mistral.token_rows(tokenizer, make_world.passages(world, options.passages, "pre-training"))
+    held_out = make_tiny_mistral.token_rows(tokenizer, make_world.passages(world, 400, "held-out text")).to(device)
+    larger = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "head_dim": 64}
+    config = make_tiny_mistral.make_config(len(tokenizer)).to_dict() | larger
+    model = MistralForCausalLM(MistralConfig(**config)).to(device)
     report = train(model, rows, options.seconds)
-    model.eval()
-    with torch.inference_mode():
-        losses = [model(input_ids=batch, labels=batch).loss.item() for batch in held_out.split(16)]
-    report["held_out_perplexity"] = round(math.exp(sum(losses) / len(losses)), 3)
+    report["held_out_perplexity"] = round(math.exp(make_tiny_mistral.mean_loss(model, held_out)), 3)
     model.half().save_pretrained(options.output)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         shutil.copyfile(DATA / "tiny-mistral" / name, options.output / name)
     (options.output / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report))
-
-
-def token_rows(tokenizer, texts: list[str]) -> torch.Tensor:
-    """Passages between <s> and </s>, end to end, cut into rows: (rows, ROW_TOKENS)."""
-    ids = [token for text in tokenizer(texts)["input_ids"] for token in (*text, tokenizer.eos_token_id)]
-    rows = len(ids) // ROW_TOKENS
-    return torch.tensor(ids[: rows * ROW_TOKENS], dtype=torch.int32).view(rows, ROW_TOKENS)
 
 
 def train(model: MistralForCausalLM, rows: torch.Tensor, seconds: float) -> dict:
@@ -90,7 +65,7 @@ def train(model: MistralForCausalLM, rows: torch.Tensor, seconds: float) -> dict
         rate = PEAK_RATE * min(spent / WARMUP_S, 0.05 + 0.95 * (1 + math.cos(math.pi * spent / seconds)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = rows[torch.randint(len(rows), (BATCH_ROWS,), device=device)].long()
+        batch = rows[torch.randint(len(rows), (BATCH_ROWS,), device=device)]
         with torch.autocast(device.type, dtype=torch.bfloat16):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
@@ -104,7 +79,7 @@ def train(model: MistralForCausalLM, rows: torch.Tensor, seconds: float) -> dict
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seconds": round(time.monotonic() - start, 1),
         "steps": step,
-        "training_tokens": step * BATCH_ROWS * ROW_TOKENS,
+        "training_tokens": step * BATCH_ROWS * rows.shape[1],
         "distinct_tokens": rows.numel(),
         "final_loss": round(sum(losses[-5:]) / max(1, len(losses[-5:])), 4),
     }

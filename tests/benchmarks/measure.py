@@ -3,9 +3,8 @@
     python tests/benchmarks/measure.py OUT.csv                 # everything, in a process a group and model
     python tests/benchmarks/measure.py OUT.csv --groups own    # one group
 
-The envelope: PyTorch's allocator capped at 14.42 GiB (what a T4's leaves it), flash and cuDNN SDPA off (7.5 has none),
-fp16. The weights are random: memory and time do not depend on them. Needs torch with CUDA, transformers, peft, trl,
-bitsandbytes, datasets, liger-kernel; 16 GB of disk.
+Each process is held to a T4 by t4.limit; the weights are random: memory and time do not depend on them. Needs torch
+with CUDA, transformers, peft, trl, bitsandbytes, datasets, liger-kernel; 16 GB of disk.
 """
 
 import argparse
@@ -20,20 +19,13 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
-from datetime import date
-from importlib import metadata
 from pathlib import Path
 
-GIB = 2**30
-CAP_GIB = 14.42
+import random_model
+import t4
+from t4 import GIB
+
 STEPS = 3
-SHAPES = {
-    # name: (class, vocab, hidden, intermediate, layers, heads, kv heads, tied)
-    "mistral-7b-v0.3": ("Mistral", 32768, 4096, 14336, 32, 32, 8, False),
-    "tinyllama-1.1b": ("Llama", 32000, 2048, 5632, 22, 32, 4, False),
-    "smollm2-1.7b": ("Llama", 49152, 2048, 8192, 24, 32, 32, True),
-    "qwen2.5-1.5b": ("Qwen2", 151936, 1536, 8960, 28, 12, 2, True),
-}
 COLUMNS = [
     *("group", "date", "gpu", "cap_gib", "expandable"),
     *("torch", "transformers", "peft", "trl", "bitsandbytes", "liger"),
@@ -53,105 +45,39 @@ def groups() -> dict[str, list]:
     big, small = "mistral-7b-v0.3", ("tinyllama-1.1b", "smollm2-1.7b", "qwen2.5-1.5b")
     attention = {"targets": "attention"}
     ours_big = [
-        ours(1, 256),
-        ours(1, 256, "none"),
-        ours(4, 256, 16),
-        ours(1, 512),
-        ours(2, 512, "none"),
-        ours(4, 512),
-        ours(8, 512),
-        ours(1, 1024, rank=8),
-        ours(1, 1024),
-        ours(1, 1024, 16),
-        ours(1, 1024, "none"),
-        ours(1, 1024, "none", rank=64),
-        ours(1, 1024, "none", **attention),
-        ours(1, 1024, "none", dropout=0.05),
-        ours(1, 1024, rank=256),
-        ours(1, 1024, rank=256, optimizer="adamw_torch"),
-        ours(1, 1024, 16, rank=128, optimizer="adamw_8bit"),
-        ours(1, 1024, "none", accumulation=2),
-        ours(1, 1024, accumulation=2, rank=64),
-        ours(2, 1024, rank=64, **attention),
-        ours(2, 1024, 8),
-        ours(8, 1024, rank=32),
-        ours(1, 2048),
-        ours(1, 2048, 16),
-        ours(1, 2048, "none"),
-        ours(1, 2048, rank=64, optimizer="adamw_torch"),
-        ours(1, 2048, loss="full"),
-        ours(2, 2048),
-        ours(2, 2048, 20, rank=8),
-        ours(1, 3072, 24),
-        ours(1, 4096),
-        ours(1, 4096, 24, rank=32, **attention),
-        ours(1, 8192),
-        ours(1, 8192, rank=64, optimizer="adamw_torch"),
-        ours(8, 2048),
-        ours(4, 4096, rank=32),
-        ours(1, 16384),
-        ours(1, 16384, rank=64),
-        ours(1, 8192, offload=True),
-        ours(1, 4096, "none"),
-        ours(4, 1024, 2),
+        ours(1, 256), ours(1, 256, "none"), ours(4, 256, 16), ours(1, 512), ours(2, 512, "none"), ours(4, 512),
+        ours(8, 512), ours(1, 1024, rank=8), ours(1, 1024), ours(1, 1024, 16), ours(1, 1024, "none"),
+        ours(1, 1024, "none", rank=64), ours(1, 1024, "none", **attention), ours(1, 1024, "none", dropout=0.05),
+        ours(1, 1024, rank=256), ours(1, 1024, rank=256, optimizer="adamw_torch"),
+        ours(1, 1024, 16, rank=128, optimizer="adamw_8bit"), ours(1, 1024, "none", accumulation=2),
+        ours(1, 1024, accumulation=2, rank=64), ours(2, 1024, rank=64, **attention), ours(2, 1024, 8),
+        ours(8, 1024, rank=32), ours(1, 2048), ours(1, 2048, 16), ours(1, 2048, "none"),
+        ours(1, 2048, rank=64, optimizer="adamw_torch"), ours(1, 2048, loss="full"), ours(2, 2048),
+        ours(2, 2048, 20, rank=8), ours(1, 3072, 24), ours(1, 4096), ours(1, 4096, 24, rank=32, **attention),
+        ours(1, 8192), ours(1, 8192, rank=64, optimizer="adamw_torch"), ours(8, 2048), ours(4, 4096, rank=32),
+        ours(1, 16384), ours(1, 16384, rank=64), ours(1, 8192, offload=True), ours(1, 4096, "none"), ours(4, 1024, 2),
         ours(1, 32768),
-    ]
+    ]  # fmt: skip
     baseline_big = [
-        baseline(1, 256),
-        baseline(1, 512, "none"),
-        baseline(1, 512, 16),
-        baseline(4, 512),
-        baseline(8, 512),
-        baseline(1, 1024),
-        baseline(1, 1024, rank=8),
-        baseline(1, 1024, rank=256),
-        baseline(1, 1024, rank=64, **attention),
-        baseline(1, 1024, optimizer="adamw_torch"),
-        baseline(1, 1024, 16),
-        baseline(1, 1024, accumulation=2),
-        baseline(1, 1024, dropout=0.05),
-        baseline(1, 1024, loss="full"),
-        baseline(1, 1024, attention="eager"),
-        baseline(2, 1024),
-        baseline(4, 1024, rank=32),
-        baseline(1, 2048),
-        baseline(1, 2048, attention="eager"),
-        baseline(1, 2048, attention="efficient"),
-        baseline(1, 4096, attention="efficient"),
-        baseline(2, 2048),
-        baseline(1, 3072, **attention),
-        baseline(1, 1024, "none"),
-        baseline(1, 4096),
-    ]
+        baseline(1, 256), baseline(1, 512, "none"), baseline(1, 512, 16), baseline(4, 512), baseline(8, 512),
+        baseline(1, 1024), baseline(1, 1024, rank=8), baseline(1, 1024, rank=256),
+        baseline(1, 1024, rank=64, **attention), baseline(1, 1024, optimizer="adamw_torch"), baseline(1, 1024, 16),
+        baseline(1, 1024, accumulation=2), baseline(1, 1024, dropout=0.05), baseline(1, 1024, loss="full"),
+        baseline(1, 1024, attention="eager"), baseline(2, 1024), baseline(4, 1024, rank=32), baseline(1, 2048),
+        baseline(1, 2048, attention="eager"), baseline(1, 2048, attention="efficient"),
+        baseline(1, 4096, attention="efficient"), baseline(2, 2048), baseline(1, 3072, **attention),
+        baseline(1, 1024, "none"), baseline(1, 4096),
+    ]  # fmt: skip
     own_big = [
-        own(1, 1024, "none"),
-        own(2, 1024, "none"),
-        own(1, 2048),
-        own(1, 2048, keep_attention=False),
-        own(1, 8192, 24),
-        own(1, 512),
-        own(1, 256, "none"),
-        own(4, 512, 16),
-        own(8, 1024),
-        own(4, 1024, 8),
-        own(1, 4096, "none"),
-        own(1, 1024, rank=64),
-        own(1, 1024, "none", rank=128, optimizer="adamw_8bit"),
-        own(1, 1024, 16, rank=256),
-        own(1, 2048, "none", rank=8, **attention),
-        own(1, 4096, 16, rank=32, **attention),
-        own(1, 2048, "none", accumulation=2),
-        own(1, 2048, rank=64, optimizer="adamw_torch"),
-        own(1, 2048, loss="full"),
-        own(8, 2048),
-        own(1, 16384),
-        own(1, 16384, keep_attention=False, offload=True),
-        own(1, 8192, offload=True),
-        own(1, 1024, "none", dropout=0.05),
-        own(2, 2048, "none", rank=32),
-        own(4, 2048, "none"),
-        own(1, 32768),
-    ]
+        own(1, 1024, "none"), own(2, 1024, "none"), own(1, 2048), own(1, 2048, keep_attention=False),
+        own(1, 8192, 24), own(1, 512), own(1, 256, "none"), own(4, 512, 16), own(8, 1024), own(4, 1024, 8),
+        own(1, 4096, "none"), own(1, 1024, rank=64), own(1, 1024, "none", rank=128, optimizer="adamw_8bit"),
+        own(1, 1024, 16, rank=256), own(1, 2048, "none", rank=8, **attention), own(1, 4096, 16, rank=32, **attention),
+        own(1, 2048, "none", accumulation=2), own(1, 2048, rank=64, optimizer="adamw_torch"),
+        own(1, 2048, loss="full"), own(8, 2048), own(1, 16384), own(1, 16384, keep_attention=False, offload=True),
+        own(1, 8192, offload=True), own(1, 1024, "none", dropout=0.05), own(2, 2048, "none", rank=32),
+        own(4, 2048, "none"), own(1, 32768),
+    ]  # fmt: skip
     own_small = [own(2, 1024), own(2, 1024, "none"), own(4, 512, 10, rank=64), own(1, 4096, keep_attention=False)]
     ours_small = [ours(2, 1024), ours(2, 1024, "none"), ours(4, 512, 10, rank=64), ours(1, 4096, **attention)]
     like_t4 = [fitcheck(2, 1024, "eager"), fitcheck(2, 1024, "efficient"), fitcheck(2, 512, "math", rank=64)]
@@ -164,49 +90,6 @@ def groups() -> dict[str, list]:
         "segments": [(big, [baseline(1, 1024), baseline(1, 2048), baseline(4, 512), baseline(1, 512, 16)])],
         "inference": [(big, [(1, 512, 32), (1, 4096, 32), (1, 16384, 16), (8, 1024, 32), (4, 4096, 16)])],
     }
-
-
-def make_model(name: str, folder: Path) -> Path:
-    """A random fp16 checkpoint of a known shape with a word-level tokenizer; made once."""
-    if (folder / "config.json").exists():
-        return folder
-    import torch
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    kind, vocab, hidden, intermediate, layers, heads, kv_heads, tied = SHAPES[name]
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=32768,
-        tie_word_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **({"sliding_window": None} if kind == "Mistral" else {}),
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    torch.set_default_dtype(torch.float32)
-    model.config.dtype = "float16"
-    model.save_pretrained(folder, max_shard_size="2GB")
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"▁w{i}": i for i in range(3, 32000)}
-    tokenizer = Tokenizer(models.WordLevel(vocab=words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
-    ).save_pretrained(folder)
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()
-    return folder
 
 
 class Phases:
@@ -291,11 +174,10 @@ def measure_training(base, tokenizer, row, folder: Path, leaked_bytes: int) -> t
     from datasets import Dataset
 
     figures, phases = {}, Phases()
-    layers = base.config.num_hidden_layers
     watch = watching(phases, row, base.model.layers)
     if row.recipe == "own":
-        scratch = Path(tempfile.mkdtemp())
-        trainer = recipes.own_trainer(base, tokenizer, row, folder, [watch], STEPS, scratch)
+        config, sequences = recipes.config_of(row, folder, STEPS), STEPS * row.batch * row.accumulation
+        trainer = recipes.own_trainer(base, tokenizer, config, [watch], sequences, Path(tempfile.mkdtemp()))
         model = trainer.model
     else:
         model = recipes.adapt(base, row)
@@ -303,7 +185,8 @@ def measure_training(base, tokenizer, row, folder: Path, leaked_bytes: int) -> t
         rows = row.batch * row.accumulation * STEPS
         ids = torch.randint(300, 31000, (rows, row.seq), generator=generator).tolist()
         dataset = Dataset.from_dict({"input_ids": ids})
-        trainer = recipes.trainer(model, tokenizer, row, dataset, [watch], STEPS, layers, Path("/tmp/measure"))
+        trainer = recipes.trainer(model, tokenizer, row, dataset, [watch], STEPS, Path(tempfile.mkdtemp()))
+    recipes.without_skipped_steps(trainer)
     figures["ready_gib"] = torch.cuda.memory_allocated() / GIB
     split_phases(trainer, phases)
     torch.cuda.reset_peak_memory_stats()
@@ -366,40 +249,18 @@ def measure_inference(base, prompt: tuple[int, int, int]) -> dict:
     }
 
 
-def facts(expandable: bool) -> dict:
-    """What is the same for every row of a process."""
-    import torch
-
-    packages = ("torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel")
-    found = {}
-    for package in packages:
-        try:
-            found[package.removesuffix("-kernel")] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found | {
-        "date": date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(0),
-        "cap_gib": CAP_GIB,
-        "expandable": expandable,
-    }
-
-
 def run_group(group: str, model: str, out: Path, models: Path, seconds: float) -> None:
     """All rows of a group and model in this process; rows after the deadline are left out, and said to be."""
     import torch
 
     deadline = time.monotonic() + seconds
-    sys.path.insert(0, str(Path(__file__).parent))
     import recipes
 
-    recipes.find_helpers()
-    make_model(model, models / model)
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(CAP_GIB * GIB / total, 1.0))
-    torch.backends.cuda.enable_flash_sdp(False)
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    common = facts("expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")) | {"group": group}
+    random_model.make(models / model, model)
+    t4.limit()
+    common = t4.about("torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel")
+    common |= {"group": group, "liger": common.get("liger-kernel", "")}
+    common["expandable"] = "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     leaked = 0
     for name, rows in groups()[group]:
         if name != model:
@@ -420,8 +281,7 @@ def run_group(group: str, model: str, out: Path, models: Path, seconds: float) -
                     torch.cuda.reset_peak_memory_stats()
                     start = time.perf_counter()
                     loaded_as = recipes.ours(1, 512) if isinstance(row, tuple) else row
-                    load = recipes.load_own if loaded_as.recipe == "own" else recipes.load
-                    base, tokenizer = load(models / name, loaded_as)
+                    base, tokenizer = recipes.load(models / name, loaded_as)
                     figures["load_s"] = time.perf_counter() - start
                     figures["load_peak_gib"] = torch.cuda.max_memory_allocated() / GIB
                 figures["loaded_gib"] = torch.cuda.memory_allocated() / GIB
@@ -466,7 +326,6 @@ def main() -> None:
         return
     deadline = time.monotonic() + options.seconds
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    sys.path.insert(0, str(Path(__file__).parent))
     for group in options.groups:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment |= {"PYTORCH_CUDA_ALLOC_CONF": f"expandable_segments:{group != 'segments'}"}

@@ -12,7 +12,6 @@ text, or both.
 import argparse
 import csv
 import json
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,31 +19,20 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from t4 import ROOT
 
-from helpers import inference, quantize  # noqa: E402
-from helpers.config import MergeConfig, QuantizeConfig, RunConfig  # noqa: E402
-from helpers.evaluate.metrics import token_f1  # noqa: E402
-from helpers.evaluate.perplexity import perplexity, read_prepared  # noqa: E402
-from helpers.models import profile, shape  # noqa: E402
+from helpers import inference, quantize
+from helpers.config import MergeConfig, QuantizeConfig, RunConfig
+from helpers.evaluate.metrics import token_f1
+from helpers.evaluate.perplexity import perplexity, read_prepared
+from helpers.models import profile, shape
 
 GROUP_SIZE = 128
 BASES = ("original", "nf4")
 WAYS = [(bits, calibration) for bits in (4, 3) for calibration in ("own", "general", "both")]
 COLUMNS = (
-    *(
-        "model",
-        "seed",
-        "merge_base",
-        "bits",
-        "method",
-        "calibration",
-        "perplexity",
-        "perplexity_low",
-        "perplexity_high",
-    ),
-    *("kl_from_trained", "exact_match", "f1", "questions", "tokens"),
+    *("model", "seed", "merge_base", "bits", "method", "calibration", "perplexity", "perplexity_low"),
+    *("perplexity_high", "kl_from_trained", "exact_match", "f1", "questions", "tokens"),
 )
 
 
@@ -54,7 +42,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--base", type=Path, help="default: the tiny model")
     parser.add_argument("--name", default="tiny", help="of the model, in the table")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("merge_bases.csv"))
+    parser.add_argument("--output", type=Path, default=ROOT / "data" / "measurements" / "merge_bases.csv")
     parser.add_argument("--jobs", type=int, default=1, help="quantizations at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the profile tiny")

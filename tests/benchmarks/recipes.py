@@ -4,13 +4,12 @@
 Liger's kernels; `baseline` is what guides do with PEFT's and trl's defaults; `fitcheck` is like t4_fitcheck.csv's rows.
 """
 
-import importlib.util
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import t4
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from random_model import write_prepared
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
@@ -67,84 +66,41 @@ def layer_count(row: Row, layers: int) -> int:
     return {"all": layers, "none": 0}.get(row.checkpointing, row.checkpointing)
 
 
-def register_repeated_attention() -> None:
-    """SDPA over repeated keys and values, which keeps its memory-efficient kernel on 7.5 (FACTS' trap 2)."""
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import repeat_kv
-
-    def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **_):
-        groups = module.num_key_value_groups
-        causal = query.shape[2] > 1 and attention_mask is None
-        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-        out = scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, is_causal=causal
-        )
-        return out.transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register("measured_repeat_kv", attend)
-
-
-def attention_name(row: Row) -> str:
-    """The attention implementation of a row, as transformers names it; "math" is what sdpa falls to on 7.5."""
-    return {"efficient": "measured_repeat_kv", "math": "sdpa", "eager": "eager"}[row.attention]
-
-
 def load(folder: Path, row: Row):
-    """An NF4 base on the GPU: (model, tokenizer)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-    register_repeated_attention()
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=row.double_quant,
-        bnb_4bit_compute_dtype=torch.float16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        quantization_config=quantization,
-        device_map={"": 0},
-        dtype=torch.float16,
-        attn_implementation=attention_name(row),
-    )
-    return model, AutoTokenizer.from_pretrained(folder)
+    """helpers.finetune's base, frozen, in fp16 as on a T4, with the row's attention kernel, and its tokenizer."""
+    model, tokenizer = t4.fine_tuning_in_fp16().load_base(config_of(row, folder, 1))
+    model.config.max_position_embeddings = 10**6  # the memory of a long context does not depend on it
+    return model, tokenizer
 
 
 def adapt(base, row: Row):
     """The base with fresh adapters, its layers checkpointed as the row says."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    checked = layer_count(row, base.config.num_hidden_layers)
+    checkpointed = layer_count(row, base.config.num_hidden_layers)
     keywords = {"use_reentrant": False}
     if row.upcast:
         base = prepare_model_for_kbit_training(
-            base, use_gradient_checkpointing=checked > 0, gradient_checkpointing_kwargs=keywords
+            base, use_gradient_checkpointing=checkpointed > 0, gradient_checkpointing_kwargs=keywords
         )
-    else:
-        for parameter in base.parameters():
-            parameter.requires_grad_(False)
-        if checked:
-            base.gradient_checkpointing_enable(keywords)
-    if not checked:
+    elif checkpointed:
+        base.gradient_checkpointing_enable(keywords)
+    if not checkpointed:
         base.gradient_checkpointing_disable()
-    base.config.use_cache = False
-    base.set_attn_implementation(attention_name(row))
+    base.set_attn_implementation({"efficient": "efficient", "math": "sdpa", "eager": "eager"}[row.attention])
+    targets = ALL_LINEAR if row.targets == "all-linear" else ATTENTION
     lora = LoraConfig(
-        r=row.rank,
-        lora_alpha=row.rank,
-        lora_dropout=row.dropout,
-        target_modules=ALL_LINEAR if row.targets == "all-linear" else ATTENTION,
-        bias="none",
+        r=row.rank, lora_alpha=row.rank, lora_dropout=row.dropout, target_modules=targets, bias="none",
         task_type="CAUSAL_LM",
-    )
+    )  # fmt: skip
     return get_peft_model(base, lora)
 
 
-def trainer(model, tokenizer, row: Row, dataset, callbacks: list, steps: int, layers: int, scratch: Path):
-    """trl's SFTTrainer for a row; its adapters in fp32 (FACTS' trap 1) and a loss scale that skips no step."""
+def trainer(model, tokenizer, row: Row, dataset, callbacks: list, steps: int, scratch: Path, in_fp32: bool = True):
+    """trl's SFTTrainer for a row; in_fp32: its adapters, which trl casts to bf16 and fp16 training cannot unscale."""
     from trl import SFTConfig, SFTTrainer
 
-    checked = layer_count(row, layers)
+    checkpointed = layer_count(row, model.config.num_hidden_layers)
     arguments = SFTConfig(
         output_dir=str(scratch),
         per_device_train_batch_size=row.batch,
@@ -160,7 +116,7 @@ def trainer(model, tokenizer, row: Row, dataset, callbacks: list, steps: int, la
         save_strategy="no",
         logging_steps=1,
         warmup_steps=1,
-        gradient_checkpointing=checked > 0,
+        gradient_checkpointing=checkpointed > 0,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         activation_offloading=row.offload,
         use_liger_kernel=row.fused_kernels,
@@ -170,10 +126,10 @@ def trainer(model, tokenizer, row: Row, dataset, callbacks: list, steps: int, la
     built = SFTTrainer(
         model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=callbacks
     )
-    for parameter in built.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    built.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=16.0)
+    if in_fp32:
+        from helpers.finetune.base import trainable_to_fp32
+
+        trainable_to_fp32(built.model)
     if row.loss == "full":
         built.compute_loss = full_logits_loss
     return built
@@ -186,7 +142,7 @@ def full_logits_loss(model, inputs, return_outputs=False, num_items_in_batch=Non
 
 
 def config_of(row: Row, folder: Path, steps: int):
-    """The RunConfig of an own row."""
+    """The RunConfig of a row."""
     from helpers.models import profile
 
     return profile(
@@ -198,6 +154,7 @@ def config_of(row: Row, folder: Path, steps: int):
         rank=row.rank,
         alpha=row.rank,
         targets=row.targets,
+        attention=row.attention,
         optimizer=row.optimizer,
         loss=row.loss,
         dropout=row.dropout,
@@ -210,36 +167,22 @@ def config_of(row: Row, folder: Path, steps: int):
     )
 
 
-def load_own(folder: Path, row: Row):
-    """helpers.finetune's base, in fp16 as on a T4, and its tokenizer."""
+def own_trainer(base, tokenizer, config, callbacks: list, sequences: int, scratch: Path):
+    """helpers.finetune's trainer over so many random sequences; nothing is saved."""
     from helpers import finetune
 
-    finetune.precision = lambda *_: finetune.Precision(torch.float16, "as on a T4")
-    model, tokenizer = finetune.load_base(config_of(row, folder, 1))
-    model.config.max_position_embeddings = 10**6  # the memory of a long context does not depend on it
-    return model, tokenizer
-
-
-def own_trainer(base, tokenizer, row: Row, folder: Path, callbacks: list, steps: int, scratch: Path):
-    """helpers.finetune's trainer for a row, with a loss scale that skips no step."""
-    from helpers import finetune
-    from helpers.finetune import verify
-
-    for layer in base.model.layers:  # an earlier row's own layers and loss
-        layer.__dict__.pop("forward", None)
-    base.__dict__.pop("forward", None)
-    config = config_of(row, folder, steps)
-    verify.write_rows(scratch / "prepared", steps * row.batch * row.accumulation, row.seq, base.config.vocab_size)
+    for module in (base, *base.model.layers):  # an earlier row's custom layers and loss
+        module.__dict__.pop("forward", None)
+    prepared = write_prepared(scratch / "prepared", Path(config.model.model), sequences, config.data.seq_len)
     model = finetune.attach_adapter(base, config)
-    built = finetune.build_trainer(config, model, tokenizer, scratch / "prepared", scratch / "checkpoints")
+    built = finetune.build_trainer(config, model, tokenizer, prepared, scratch / "checkpoints")
     built.args.set_save(strategy="no")
     for callback in callbacks:
         built.add_callback(callback)
-    built.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=16.0)
     return built
 
 
-def find_helpers() -> None:
-    """The project's own helpers, when this script is run from anywhere."""
-    if importlib.util.find_spec("helpers") is None:
-        sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+def without_skipped_steps(built):
+    """A trainer whose loss scale starts where no step of random weights overflows: each of the few has an update."""
+    built.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=16.0)
+    return built

@@ -2,26 +2,22 @@
 
 import csv
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from t4 import ALLOCATOR_GIB as CAP_GIB  # noqa: F401 - tables.py names it
+from t4 import GIB, ROOT
+
+from helpers import hardware
+from helpers.budget import vram
+from helpers.budget.step import Step
+from helpers.config import RunConfig
+from helpers.hardware import Machine
+from helpers.models import ModelShape, known, shape
+
 MEASURED = ROOT / "data" / "measurements"
-sys.path.insert(0, str(ROOT))
-
-from helpers import hardware  # noqa: E402
-from helpers.budget import activations, vram  # noqa: E402
-from helpers.config import RunConfig  # noqa: E402
-from helpers.hardware import Machine  # noqa: E402
-from helpers.models import ModelShape, known, shape  # noqa: E402
-
-GIB = 2**30
-CAP_GIB = 14.42
-"""What a T4's leaves the allocator, and what the H200's was held to."""
-FITTED = "h200_t4_envelope.csv"
-"""The run whose every other row vram.beyond was fitted to; the rows between them test it."""
+CALIBRATED = "h200_t4_envelope.csv"
+"""The run on whose every other row vram.allocator_overhead was calibrated; the rows between them test it."""
 DEEPSEEK = known("deepseek-coder-1.3b", "llama", (24, 2048, 5504, 16, 16, 128, 32256, 16384))
 UPCAST_ORDER = ("mistral-7b-v0.3", "tinyllama-1.1b", "smollm2-1.7b", "qwen2.5-1.5b")
 
@@ -42,8 +38,13 @@ class Measured:
     process_gib: float | None = None
     step_s: float | None = None
     plain_loop: bool = False
-    fitted: bool = False
-    """Whether vram.beyond, what the allocator reserves, was fitted to this row."""
+    calibrated: bool = False
+    """Whether vram.allocator_overhead was calibrated on this row."""
+
+    @property
+    def step(self) -> Step:
+        """Its training step, as the formulas take it."""
+        return Step.of(self.config, self.shape)
 
     @property
     def label(self) -> str:
@@ -77,7 +78,7 @@ def h200(name: str) -> Iterator[Measured]:
         if row["recipe"] == "inference" or row["status"] not in ("ok", "oom"):
             continue
         expandable = row["expandable"] == "True"
-        fitted = name == FITTED and row["status"] == "ok" and (finished % 2 == 0 or not expandable)
+        calibrated = name == CALIBRATED and row["status"] == "ok" and (finished % 2 == 0 or not expandable)
         finished += expandable and row["status"] == "ok"
         config = RunConfig().with_values(
             batch_size=int(row["batch"]),
@@ -101,8 +102,8 @@ def h200(name: str) -> Iterator[Measured]:
         measured = {key: number(row[key]) for key in ("allocated_gib", "reserved_gib", "process_gib", "step_s")}
         sizes = {key: size - stale for key, size in measured.items() if key != "step_s" and size is not None}
         yield Measured(
-            row["group"], row["recipe"], config, shape(row["model"]), card, expandable, row["status"], fitted=fitted,
-            step_s=measured["step_s"], **sizes,
+            row["group"], row["recipe"], config, shape(row["model"]), card, expandable, row["status"],
+            calibrated=calibrated, step_s=measured["step_s"], **sizes,
         )  # fmt: skip
 
 
@@ -161,7 +162,7 @@ def planned() -> Iterator[Measured]:
 
 
 def facts() -> Iterator[Measured]:
-    """An earlier run on the same card, with other versions and scripts (20 November 2026)."""
+    """An earlier run on the same GPU, with other versions and scripts (20 November 2026)."""
     card = hardware.machine("h200")
     for row in read("h200_first_run.csv"):
         if row["recipe"] == "unsloth":
@@ -211,29 +212,29 @@ def t4(chosen: str) -> Iterator[Measured]:
         yield Measured(
             f"T4 {chosen}", "plain loop", config, model, hardware.machine("t4"), False, row["status"],
             number(row["peak_alloc_mib"], mib), number(row["peak_reserved_mib"], mib),
-            number(row["process_mib"], mib), number(row["step_s"]), plain_loop=True, fitted=chosen == "first",
+            number(row["process_mib"], mib), number(row["step_s"]), plain_loop=True, calibrated=chosen == "first",
         )  # fmt: skip
 
 
 def allocated_gib(row: Measured) -> tuple[float, str]:
-    """(predicted peak in PyTorch's allocator, its moment)."""
-    moments = vram.moments(row.shape, row.config, row.machine.gpu.capability)
+    """(predicted peak in PyTorch's allocator, its phase)."""
+    phases = vram.phases(row.step, row.machine.gpu.capability)
     if row.plain_loop:
-        moments = as_plain_loop(moments, row)
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
-    return sum(moments[moment].values()) / GIB, moment
+        phases = as_plain_loop(phases, row)
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    return sum(phases[phase].values()) / GIB, phase
 
 
-def as_plain_loop(moments: dict[str, dict[str, float]], row: Measured) -> dict[str, dict[str, float]]:
-    """The moments of a loop without autocast that holds the model's output: logits stay in fp32 to the end.
+def as_plain_loop(phases: dict[str, vram.Parts], row: Measured) -> dict[str, vram.Parts]:
+    """The phases of a loop without autocast that holds the model's output: logits stay in fp32 to the end.
 
     So there are no casts of adapters or head; forward: logits and log-softmax; backward: those and two gradients.
     """
-    tokens, words = activations.tokens_of(row.config), row.shape.vocab
+    tokens, words = row.step.tokens, row.shape.vocab
     stream = tokens * row.shape.hidden * 4
     held = {"the loss": 8 * tokens * words + 2 * stream, "the loss's backward pass": 16 * tokens * words + stream}
     found = {}
-    for name, parts in moments.items():
+    for name, parts in phases.items():
         rest = {part: size for part, size in parts.items() if part not in ("adapters in 16 bits", "logits and loss")}
         found[name] = rest | {"logits and loss": held.get(name, 4 * tokens * words)}
     return found

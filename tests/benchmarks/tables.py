@@ -48,12 +48,12 @@ class Verdicts:
 
 def reserved_gib(row: Measured) -> float:
     """Predicted GiB that the allocator reserves."""
-    return rows.allocated_gib(row)[0] + vram.beyond(row.shape, row.config, row.expandable) / GIB
+    return rows.allocated_gib(row)[0] + vram.allocator_overhead(row.step, row.expandable) / GIB
 
 
 def process_gib(row: Measured) -> float:
     """Predicted GiB of the whole process: reserved, paged optimizer states, CUDA's context."""
-    return reserved_gib(row) + vram.optimizer_states(row.shape, row.config)[1] / GIB + row.machine.gpu.context_gib
+    return reserved_gib(row) + vram.optimizer_states(row.config, row.shape)[1] / GIB + row.machine.gpu.context_gib
 
 
 def compare(chosen: Sequence[Measured], predict: Callable[[Measured], float], measured: str) -> Errors:
@@ -67,7 +67,7 @@ def verdicts(chosen: Sequence[Measured]) -> Verdicts:
     t4 = hardware.machine("t4")
     context_gib = t4.gpu.context_gib
     promised = [
-        process_gib(row) - row.machine.gpu.context_gib + context_gib <= planning.usable_gib(row.config, row.shape, t4)
+        process_gib(row) - row.machine.gpu.context_gib + context_gib <= planning.usable_gib(t4, row.step.backend)
         for row in chosen
     ]
     ran = [row.status == "ok" for row in chosen]
@@ -114,7 +114,7 @@ def accuracy() -> str:
     ]
     for name, chosen in sets().items():
         allocated = compare(chosen, lambda row: rows.allocated_gib(row)[0], "allocated_gib")
-        others = [row for row in chosen if not row.fitted] or chosen
+        others = [row for row in chosen if not row.calibrated] or chosen
         process = compare(others, process_gib, "process_gib")
         if not process.percent:
             process = compare(others, reserved_gib, "reserved_gib")
@@ -158,7 +158,7 @@ def step_times() -> str:
 
 def predicted_step_s(row: Measured) -> float:
     """Predicted seconds of one optimizer step of a row."""
-    return hours.step_s(row.config, row.shape, row.machine)
+    return hours.step_s(row.step, row.machine)
 
 
 def step_errors() -> str:
@@ -245,7 +245,7 @@ def document() -> str:
             "An H200 held to a T4's envelope (14.42 GiB for the allocator, fp16, no flash attention) unless it says "
             "*real T4*, whose rows others published; [data/measurements](data/measurements/README.md) has every row, "
             "says what was calibrated on what, and makes these tables: `python tests/benchmarks/tables.py`.",
-            "**Predicted against measured.** A run fits when its prediction leaves 3 % of the card free (5 % where "
+            "**Predicted against measured.** A run fits when its prediction leaves 3 % of the VRAM free (5 % where "
             "transformers' layers compute); the last two columns count where that was wrong.",
             accuracy(),
             step_errors(),

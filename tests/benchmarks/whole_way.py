@@ -3,33 +3,28 @@
     python tests/benchmarks/whole_way.py --work /tmp/way --output OUT       # about 8 minutes on an H200, 40 GB of disk
 
 Random weights in the shape of Mistral-7B-v0.3, a base without chat template and pad token. Every stage is a process of
-its own, `python -m helpers STAGE`, in a cgroup with a hard limit; `t4_envelope/` lets it see a T4. Writes
+its own, `python -m helpers STAGE`, started by t4.python, which lets it see nothing else. Writes
 whole_way.jsonl, a line a stage: seconds, peaks of anonymous memory and of the allocator beside the budget's, what the
 limit did; and whole_way.log with all that the stages printed. Exits with 1 at the first stage that fails.
 """
 
 import argparse
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
+import random_model
+import t4
+from t4 import GIB, ROOT
 
-from bench_merge_quantize import make  # noqa: E402
+from helpers import models
 
-from helpers import models  # noqa: E402
-
-GIB = 2**30
-ALLOCATOR_GIB, HOST_BYTES, CORES = 14.42, 12_700_000_000, "0,1"
-GROUP = Path("/sys/fs/cgroup/free-colab")
 SETTINGS = {
     "seq-len": 1024, "max-steps": 4, "save-steps": 2, "heldout-fraction": 0.1,
     "max-heldout": 16, "max-questions": 16, "max-new-tokens": 32, "eval-context": 1024,
@@ -42,7 +37,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("/tmp/way"))
     parser.add_argument("--output", type=Path, default=Path("/tmp/way"))
-    parser.add_argument("--layers", type=int, default=32, help="fewer, to try the script")
+    parser.add_argument("--layers", type=int, help="fewer, to try the script")
+    parser.add_argument("--shape", default=random_model.SHAPE, help="another model's, or a folder's, to try the script")
     parser.add_argument(
         "--made", action="store_true", help="random models for the stages' own: check and evaluate only"
     )
@@ -50,7 +46,7 @@ def main() -> int:
     options = parser.parse_args()
     base, run = options.work / "base", options.work / "run"
     options.output.mkdir(parents=True, exist_ok=True)
-    print(f"base: {make_base(base, options.layers, options.tokenizer):.0f} s", flush=True)
+    print(f"base: {make_base(base, options.shape, options.layers, options.tokenizer):.0f} s", flush=True)
     conversations = long_conversations(options.work / "conversations.jsonl")
     common = ["--profile", "mistral-7b", "--workspace", str(run), "--model", str(base)]
     common += [part for name, value in SETTINGS.items() for part in (f"--{name}", str(value))]
@@ -62,8 +58,8 @@ def main() -> int:
         "evaluate": ["--questions", str(ROOT / "data" / "questions.jsonl")],
     }
     if options.made:
-        stages = {"evaluate": [*stages["evaluate"], *made_models(options.work, base, options.layers)]}
-    limited = make_group()
+        stages = {"evaluate": [*stages["evaluate"], *made_models(options.work, base, options.shape, options.layers)]}
+    limited = t4.host_limit()
     for stage, flags in stages.items():
         arguments = [part for part in common if stage != "quantize" or part not in ("--model", str(base))]
         row = {"stage": stage} | in_colab([stage, "--json", *arguments, *flags], options.output, limited)
@@ -77,27 +73,21 @@ def main() -> int:
     return 0 if (run / "report.json").is_file() else 1
 
 
-def made_models(work: Path, base: Path, layers: int) -> list[str]:
+def made_models(work: Path, base: Path, shape: str, layers: int | None) -> list[str]:
     """The flags that name the base, an adapter, the base once more as the merged model, and a GPTQ model."""
-    from bench_decode import write_gptq
-
-    write_gptq({"work": str(work), "layers": layers, "toy": False})
+    random_model.make_gptq(work / "gptq", shape, layers)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(base / name, work / "gptq" / name)
-    adapter = work / "finetune" / "adapter" / "adapter_config.json"
-    settings = json.loads(adapter.read_text(encoding="utf-8"))
-    targets = {"target_modules": list(models.shape("mistral-7b-v0.3").linears), "task_type": "CAUSAL_LM"}
-    adapter.write_text(json.dumps(settings | targets), encoding="utf-8")
-    folders = {"base": base, "finetuned": adapter.parent, "merged": base, "gptq": work / "gptq"}
+    adapter = work / "finetune" / "adapter"
+    folders = {"base": base, "finetuned": adapter, "merged": base, "gptq": work / "gptq"}
     heldout = ROOT / "data" / "heldout_conversations.jsonl"
     return ["--data", str(heldout), "--models", *(f"{name}={folder}" for name, folder in folders.items())]
 
 
-def make_base(folder: Path, layers: int, tokenizer: Path) -> float:
+def make_base(folder: Path, shape: str, layers: int | None, tokenizer: Path) -> float:
     """A base of random weights, its tokenizer without chat template and pad token; returns the seconds."""
     start = time.monotonic()
-    adapter = folder.parent / "finetune" / "adapter"
-    make({"name": "mistral-7b-v0.3", "folder": str(folder), "adapter": str(adapter), "layers": layers})
+    random_model.make(folder, shape, layers, adapter=folder.parent / "finetune" / "adapter")
     for file in (*folder.glob("tokenizer*"), *folder.glob("*special_tokens*"), *folder.glob("chat_template*")):
         file.unlink()
     for name in ("tokenizer.json", "tokenizer.model"):
@@ -118,72 +108,35 @@ def long_conversations(path: Path) -> Path:
     return path
 
 
-def make_group() -> bool:
-    """A cgroup with the RAM of a free Colab and no swap; False where the system does not let us."""
-    try:
-        (GROUP.parent / "cgroup.subtree_control").write_text("+memory")
-        GROUP.mkdir(exist_ok=True)
-        (GROUP / "memory.max").write_text(str(HOST_BYTES))
-    except OSError as error:
-        print(f"no limit on host memory here: {error}")
-        return False
-    return True
-
-
-def in_colab(arguments: list[str], output: Path, limited: bool) -> dict:
+def in_colab(arguments: list[str], output: Path, limited: str) -> dict:
     """Run one command of ours under the limits: status, seconds, peaks, what the limit did, and its result."""
-    total = subprocess.run(
-        ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"], capture_output=True, text=True
-    ).stdout.split()
-    fraction = ALLOCATOR_GIB * 1024 / float(total[0]) if total else 1.0
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(HERE / "t4_envelope"), os.environ.get("PYTHONPATH", "")]),
-        "PYTORCH_CUDA_ALLOC_CONF": f"expandable_segments:True,per_process_memory_fraction:{fraction:.5f}",
-        "CUDA_VISIBLE_DEVICES": "0",
-        "HF_HUB_OFFLINE": "1",
-        "TORCH_CUDA_ARCH_LIST": "7.5;9.0",
-    }
-    enter = f"echo $$ > {GROUP}/cgroup.procs && " if limited else ""
-    command = f'{enter}exec taskset -c {CORES} "$0" -m helpers "$@"'
-    before = events(limited)
+    before = t4.events(limited)
     start, anonymous = time.monotonic(), 0
     printed = output / "result.json"
     with (output / "whole_way.log").open("a", encoding="utf-8") as log, printed.open("w", encoding="utf-8") as stream:
         log.write(f"==== {' '.join(arguments)}\n")
         log.flush()
-        process = subprocess.Popen(
-            ["bash", "-c", command, sys.executable, *arguments],
-            env=environment, cwd=ROOT, stdout=stream, stderr=log,
-        )  # fmt: skip
+        extensions = {"TORCH_CUDA_ARCH_LIST": "7.5;9.0"}
+        process = t4.python(["-m", "helpers", *arguments], limited, extensions, stdout=stream, stderr=log)
         while process.poll() is None:
             anonymous = max(anonymous, anonymous_bytes(process.pid, limited))
             time.sleep(0.1)
     row = {"status": process.returncode, "wall_s": round(time.monotonic() - start, 1)}
     row |= {"anonymous_gib": round(anonymous / GIB, 2)}
-    row |= {name: events(limited).get(name, 0) - count for name, count in before.items()}
+    row |= {name: count - before[name] for name, count in t4.events(limited).items()}
     text = printed.read_text(encoding="utf-8")
     printed.unlink()
     return row | {"result": json.loads(text) if row["status"] == 0 else text}
 
 
-def anonymous_bytes(process: int, limited: bool) -> int:
+def anonymous_bytes(process: int, limited: str) -> int:
     """Anonymous memory of the group, or of the process where there is none."""
-    try:
-        if limited:
-            return int(re.search(r"^anon (\d+)", (GROUP / "memory.stat").read_text(), re.M)[1])
+    with suppress(OSError, TypeError):
+        if limited == "cgroup":
+            return int(re.search(r"^anon (\d+)", (t4.GROUPS[limited][0] / "memory.stat").read_text(), re.M)[1])
         rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
         return 1024 * int(re.search(r"^Anonymous:\s+(\d+)", rollup, re.M)[1])
-    except (OSError, TypeError):
-        return 0
-
-
-def events(limited: bool) -> dict[str, int]:
-    """How often the limit took file cache back, and processes it killed."""
-    if not limited:
-        return {}
-    lines = (GROUP / "memory.events").read_text().splitlines()
-    counts = {name: int(count) for name, count in (line.split() for line in lines)}
-    return {"limit_reached": counts["max"], "oom_kill": counts["oom_kill"]}
+    return 0
 
 
 def predicted(arguments: list[str]) -> dict:

@@ -1,7 +1,8 @@
-"""The budget: components sum to the peak's moment, memory grows with what it should, a plan fits, words help."""
+"""The budget: components sum to the peak, memory grows with what it should, a plan fits, words help."""
 
 import itertools
 import json
+import re
 import sys
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from helpers import budget, cli, hardware, models
 from helpers.budget import activations, host, hours, placement, planning, vram
+from helpers.budget.step import Step
 from helpers.config import RunConfig
 from helpers.hardware import GPUS, Host, Machine
 from helpers.models import ROOT
@@ -24,7 +26,7 @@ T4 = hardware.machine("t4")
 TINY = models.profile("tiny")
 TINY_SHAPE = models.shape(TINY.model.model)
 OLD_LAPTOP = Machine(None, Host("old laptop", 4.0, 10.0, 2))
-CARDS = ("t4", "rtx3080", "rtx3060", "l4", "4090", "a100-40")
+GPU_NAMES = ("t4", "rtx3080", "rtx3060", "l4", "4090", "a100-40")
 
 
 def seven(**values) -> RunConfig:
@@ -59,7 +61,7 @@ configurations = st.fixed_dictionaries(
 
 @settings(max_examples=40, deadline=None)
 @given(configurations, st.sampled_from(budget.STAGES))
-def test_components_sum_to_the_peaks_moment_and_nothing_is_negative(values, stage):
+def test_components_sum_to_the_peak_and_nothing_is_negative(values, stage):
     found = budget.budget(seven(**values), SEVEN, T4, stage)
     assert sum(found.vram.parts.values()) == pytest.approx(found.vram.process_gib)
     assert found.vram.allocated_gib <= found.vram.reserved_gib <= found.vram.process_gib
@@ -69,6 +71,19 @@ def test_components_sum_to_the_peaks_moment_and_nothing_is_negative(values, stag
     assert sum(found.disk.parts.values()) == pytest.approx(found.disk.peak_gib)
     assert sum(found.time.parts.values()) == pytest.approx(found.time.total_h)
     assert found.fits == (not found.reasons)
+
+
+@pytest.mark.parametrize("stage", budget.STAGES)
+@pytest.mark.parametrize("machine", ["t4", "rtx3060", "cpu"])
+def test_labels_and_sentences_use_the_words_of_the_field(stage, machine):
+    """A GPU is no card, which is a model's; layers are checkpointed, and activations saved and recomputed."""
+    strange = re.compile(r"\b(cards?|(un)?checked|kept|rebuilt|unpack\w*|moments?|reserved beyond|layer work)\b")
+    for values in ({}, {"checkpointing": 3}, {"seq_len": 32768, "checkpointing": "none"}, {"kernels": "plain"}):
+        config, place = seven(**values), hardware.machine(machine)
+        found, plan = budget.budget(config, SEVEN, place, stage), budget.plan(config, SEVEN, place)
+        labels = [label for needs in (found.vram, found.ram, found.disk, found.time) for label in needs.parts]
+        said = [*labels, found.vram.phase, *found.reasons, *found.notes, *plan.reasons, budget.table(found)]
+        assert not [text for text in said if strange.search(text)]
 
 
 @settings(max_examples=40, deadline=None)
@@ -82,19 +97,19 @@ def test_memory_grows_with_rank_context_and_batch(values, name, more):
 @settings(max_examples=30, deadline=None)
 @given(configurations)
 def test_memory_falls_as_layers_are_checkpointed(values):
-    """But for what rebuilding one layer adds: its input, and holes in what the allocator reserves.
+    """But for what recomputing one layer adds: its input, and holes in what the allocator reserves.
 
     With a few tokens and a large rank the optimizer step is the peak, which no checkpointing lowers.
     """
     config = seven(**values)
-    one_input = activations.tokens_of(config) * SEVEN.hidden * 4 / 2**30
+    one_input = Step.of(config, SEVEN).tokens * SEVEN.hidden * 4 / 2**30
     found = [
         budget.vram_of(planning.with_train(config, checkpointing=count), SEVEN, T4, "train")
         for count in (0, 8, 16, 24, 32)
     ]
-    checked = planning.with_train(config, checkpointing=32)
-    work, again = activations.forward_work(SEVEN, checked, checked=True), activations.rebuilt(SEVEN, checked)
-    holes = (0.16 * work + 0.165 * again) / 2**30
+    step = Step.of(planning.with_train(config, checkpointing=32), SEVEN)
+    buffers, again = activations.forward_buffers(step, checkpointed=True), activations.recomputed(step)
+    holes = (0.16 * buffers + 0.165 * again) / 2**30
     for more, fewer in itertools.pairwise(found):
         # the last layer may cost its input more than it saves, where everything is at its smallest
         assert more.allocated_gib >= fewer.allocated_gib - max(one_input, 0.02)
@@ -103,22 +118,22 @@ def test_memory_falls_as_layers_are_checkpointed(values):
 
 @settings(max_examples=15, deadline=None)
 @given(
-    st.sampled_from(CARDS),
+    st.sampled_from(GPU_NAMES),
     st.sampled_from([128, 512, 1024, 2048, 6144, 16384, 32768]),
     st.sampled_from([4, 16, 64, 256]),
     st.integers(1, 8),
     st.integers(1, 8),
     st.sampled_from(["all-linear", "attention"]),
 )
-def test_a_plan_fits_its_own_budget_and_keeps_what_was_asked(card, seq_len, rank, batch, accumulation, targets):
+def test_a_plan_fits_its_own_budget_and_keeps_what_was_asked(gpu, seq_len, rank, batch, accumulation, targets):
     config = seven(seq_len=seq_len, rank=rank, batch_size=batch, accumulation=accumulation, targets=targets)
-    found = budget.plan(config, SEVEN, hardware.machine(card))
+    found = budget.plan(config, SEVEN, hardware.machine(gpu))
     assert found.config.train.checkpointing != "auto"
     assert found.config.train.batch_size * found.config.train.accumulation == batch * accumulation
     assert found.reasons and found.budget.fits
     changed = found.config.adapter != config.adapter or found.config.data != config.data
     assert changed == ("cut from" in found.reasons[0])
-    assert found.budget == budget.budget(found.config, SEVEN, hardware.machine(card))
+    assert found.budget == budget.budget(found.config, SEVEN, hardware.machine(gpu))
 
 
 def test_on_a_t4_nothing_is_recomputed_when_everything_fits_and_as_little_as_possible_when_not():
@@ -127,7 +142,7 @@ def test_on_a_t4_nothing_is_recomputed_when_everything_fits_and_as_little_as_pos
     tight = budget.plan(seven(seq_len=8192), SEVEN, T4).config
     assert 0 < tight.train.checkpointing < 32
     one_less = planning.with_train(tight, checkpointing=tight.train.checkpointing - 1)
-    assert process_gib(one_less) > planning.usable_gib(tight, SEVEN, T4)
+    assert process_gib(one_less) > planning.usable_gib(T4, "own")
 
 
 def test_the_plan_is_the_fastest_of_all_ways_that_fit():
@@ -136,8 +151,32 @@ def test_the_plan_is_the_fastest_of_all_ways_that_fit():
     for batch in (1, 2, 4, 8, 16):
         for count in range(33):
             other = planning.with_train(config, batch_size=batch, accumulation=16 // batch, checkpointing=count)
-            if process_gib(other) <= planning.usable_gib(config, SEVEN, T4):
-                assert hours.step_s(chosen, SEVEN, T4) <= hours.step_s(other, SEVEN, T4) + 1e-3
+            if process_gib(other) <= planning.usable_gib(T4, "own"):
+                fastest, other_s = (hours.step_s(Step.of(way, SEVEN), T4) for way in (chosen, other))
+                assert fastest <= other_s + 1e-3
+
+
+def test_what_is_asked_for_is_settled_once_and_nothing_is_cut_without_a_word():
+    free = budget.settle(seven(), SEVEN, T4)
+    assert free.config == free.plan.config and free.budget == free.plan.budget
+    given = budget.settle(seven(checkpointing=5), SEVEN, T4, budget.plan(seven(), SEVEN, T4))
+    assert given.config == seven(checkpointing=5) != given.plan.config
+    assert given.budget == budget.budget(given.config, SEVEN, T4)
+    small = Machine(replace(GPUS["t4"], vram_gib=6.5), T4.host)
+    long = budget.settle(seven(seq_len=32768), SEVEN, small)
+    assert long.plan.budget.fits and long.plan.config.data.seq_len < long.config.data.seq_len == 32768
+    with pytest.raises(budget.DoesNotFit, match="training needs"):
+        budget.check(long.budget)
+    assert budget.settle(seven(), SEVEN, T4, stage="merge").budget.stage == "merge"
+
+
+@pytest.mark.parametrize("checkpointing", ["auto", "all", 3])
+def test_training_that_goes_on_in_other_micro_batches_is_budgeted_in_those(checkpointing):
+    config = seven(batch_size=1, accumulation=8, checkpointing=checkpointing)
+    continued = budget.plan_in(config, 4, SEVEN, T4, "checkpoint-40")
+    settled = budget.settle(config, SEVEN, T4, continued)
+    assert (settled.config.train.batch_size, settled.config.train.accumulation) == (4, 2)
+    assert settled.budget == budget.budget(settled.config, SEVEN, T4)
 
 
 def test_settings_that_fit_stay_as_they_are():
@@ -157,26 +196,35 @@ def test_settings_within_a_predictions_error_of_the_limit_do_not_fit_and_the_sen
 
 def test_what_stays_free_is_more_than_any_prediction_was_under():
     """Of rows that nothing was calibrated on and whose allocator grows its segments, as `helpers` sets it."""
-    unseen = [row for rows in tables.sets().values() for row in rows if not row.fitted and row.expandable]
+    unseen = [row for rows in tables.sets().values() for row in rows if not row.calibrated and row.expandable]
     for how, margin in planning.MARGIN.items():
-        chosen = [row for row in unseen if (activations.way(row.shape, row.config) == "own") == (how == "own")]
+        chosen = [row for row in unseen if (row.step.backend == "own") == (how == "own")]
         errors = tables.compare(chosen, tables.process_gib, "process_gib").percent
         errors += tables.compare(chosen, tables.reserved_gib, "reserved_gib").percent
         assert len(errors) >= 30 and min(errors) >= -100 * margin, how
 
 
 def test_a_context_that_no_way_of_training_fits_is_cut_and_said_to_be():
-    card = Machine(replace(GPUS["t4"], vram_gib=6.5), T4.host)
-    found = budget.plan(seven(seq_len=32768), SEVEN, card)
+    gpu = Machine(replace(GPUS["t4"], vram_gib=6.5), T4.host)
+    found = budget.plan(seven(seq_len=32768), SEVEN, gpu)
     assert found.budget.fits and found.config.data.seq_len < 32768
     assert "cut from 32768" in found.reasons[0]
 
 
+def test_the_smallest_gpu_that_is_offered_the_7b_trains_its_profile_uncut_and_a_fifth_less_does_not():
+    smallest = Machine(replace(GPUS["t4"], vram_gib=hardware.SMALLEST_7B_GIB), T4.host)
+    assert hardware.suggested_profile(smallest) == "mistral-7b"
+    found = budget.settle(seven(), SEVEN, smallest)
+    assert found.budget.fits and found.config.data == seven().data and found.config.adapter == seven().adapter
+    less = replace(smallest, free_vram_gib=0.8 * hardware.SMALLEST_7B_GIB)
+    assert not budget.settle(seven(), SEVEN, less).budget.fits
+
+
 def test_where_nothing_fits_the_plan_says_so_and_names_what_frees_most():
-    card = Machine(replace(GPUS["t4"], vram_gib=3.0), T4.host)
-    found = budget.plan(seven(), SEVEN, card)
+    gpu = Machine(replace(GPUS["t4"], vram_gib=3.0), T4.host)
+    found = budget.plan(seven(), SEVEN, gpu)
     assert not found.budget.fits and "nothing fits" in found.reasons[0]
-    (reason,) = budget.budget(seven(checkpointing="none", rank=64), SEVEN, card).reasons
+    (reason,) = budget.budget(seven(checkpointing="none", rank=64), SEVEN, gpu).reasons
     assert "no single change makes it fit" in reason and "frees most" in reason
 
 
@@ -214,6 +262,12 @@ def test_too_little_disk_is_said_with_what_to_delete():
     (reason,) = budget.budget(seven(checkpointing="all"), SEVEN, small, "merge").reasons
     assert "GiB of disk" in reason and "free_base=True" in reason
     assert budget.budget(seven(checkpointing="all", free_base=True), SEVEN, small, "merge").fits
+
+
+def test_work_that_a_disk_has_no_room_for_is_refused_with_both_numbers(tmp_path):
+    host.check_disk(tmp_path / "not" / "there yet", 1024, "quantizing")
+    with pytest.raises(ValueError, match=r"quantizing needs 1048576\.00 GiB of disk at .*gptq, \d+\.\d\d are free"):
+        host.check_disk(tmp_path / "gptq", 2**50, "quantizing")
 
 
 def test_a_run_that_outlasts_a_session_says_how_many_it_takes():
@@ -267,7 +321,7 @@ def test_the_command_line_exits_3_when_it_does_not_fit_and_json_has_the_contract
 
 
 @pytest.mark.parametrize("name", sorted({known.name for known in models.KNOWN.values()}))
-def test_every_known_model_has_a_budget_on_a_large_card(name):
+def test_every_known_model_has_a_budget_on_a_large_gpu(name):
     sizes = models.shape(name)
     targets = "attention" if sizes.experts > 1 else "all-linear"
     found = budget.budget(seven(checkpointing="all", targets=targets), sizes, hardware.machine("a100-80"), "run")
@@ -276,7 +330,7 @@ def test_every_known_model_has_a_budget_on_a_large_card(name):
 
 def test_mixtrals_experts_stay_in_16_bits_until_gptq_takes_them_one_by_one():
     mixtral = models.shape("mixtral-8x7b")
-    parts = vram.weights(mixtral, seven())
+    parts = vram.weights(seven(), mixtral)
     assert parts["experts in 16 bits"] == 2 * 32 * 8 * 3 * 4096 * 14336  # as transformers 5 loads them under NF4
     assert 84 < sum(parts.values()) / 2**30 < 86
     assert host.quantized_bytes(seven(bits=2), mixtral) / 2**30 == pytest.approx(12.1, abs=0.2)
@@ -289,12 +343,12 @@ def test_quantized_size_is_the_measured_one():
     assert host.quantized_bytes(seven(), SEVEN) / 2**30 == pytest.approx(3.88, abs=0.02)
 
 
-def test_own_layers_keep_what_their_docstring_says():
-    kept = sum(activations.kept_by_layer(SEVEN, seven()).values())
-    assert kept == 94_336
-    tokens = activations.tokens_of(seven())
-    assert activations.kept_when_checked(SEVEN, seven()) / tokens == 16_512
-    assert activations.kept_when_checked(SEVEN, seven(keep_attention=False)) / tokens == 8_192
+def test_own_layers_save_what_their_docstring_says():
+    step = Step.of(seven(), SEVEN)
+    assert sum(activations.saved_by_layer(step).values()) == 94_336
+    assert activations.saved_when_checkpointed(step) / step.tokens == 16_512
+    without = Step.of(seven(keep_attention=False), SEVEN)
+    assert activations.saved_when_checkpointed(without) / without.tokens == 8_192
 
 
 @pytest.mark.parametrize(
@@ -302,10 +356,10 @@ def test_own_layers_keep_what_their_docstring_says():
     [({}, "own"), ({"dropout": 0.1}, "plain"), ({"upcast": True}, "plain"), ({"kernels": "plain"}, "plain")],
 )
 def test_layers_that_ours_cannot_compute_are_budgeted_as_transformers(values, how):
-    assert activations.way(SEVEN, seven(**values)) == how
+    assert Step.of(seven(**values), SEVEN).backend == how
 
 
-def test_predictions_hold_on_rows_that_they_were_not_fitted_to():
+def test_predictions_hold_on_rows_that_they_were_not_calibrated_on():
     """The bounds that the project promises, on every measured row; tables.py prints the errors."""
     for name, rows in tables.sets().items():
         verdicts = tables.verdicts(rows)
@@ -314,7 +368,7 @@ def test_predictions_hold_on_rows_that_they_were_not_fitted_to():
         if allocated:
             assert sum(map(abs, allocated)) / len(allocated) < 2 and min(allocated) > -3, name
         if "H200" in name:
-            others = [row for row in rows if not row.fitted]
+            others = [row for row in rows if not row.calibrated]
             process = tables.compare(others, tables.process_gib, "process_gib").percent
             process = process or tables.compare(others, tables.reserved_gib, "reserved_gib").percent
             assert sum(map(abs, process)) / len(process) < 4 and min(process) > -5, name
@@ -353,21 +407,15 @@ def test_evaluation_needs_what_it_was_measured_to_need():
     """Both models were read in batches of 8, of the merged one 4 of 32 layers waited in host memory."""
     measured = json.loads((tables.MEASURED / "h200_evaluate_new.json").read_text())
     h200 = hardware.machine("h200")
-    ways = {
+    places = {
         "merged": placement.Placement("model", "fp16", 8, 4, "host memory"),
         "finetuned": placement.Placement("adapter", "nf4", 8),
     }
-    for name, way in ways.items():
-        moments = placement.vram_moments(way, seven(), SEVEN, h200.gpu.capability)
-        allocated = max(sum(parts.values()) for parts in moments.values()) / 2**30
-        ram = sum(host.ram(seven(), SEVEN, h200, "inference", moments, placement.host_gib(way, SEVEN)).values())
-        assert allocated == pytest.approx(measured[name]["peak_allocated_gib"], rel=0.01), name
-        assert (
-            -0.03
-            < allocated + placement.beyond_gib(way, seven(), SEVEN, allocated) - measured[name]["peak_reserved_gib"]
-            < 0.3
-        )
-        assert 1 < ram / measured[name]["peak_anonymous_gib"] < 1.2, name
+    for name, place in places.items():
+        needs = placement.needs(place, seven(), SEVEN, h200, counts=(200, 32))
+        assert needs["allocated_gib"] == pytest.approx(measured[name]["peak_allocated_gib"], rel=0.01), name
+        assert -0.03 < needs["reserved_gib"] - measured[name]["peak_reserved_gib"] < 0.3
+        assert 1 < needs["anonymous_gib"] / measured[name]["peak_anonymous_gib"] < 1.2, name
 
 
 def test_a_step_on_a_t4_is_within_15_percent_of_published_ones_for_a_7b_and_35_for_all():
@@ -379,11 +427,11 @@ def test_a_step_on_a_t4_is_within_15_percent_of_published_ones_for_a_7b_and_35_f
 
 
 def test_against_measured_pairs_what_was_measured_with_what_was_predicted():
-    on_card = budget.budget(seven(checkpointing="all"), SEVEN, T4)
+    on_t4 = budget.budget(seven(checkpointing="all"), SEVEN, T4)
     measured = {"peak_allocated_gib": 5.0, "peak_reserved_gib": 5.2, "step_s": 30.0, "loss_last": 1.0, "train_s": None}
-    rows = {row["quantity"]: row for row in budget.against_measured(on_card, measured)}
+    rows = {row["quantity"]: row for row in budget.against_measured(on_t4, measured)}
     assert set(rows) == {"VRAM allocated, GiB", "VRAM reserved, GiB", "step, s"}
-    predicted = on_card.vram.allocated_gib
+    predicted = on_t4.vram.allocated_gib
     assert rows["VRAM allocated, GiB"]["difference %"] == pytest.approx(100 * (predicted / 5 - 1), abs=0.1)
     on_cpu = budget.budget(TINY, TINY_SHAPE, OLD_LAPTOP)
     assert [row["quantity"] for row in budget.against_measured(on_cpu, measured)] == ["step, s"]
@@ -420,15 +468,15 @@ def test_a_budget_takes_milliseconds():
     assert (time.process_time() - began) / 20 < 0.05  # 1 ms here; the bound is for slow machines
 
 
-def test_a_run_goes_on_on_another_card_in_its_own_micro_batches_where_they_fit():
+def test_a_run_goes_on_on_another_gpu_in_its_own_micro_batches_where_they_fit():
     config = seven(seq_len=1024, batch_size=1, accumulation=8)
-    on_t4, on_l4 = (budget.plan(config, SEVEN, hardware.machine(card)).config.train for card in ("t4", "l4"))
+    on_t4, on_l4 = (budget.plan(config, SEVEN, hardware.machine(gpu)).config.train for gpu in ("t4", "l4"))
     assert on_t4.batch_size != on_l4.batch_size, "or this shows nothing"
     there = budget.plan_in(config, on_t4.batch_size, SEVEN, hardware.machine("l4"), "checkpoint-40")
     assert there.budget.fits and there.config.train == on_t4
     back = budget.plan_in(config, on_l4.batch_size, SEVEN, T4, "checkpoint-40")
     assert back.budget.fits and back.config.train.batch_size == on_l4.batch_size
-    assert back.config.train.checkpointing > on_l4.checkpointing, "chosen anew for the smaller card"
+    assert back.config.train.checkpointing > on_l4.checkpointing, "chosen anew for the smaller GPU"
     assert back.reasons[0].startswith("checkpoint-40 was made in micro-batches of 4 × 2, and training goes on in them")
     too_much = budget.plan_in(config.with_values(seq_len=8192), 8, SEVEN, T4, "checkpoint-40").budget
     said = r"in micro-batches of 8 × 1, which need at least \d\d\.\d GiB of VRAM, this Tesla T4 has 14\.6: continue on"
@@ -439,9 +487,9 @@ def test_a_run_goes_on_on_another_card_in_its_own_micro_batches_where_they_fit()
     )
 
 
-@pytest.mark.parametrize("card", ["p100", "v100"])
-def test_a_card_that_pytorch_has_no_kernels_for_does_not_fit_and_says_why(card):
-    machine = hardware.machine(card)
+@pytest.mark.parametrize("gpu", ["p100", "v100"])
+def test_a_gpu_that_pytorch_has_no_kernels_for_does_not_fit_and_says_why(gpu):
+    machine = hardware.machine(gpu)
     capability = ".".join(map(str, machine.gpu.capability))
     for stage in budget.STAGES:
         found = budget.budget(seven(checkpointing="all"), SEVEN, machine, stage)

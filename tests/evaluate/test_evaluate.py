@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers import budget, evaluate, hardware, inference
+from helpers import budget, cli, evaluate, hardware, inference
 from helpers.budget import hours, placement
 from helpers.budget.placement import Placement
 from helpers.evaluate import cost, judge, metrics, perplexity, report, tasks
@@ -688,6 +688,31 @@ def test_a_judge_that_is_not_there_is_a_sentence():
         judge.blind_pairs(ANSWERS, "base", "merged")
     with pytest.raises(ValueError, match="no pair was decided"):
         judge.tally([None], "base", "gptq")
+
+
+def test_an_evaluations_folder_is_judged_from_the_command_line(endpoint, tmp_path):
+    lines = "".join(json.dumps(row) + "\n" for row in ANSWERS)
+    (tmp_path / "generations.jsonl").write_text(lines, encoding="utf-8")
+    found = judge.ask(tmp_path, "base,gptq", endpoint[0], "qwen")
+    assert (found["model"], found["against"], found["wins"], found["losses"]) == ("gptq", "base", 12, 0)
+    endpoint[1].always_left = True  # so that what it says changes with the side
+    found = judge.ask(tmp_path, "base,gptq", endpoint[0], "qwen")
+    assert (found["wins"], found["losses"], found["ties"], found["verdict"]) == (0, 0, 12, "no difference shown")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--judge-model", "qwen", "--judged", "base,mine"], "two of base, gptq"),
+        ([], "a judge needs a name"),
+        (["--judge-model", "qwen"], "did not answer as an OpenAI-compatible endpoint does"),
+    ],
+)
+def test_a_judge_that_cannot_judge_is_refused_before_the_evaluation(arguments, sentence, tmp_path, capfd):
+    models_given = ["--models", f"base={tmp_path}", f"gptq={tmp_path}"]
+    command = ["evaluate", "--workspace", str(tmp_path), *models_given, "--judge", "http://127.0.0.1:9/v1", *arguments]
+    assert cli.main(command) == cli.WRONG_REQUEST
+    assert sentence in capfd.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_two_buttons_show_one_pair_at_a_time_and_fill_the_tally():

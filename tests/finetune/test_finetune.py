@@ -29,6 +29,8 @@ from trl import SFTConfig, SFTTrainer
 
 from helpers import budget, config, finetune, hardware, workspace
 from helpers.budget import activations
+from helpers.budget import step as budget_step
+from helpers.budget.step import Step
 from helpers.finetune import batches
 from helpers.finetune.base import adapters
 from helpers.finetune.data import load_split
@@ -624,24 +626,24 @@ def test_padding_on_either_side_changes_nothing(train, side, window, small):
 )
 def test_a_layer_saves_for_backward_what_the_budget_says(values, small):
     settings, model = small_config(small, seq_len=32, batch_size=2, **values), adapted(small, **values)
-    sizes, saved = shape(str(small)), []
+    step, saved = Step.of(settings, shape(str(small))), []
 
     def note(tensor):
         saved.append(tensor.nbytes)
         return tensor
 
     layer = model.model.layers[0]
-    x = torch.randn(2, 32, sizes.hidden, requires_grad=True)
+    x = torch.randn(2, 32, step.hidden, requires_grad=True)
     positions = model.model.rotary_emb(x, torch.arange(32)[None])
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         layer(x, position_embeddings=positions)
-    counts = activations.kept_when_checked if values["checkpointing"] == "all" else activations.kept
-    statistics = 4 * 64 * sizes.heads * (values.get("keep_attention", True))  # SDPA on a CPU has none
-    assert sum(saved) == 2 * (counts(sizes, settings) - statistics)  # fp32 here, 16 bits there
+    counts = activations.saved_when_checkpointed if values["checkpointing"] == "all" else activations.saved
+    statistics = 4 * 64 * step.shape.heads * (values.get("keep_attention", True))  # SDPA on a CPU has none
+    assert sum(saved) == 2 * (counts(step) - statistics)  # fp32 here, 16 bits there
 
 
 def test_host_memory_that_is_full_leaves_inputs_on_the_device(small, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(activations, "CHUNK_BYTES", 3_000)  # an input lies across several
+    monkeypatch.setattr(budget_step, "CHUNK_BYTES", 3_000)  # an input lies across several
     values = {"checkpointing": "all", "max_steps": 3, "offload_gib": 20_000 / 2**30}
     on_gpu, offloaded = (
         our_trainer(small_config(small, offload_activations=offload, **values), prepared, tmp_path)
@@ -654,7 +656,7 @@ def test_host_memory_that_is_full_leaves_inputs_on_the_device(small, prepared, t
 
 @pytest.mark.parametrize("room", [1_000, 50_000, 10**9])
 def test_offloaded_inputs_come_back_and_take_what_is_counted(room, monkeypatch):
-    monkeypatch.setattr(activations, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(budget_step, "CHUNK_BYTES", 4096)
     sizes, offload = shape("mistral-7b-v0.3"), Offload(torch.device("cpu"), room)
     draw, most = random.Random(room), 0
     for turn in range(12):
@@ -667,10 +669,10 @@ def test_offloaded_inputs_come_back_and_take_what_is_counted(room, monkeypatch):
             for x, slot in zip(reversed(inputs), reversed(slots), strict=True):
                 assert torch.equal(offload.get(slot), x)
             assert offload.arena.top == 0 and not offload.stack
-        step = replace(sizes, hidden=16, layers=depth)  # 16 values of 2 bytes are 8 of 4
+        narrow = replace(sizes, hidden=16, layers=depth)  # 16 values of 2 bytes are 8 of 4
         settings = profile("mistral-7b", seq_len=tokens, batch_size=1, checkpointing="all", offload_activations=True)
         settings = settings.with_values(offload_gib=room / 2**30)
-        most = max(most, activations.offloaded_bytes(step, settings))
+        most = max(most, activations.offloaded_bytes(Step.of(settings, narrow)))
         assert len(offload.arena.chunks) * 4096 == most <= room
 
 
@@ -682,8 +684,15 @@ def test_offloading_is_held_to_one_number_of_the_machine():
         plan = budget.plan(asked, shape("mistral-7b-v0.3"), found)
         assert plan.config.train.offload_activations and plan.config.train.offload_gib == gib
         assert gib - 0.25 < plan.budget.ram.parts["offloaded activations"] <= gib
-        assert activations.host_room(plan.config) == gib * 2**30
+        assert budget_step.host_room(plan.config) == gib * 2**30
         assert plan.budget.fits
+
+
+def test_training_does_not_shorten_a_context_that_fits_no_way(monkeypatch):
+    small = replace(hardware.machine("t4"), free_vram_gib=6.5)
+    monkeypatch.setattr(hardware, "probe", lambda: small)
+    with pytest.raises(budget.DoesNotFit, match=r"training needs .* GiB of VRAM, this Tesla T4 has 6\.5"):
+        finetune.planned(profile("mistral-7b", seq_len=32768))
 
 
 def test_one_flat_optimizer_is_bitsandbytes_on_each_matrix():

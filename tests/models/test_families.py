@@ -19,7 +19,8 @@ from transformers.masking_utils import (
 )
 
 from helpers import budget, finetune, hardware, inference
-from helpers.budget import activations, vram
+from helpers.budget import vram
+from helpers.budget.step import Step
 from helpers.evaluate.perplexity import Window, window_losses
 from helpers.finetune.base import Precision, adapters, check_targets
 from helpers.finetune.engine import losses
@@ -169,11 +170,11 @@ def test_what_is_budgeted_runs_and_its_loss_and_perplexity_are_transformers(name
     losses.install(base, config.train.loss)
     own, said = choose_layers(model, config)
     runs = {"training_forward" in layer.forward.__qualname__ for layer in base.model.layers}
-    assert runs == {own} == {activations.way(sizes, config) == "own"} == {KINDS[name].own}, said
+    assert runs == {own} == {Step.of(config, sizes).backend == "own"} == {KINDS[name].own}, said
     used = {"efficient": attention.NAME, "math": "sdpa", "eager": "eager"}
     kernel = families.attention(sizes.family, config.model.attention).kernel
     assert base.config._attn_implementation == used[kernel]
-    assert activations.attention_kernel(sizes, config) == kernel
+    assert Step.of(config, sizes).attention == kernel
     assert losses.forward_loss(base, ids, torch.float32) == pytest.approx(theirs, abs=1e-4)
     model.train()
     labels = torch.tensor([ids])
@@ -356,7 +357,7 @@ def test_experts_are_counted_and_those_of_nobody_known_are_refused():
     assert round(QWEN3_30B.parameters / 1e9, 1) == 30.5
     assert round(QWEN3_30B.active_parameters / 1e9, 2) == 3.35
     # 15.6 GiB, could bitsandbytes take the experts apart
-    assert 55 < sum(vram.weights(QWEN3_30B, profile("mistral-7b")).values()) / 2**30 < 56
+    assert 55 < sum(vram.weights(profile("mistral-7b"), QWEN3_30B).values()) / 2**30 < 56
     rest = {field: SIZES[field] for field in SIZES if field.startswith(("num", "hidden", "inter", "vocab"))}
     for unknown in (
         {"model_type": "deepseek_v3", "n_routed_experts": 256},
@@ -395,7 +396,7 @@ def test_a_mixture_trains_on_attention_with_the_weights_that_are_budgeted(tiny_m
     for name, value in trainer.model.named_parameters():
         if "lora" not in name:
             held[".experts." in name] += value.nbytes
-    parts = vram.weights(shape(str(folder)), config)
+    parts = vram.weights(config, shape(str(folder)))
     assert held[True] == 2 * parts["experts in 16 bits"]  # fp32 here
     assert held[False] == parts["4-bit weights"] + 2 * parts["16-bit weights"]
     measured = finetune.train(trainer)
@@ -441,9 +442,9 @@ def test_upcast_computes_in_16_bits_through_transformers_and_weighs_what_is_budg
     sizes, model = shape(str(folder)), adapted(config)
     base = model.get_base_model()
     own, said = choose_layers(model, config)
-    assert not own and "upcast" in said and activations.way(sizes, config) == "plain"
+    assert not own and "upcast" in said and Step.of(config, sizes).backend == "plain"
     held = sum(value.nbytes for name, value in model.named_parameters() if "lora" not in name)
-    parts = vram.weights(sizes, config)
+    parts = vram.weights(config, sizes)
     assert held == sum(size for name, size in parts.items() if name != "quantization scales")
     assert base.lm_head.weight.dtype == base.model.norm.weight.dtype == torch.float32
     computed = {}

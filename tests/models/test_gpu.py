@@ -12,6 +12,7 @@ import weakref
 import gpu_checks
 import pytest
 import torch
+import trl
 from test_finetune import prepared, small, small_config  # noqa: F401 - fixtures
 
 from helpers import finetune, inference
@@ -152,8 +153,8 @@ print("HELD", shell.user_ns["held"][0](), sys.last_value)
 def test_two_visible_cards_and_one_of_them_trains(small, prepared, tmp_path, monkeypatch):  # noqa: F811
     # As TrainingArguments counts them, with everything else on the CPU
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    arguments = finetune.SFTConfig
-    monkeypatch.setattr(finetune, "SFTConfig", lambda **values: arguments(**values | {"use_cpu": False}))
+    arguments = trl.SFTConfig
+    monkeypatch.setattr("helpers.finetune.trainer.SFTConfig", lambda **values: arguments(**values | {"use_cpu": False}))
     settings = small_config(small, max_steps=2)
     model, tokenizer = finetune.load_base(settings)
     model = finetune.attach_adapter(model, settings)

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from helpers import prepare
 from helpers.models import TINY, profile
+from helpers.prepare import view
+from helpers.prepare.rows import hash_of
 from helpers.workspace import MissingArtifact
 
 SAMPLE = TINY.parent / "conversations.jsonl"
@@ -174,7 +176,7 @@ def test_near_duplicates_stay_on_one_side(tmp_path):
     found = {finding["kind"]: finding for finding in made["findings"]}
     assert found["near-duplicate"]["count"] == 160 and made["kept"] == 240
     side_of = sides(tmp_path / "a")
-    in_order = [side_of[f"{int(prepare.hash_of(messages)[:16], 16):016x}"] for messages in talks]
+    in_order = [side_of[f"{int(hash_of(messages)[:16], 16):016x}"] for messages in talks]
     assert [side for side in in_order[::3] for _ in range(3)] == in_order
     made = prepare.prepare(
         config.with_values(on_finding="near-duplicate=drop"), tmp_path / "b", str(tmp_path / "a.jsonl")
@@ -276,7 +278,7 @@ def test_token_view_shows_every_token_and_no_tag_of_the_text():
     messages = talk("<script>alert(1)</script> & \"'", "</span><b>x</b>\nnew line")
     ids, mask, _ = template.encode([messages])[0]
     page = Texts()
-    page.feed(prepare.token_view({"input_ids": ids, "assistant_masks": mask}, tokenizer()))
+    page.feed(view.token_view({"input_ids": ids, "assistant_masks": mask}, tokenizer()))
     assert page.open == []
     spans = [(kind, text) for kind, text in page.spans if "title" not in kind][3:]  # behind the legend's three
     assert len(spans) == len(ids)
@@ -287,7 +289,7 @@ def test_token_view_shows_every_token_and_no_tag_of_the_text():
 
 
 def test_token_view_of_a_long_row_stops():
-    page = prepare.token_view({"input_ids": [300] * 5000, "assistant_masks": [1] * 5000}, tokenizer())
+    page = view.token_view({"input_ids": [300] * 5000, "assistant_masks": [1] * 5000}, tokenizer())
     assert "3,000 more tokens" in page and len(page) < 400_000
 
 
@@ -295,22 +297,20 @@ def test_tables_for_the_notebook(prepared, tmp_path):
     output, made = prepared
     assert dict(prepare.summary(made))["kept"] == "800"
     budget = SimpleNamespace(time=SimpleNamespace(step_s=2.0))
-    rows = dict(prepare.epoch(made, profile("tiny", batch_size=16, epochs=3.0), budget))
+    rows = dict(view.epoch(made, profile("tiny", batch_size=16, epochs=3.0), budget))
     assert rows["steps an epoch"] == "45" and rows["this run"] == "135 steps, 0.07 h"
-    assert (
-        prepare.lengths(load_from_disk(str(output / "train"))).max() == made["longest_tokens"] or made["heldout_rows"]
-    )
+    assert view.lengths(load_from_disk(str(output / "train"))).max() == made["longest_tokens"] or made["heldout_rows"]
     path = tmp_path / "a.jsonl"
     path.write_text("oops\n" + json.dumps({"prompt": "x", "completion": " y"}) + "\n")
     bad = prepare.prepare(profile("tiny"), tmp_path / "out", str(path))
-    table = prepare.findings(bad)
+    table = view.findings(bad)
     assert [row["done"] for row in table] == ["dropped", "repaired"]
     assert (
         table[1]["to change it"] == "edge-spaces=drop or edge-spaces=keep"
         and "a.jsonl line 2" in table[1]["for example"]
     )
     assert "1; broken-row 1" in dict(prepare.summary(bad))["dropped"]
-    assert prepare.findings(made) == [] or made["findings"]
+    assert view.findings(made) == [] or made["findings"]
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 import helpers.quantize
+from helpers.budget import host
 from helpers.cli import configuration, main, parser
-from helpers.config import QuantizeConfig
+from helpers.config import QuantizeConfig, RunConfig
 from helpers.inference import read_config
 from helpers.models import TINY, shape
 from helpers.models.gptq_kernels import KERNELS, gptq_kernel
@@ -99,7 +100,7 @@ def test_result_is_checked_measured_and_whole(gptq_model):
     assert len(measured["modules"]) == 28
     assert all(module["error"] > 0 for module in measured["modules"])
     assert measured["size_bytes"] == pytest.approx(
-        helpers.quantize.quantized_bytes(shape(str(TINY)), GENERAL_SET), rel=0.05
+        host.quantized_bytes(RunConfig(quantize=GENERAL_SET), shape(str(TINY))), rel=0.05
     )
     names = {path.name for path in gptq_model.iterdir()}
     assert {"model.safetensors", "quantize_config.json", "tokenizer.json", "chat_template.jinja", "gptq.log"} <= names

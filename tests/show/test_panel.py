@@ -103,7 +103,7 @@ def test_a_run_that_is_none_is_a_sentence_in_the_panel_and_the_next_value_mends_
     assert "✓ It fits" in text(sliders.picture.value)
 
 
-def test_without_a_card_the_bar_is_of_the_ram():
+def test_without_a_gpu_the_bar_is_of_the_ram():
     machine = hardware.machine("cpu")
     sliders = widgets.panel(models.profile("tiny"), SHAPE, machine)
     assert f"of {machine.host.ram_gib:.2f} GiB" in text(sliders.picture.value)
@@ -120,7 +120,7 @@ def test_the_bar_never_leaves_its_frame(parts, limit_gib):
     places = re.findall(r"left:([\d.]+)%;width:([\d.]+)%", widgets.bar(parts, limit_gib))
     assert len(places) == len(parts)
     assert all(float(left) + float(width) <= 100.1 for left, width in places)
-    assert ("over" in widgets.bar(parts, limit_gib)) == (sum(parts.values()) > limit_gib)
+    assert ("class='over'" in widgets.bar(parts, limit_gib)) == (sum(parts.values()) > limit_gib)
 
 
 @pytest.mark.parametrize(

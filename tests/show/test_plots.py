@@ -24,7 +24,6 @@ FIGURES = {
     "size": lambda: plots.size_against_quality(REPORT),
     "speed": lambda: plots.speed(REPORT),
     "memory": lambda: plots.memory({"base": 4.6, "planned": 9.0}, {"base": 4.5}, limit_gib=14.42),
-    "budget": lambda: plots.budget_bar({"weights": 3.9, "activations": 12.0}, 14.42),
     "nf4": lambda: plots.nf4_levels(nf4.levels(), nf4.library_levels()),
     "lengths": lambda: plots.length_histogram([10, 20, 700], 512),
     "weights": lambda: plots.weights_before_after(WEIGHTS, WEIGHTS.round(1), 128),
@@ -71,11 +70,6 @@ def test_memory_shows_only_what_is_both_predicted_and_measured_with_its_error():
     text = words(FIGURES["memory"]())
     assert "predicted +2.2%" in text and "limit 14.42 GiB" in text
     assert "planned" not in text
-
-
-def test_a_budget_says_what_is_free_or_too_much():
-    assert "1.48 GiB too much" in words(FIGURES["budget"]())
-    assert "10.42 GiB free" in words(plots.budget_bar({"weights": 4.0}, 14.42))
 
 
 def test_a_histogram_says_how_many_are_longer_than_the_context():

@@ -31,7 +31,8 @@ def test_a_notebook_shows_the_sentence_the_remedy_or_the_traceback():
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
     NotebookClient(notebook, kernel_name="python3", allow_errors=True).execute(cwd=str(ROOT))
-    sentence, *usual = [cell.outputs[-1] for cell in notebook.cells[1:]]
+    assert all(len(cell.outputs) == 1 for cell in notebook.cells)
+    sentence, *usual = [cell.outputs[0] for cell in notebook.cells[1:]]
     assert sentence.output_type == "error" and "rank must be" in sentence.evalue
     assert len(sentence.traceback) == 1 and "\n" not in sentence.traceback[0]
     for output in usual:  # the reader's own mistake, a helper's bug, and what others raise

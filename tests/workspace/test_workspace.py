@@ -1,7 +1,6 @@
 """The workspace: nothing half-written under a finished name, every byte checked, stale inputs told, kept for good."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -388,25 +387,38 @@ def test_rented_machines_are_recognised(monkeypatch, variable, place, home):
 # ---- taking it home --------------------------------------------------------------------------------------------------
 
 
-def test_a_download_comes_back_whole(tmp_path, capsys):
+def test_a_download_comes_back_whole_and_is_not_written_over(tmp_path, capsys):
     stage = make(tmp_path / "finetune", "finetune")
     archive = share.to_download(stage)
     assert "GiB" in capsys.readouterr().out.splitlines()[0], "the size is said before"
     shutil.rmtree(stage)
-    assert share.unpack(archive, tmp_path / "home") == tmp_path / "home" / "finetune"
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(tmp_path / "home")
+    workspace.check_outputs(tmp_path / "home" / "finetune")
     assert "AutoPeftModelForCausalLM" in (tmp_path / "home" / "finetune" / "README.md").read_text()
-    os.truncate(archive, 300)
-    with pytest.raises(ValueError, match="not a whole zip"):
-        share.unpack(archive, tmp_path / "again")
+    with pytest.raises(ValueError, match="is there already"):
+        share.to_download(tmp_path / "home" / "finetune", archive)
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/outside", "finetune/../../outside"])
-def test_an_archive_cannot_leave_its_folder(tmp_path, name):
-    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as packed:
-        packed.writestr(name, "x")
-    with pytest.raises(ValueError, match="leads out"):
-        share.unpack(tmp_path / "bad.zip", tmp_path / "home")
-    assert not (tmp_path / "home").exists() and not (tmp_path / "outside").exists()
+def test_a_copy_may_be_repeated_but_covers_nothing_else(tmp_path):
+    stage = make(tmp_path / "finetune", "finetune")
+    for _ in range(2):
+        assert share.to_folder(stage, tmp_path / "drive") == tmp_path / "drive" / "finetune"
+    make(tmp_path / "other" / "finetune", "finetune", content="others")
+    (tmp_path / "thesis" / "finetune").mkdir(parents=True)
+    (tmp_path / "thesis" / "finetune" / "thesis.txt").write_text("years")
+    for source, place in ((tmp_path / "other" / "finetune", "drive"), (stage, "thesis")):
+        before = contents(tmp_path / place)
+        with pytest.raises(ValueError, match="holds something else"):
+            share.to_folder(source, tmp_path / place)
+        assert contents(tmp_path / place) == before
+
+
+def test_an_evaluations_card_goes_along(tmp_path):
+    stage = make(tmp_path / "merge", "merge")
+    assert "merged into its weights" in share.card_of(stage)
+    (stage / "README.md").write_text("| perplexity | 1.14 |")
+    assert share.card_of(stage) == "| perplexity | 1.14 |"
 
 
 def test_the_hub_is_not_reached_without_a_token(tmp_path, monkeypatch):

@@ -68,6 +68,7 @@ def linear_of(module: torch.nn.Module) -> Linear:
     if base is module:  # not a target of LoRA
         return Linear(base.weight, base.bias, None, None, 1.0)
     (name,) = module.active_adapters
+    # The parameters themselves, not copies: the optimizer changes them, and the next step reads what it wrote.
     return Linear(
         base.weight, base.bias, module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])
     )
@@ -99,6 +100,7 @@ class Projections:
         """scaling · x Aᵀ for each linear: (tokens, rank), or None without LoRA."""
         if not self.rank:
             return [None] * len(self.linears)
+        # (tokens, in) @ (in, all ranks), scaled in place: PEFT's alpha and rank are the same for every target.
         scaling = next(linear.scaling for linear in self.linears if linear.down is not None)
         return self.split((x @ self.down.T).mul_(scaling))
 
@@ -111,7 +113,7 @@ class Projections:
         results = []
         for place, (linear, inner) in enumerate(zip(self.linears, self.lora_inputs(x), strict=True)):
             result = torch.nn.functional.linear(x, linear.dense(x.dtype), linear.bias)
-            if inner is not None:
+            if inner is not None:  # (tokens, rank) @ (rank, out), added where the product lies: no second of its size
                 result.addmm_(inner, self.ups[place].T)
             results.append(result)
         return results
@@ -161,12 +163,14 @@ class Layer:
         self.out = Projections([linear_of(attend.o_proj)])
         self.gate_up = Projections([linear_of(mlp.gate_proj), linear_of(mlp.up_proj)])
         self.down = Projections([linear_of(mlp.down_proj)])
+        # In the order in which a step computes them; adapters and their gradients go through autograd in this order.
         self.groups = [self.qkv, self.out, self.gate_up, self.down]
         self.adapters = [adapter for group in self.groups for adapter in group.adapters]
         self.norms = [
             (norm.weight, norm.variance_epsilon) for norm in (module.input_layernorm, module.post_attention_layernorm)
         ]
         self.head_dim = attend.head_dim
+        # None, or how many tokens attention reaches (section 2 of https://arxiv.org/abs/2310.06825)
         self.window = {
             "mistral": getattr(attend.config, "sliding_window", None),
             "qwen2": getattr(attend, "sliding_window", None),  # not in every layer
@@ -176,7 +180,7 @@ class Layer:
 
     def switched_off(self) -> bool:
         """Whether PEFT was told to compute without the adapters, or with merged ones."""
-        return any(part.disable_adapters or part.merged for part in self.wrapped[:1])
+        return any(part.disable_adapters or part.merged for part in self.wrapped[:1])  # PEFT switches all or none
 
     def queries_keys_values(self, normed: torch.Tensor, place: "Place") -> list[torch.Tensor]:
         """Rotated queries and keys, and values: (batch, tokens, heads, head_dim) each."""
@@ -184,6 +188,7 @@ class Layer:
         query, key, value = (part.view(part.shape[0], -1, self.head_dim) for part in self.qkv.forward(normed))
         kernels.rotate_(query, place.cos, place.sin)
         kernels.rotate_(key, place.cos, place.sin)
+        # Attention keeps sequences apart; everything else works on the tokens of all of them in one row.
         return [part.view(place.batch, -1, *part.shape[1:]) for part in (query, key, value)]
 
     def attend(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -209,7 +214,7 @@ class Layer:
             torch.add(self.down.forward(product)[0], middle[rows], out=result[rows])
             del product
         self.release()
-        saved = {"query": query, "key": key, "value": value, "out": out, "middle": middle}
+        saved = {"query": query, "key": key, "value": value, "out": out, "middle": middle}  # some of it, in the end
         return result, saved | {"stats": stats, "gates": gates}
 
     def backward(
@@ -231,10 +236,11 @@ class Layer:
         # Then backwards: the MLP, o_proj, attention, q, k and v. What is done with goes at once: each is s·h a token.
         middle_grad, mlp_grads = self.mlp_backward(grad, middle, saved.get("gates", []))
         del middle
-        flat = out.reshape(x.shape[0], -1)
+        flat = out.reshape(x.shape[0], -1)  # (tokens, heads · head_dim): what o_proj read
         out_grad, out_grads = self.out.backward([middle_grad], flat)
         grads = attention.backward(out_grad.view(out.shape), query, key, value, out, stats, place.packing, self.window)
         del out_grad, query, key, value, out, flat
+        # (batch, tokens, heads, head_dim) -> (tokens, heads, head_dim), as the rotation works on it, in place
         grads = [part.contiguous().view(x.shape[0], -1, self.head_dim) for part in grads]
         for part in grads[:2]:  # values are not rotated
             kernels.rotate_(part, place.cos, place.sin, back=True)
@@ -243,6 +249,7 @@ class Layer:
         if wants_x:  # the norm's gradient, and that of the residual connection around attention
             x_grad = kernels.rms_norm_backward(normed_grad, x, *self.norms[0], middle_grad, out=torch.empty_like(x))
         self.release()
+        # Adapters are fp32, and autograd wants a gradient of the parameter's type to add up over micro-batches.
         return x_grad, in_fp32([*qkv_grads, *out_grads, *mlp_grads])
 
     def mlp_backward(
@@ -259,6 +266,7 @@ class Layer:
             del product_grad
             normed_grad, gate_up_grads = self.gate_up.backward([gate, up], normed)
             del gate, up, normed
+            # grad goes around the MLP through the residual connection, and is added here
             kernels.rms_norm_backward(normed_grad, middle[rows], *self.norms[1], grad[rows], out=result[rows])
             parts = [*gate_up_grads, *down_grads]
             # Gradients of several chunks add up in fp32: in fp16 a sum would round at every chunk, or overflow.
@@ -347,6 +355,7 @@ def check(model: torch.nn.Module) -> None:
     That would be a fault of families.py, not of the reader: what it decides from a configuration is held here to the
     modules that are there.
     """
+    # PEFT's wrappers in the decoder: what they hold beside A and B (dropout, DoRA) is nothing that Linear computes.
     adapted = [part for name, part in model.named_modules() if ".layers." in name and hasattr(part, "base_layer")]
     dropouts = [dropout for part in adapted for dropout in part.lora_dropout.values()]
     layers = [Layer(layer, "input") for layer in model.model.layers]
@@ -373,8 +382,7 @@ def install(model: torch.nn.Module, saves: list[str], offload_bytes: int = 0) ->
     offload_bytes: of host memory, for layers' inputs. Without gradients, or with a key-value cache, layers compute as
     before.
     """
-    device = next(model.parameters()).device
-    host = Offload(device, offload_bytes) if offload_bytes else None
+    host = Offload(next(model.parameters()).device, offload_bytes) if offload_bytes else None
     places = Places(host)
     layers = [Layer(module, saved, host) for module, saved in zip(model.model.layers, saves, strict=True)]
     linears = [linear for layer in layers for group in layer.groups for linear in group.linears]
@@ -383,6 +391,7 @@ def install(model: torch.nn.Module, saves: list[str], offload_bytes: int = 0) ->
     chosen = kernels.dequantizer(packed[0].weight) if packed else None
     for linear in packed:
         linear.dequantize = chosen
+    # On the instances: modules, their names and their weights stay transformers' and PEFT's, and so do checkpoints.
     for module, layer in zip(model.model.layers, layers, strict=True):
         module.forward = training_forward(module.forward, layer, places)
 
@@ -429,6 +438,7 @@ def training_forward(original: Callable, layer: Layer, places: Places) -> Callab
             )
         batch, tokens, hidden = hidden_states.shape
         place = places.of(batch, position_embeddings, kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q"))
+        # Adapters are arguments, though the layer has them: autograd gives gradients to what it was handed.
         if torch.is_grad_enabled():
             return LayerFunction.apply(hidden_states, layer, place, *layer.adapters)
         with torch.autocast(hidden_states.device.type, enabled=False):

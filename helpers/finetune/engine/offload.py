@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from helpers.budget import activations
+from helpers.budget import step
 
 
 class Arena:
@@ -21,7 +21,7 @@ class Arena:
     def __init__(self, room: int, pin: bool):
         """room: bytes at most, whole chunks of it are used. pin: page-locked, which copies to and from a GPU want."""
         # Chunks of a power of two: PyTorch's pinned allocator rounds up to one, and keeps what it has pinned.
-        self.size, self.pin = activations.CHUNK_BYTES, pin
+        self.size, self.pin = step.CHUNK_BYTES, pin
         self.room = room // self.size * self.size
         self.chunks: list[torch.Tensor] = []
         self.top = 0
@@ -78,11 +78,12 @@ class Offload:
 
         That one is written by the same stream which reads here, so no copy overtakes another.
         """
-        self.fetch(slot)
+        self.fetch(slot)  # on its way since the layer above, but for the first that is asked for
         self.wait(slot["copied"])
         self.stack.pop()  # the backward pass goes the other way: this is the last one put
         if self.stack:
             self.fetch(self.stack[-1])
+        # Given back before the layer has computed: the next that writes there is the next step's forward pass.
         x, slot["x"] = slot["x"], None
         if slot["host"] is not None:
             self.arena.give_back(x.nbytes)

@@ -25,6 +25,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         for value, part in zip(parameters, self.flat.data.split([value.numel() for value in parameters]), strict=True):
             value.data = part.view(value.shape)
         self.inner = make([self.flat])
+        # Gradient clipping, scaler and scheduler of the trainer see the matrices, as with any other optimizer.
         super().__init__([{"params": parameters}], dict(self.inner.defaults))
 
     @torch.no_grad()
