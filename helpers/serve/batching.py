@@ -193,7 +193,7 @@ def refuse_what_does_not_fit(path: str, what: str, config: RunConfig, shape: Mod
     if place.problem or place.away:
         why = place.problem or f"{placement.in_words(place, shape)} would be copied to the card for every token"
         raise ValueError(f"{path} cannot be served here: {why}; {remedy}")
-    needed = sum(host.ram(one, shape, machine, "inference", placement.vram_moments(place, one, shape)).values())
+    needed = sum(host.ram(one, shape, machine, "inference", placement.phases(place, one, shape)).values())
     if needed > machine.host.ram_gib:
         raise ValueError(
             f"{path} needs {needed:.1f} GiB of RAM to be served here and {machine.host.ram_gib:.1f} are free: "

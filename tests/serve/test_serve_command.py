@@ -145,7 +145,8 @@ def test_a_signal_in_the_middle_of_a_stream_ends_it_cleanly(what, number, gguf):
     process = subprocess.Popen(
         [*command, "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    line = next(line for line in process.stderr if "/v1" in line)
+    line = next((line for line in process.stderr if "/v1" in line), None)
+    assert line, f"it never listened, status {process.wait()}"
     address = line.split("http://")[1].split("/v1")[0]
     connection = http.client.HTTPConnection(address)
     body = {"model": "it", "messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 490}
