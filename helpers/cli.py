@@ -19,9 +19,13 @@ from pathlib import Path
 from helpers import budget, hardware, models
 from helpers.config import RunConfig, explained, field_parts, flat, load_yaml, values_in_words
 from helpers.models import hub
+from helpers.models.methods import METHODS
 from helpers.show import tables, troubleshooting
+from helpers.sources.formats import FORMATS
 from helpers.workspace import StorageError, Workspace, choices, run_models
 
+NAMED = {"source_format": ("auto", *FORMATS), "quant_method": METHODS}
+"""Settings whose values are the names in a table of what reads or makes them."""
 DONE, FAILED, WRONG_REQUEST, DOES_NOT_FIT = 0, 1, 2, 3
 STAGE_HELP = {
     "budget": "what a run needs of VRAM, RAM, disk and hours, and a plan that fits",
@@ -123,7 +127,8 @@ def parser() -> argparse.ArgumentParser:
 def add_setting(group: argparse._ArgumentGroup, field: Field, shown: bool) -> None:
     """A setting's flag, whose help is the field's docstring, what it can be, and its default in each profile."""
     name, flag = field.name, "--" + field.name.replace("_", "-")
-    says = told(explained(name), values_in_words(name), default_in_words(name)) if shown else argparse.SUPPRESS
+    values = " or ".join(NAMED.get(name, ())) or values_in_words(name)
+    says = told(explained(name), values, default_in_words(name)) if shown else argparse.SUPPRESS
     if field.type is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=says)
     else:
@@ -587,7 +592,8 @@ def run_all(options: argparse.Namespace, config: RunConfig) -> Outcome:
     if config.quantize.calibration not in ("own", "general", "both"):
         from helpers import quantize
 
-        quantize.calibration_sets(config.quantize, [])  # a file that is not there is missed now, not after the training
+        # a file that is not there is missed now, not after the training
+        quantize.calibration.sources(config.quantize, [])
     outcome: Outcome = (DONE, {}, "")
     for stage in ("prepare", "finetune", "merge", "quantize", "evaluate"):
         print(f"== {stage}", file=sys.stderr, flush=True)

@@ -96,11 +96,8 @@ class DataConfig:
     """A file, a folder, a zip, or a hub dataset (owner/name, owner/name:configuration)."""
     source_split: str = "train_sft"
     """Read of a hub dataset, and of a folder with files named after splits; train where none has this name."""
-    source_format: Literal[
-        "auto", "messages", "sharegpt", "alternating", "alpaca", "prompt-completion", "flattened-text", "plain-text",
-        "preference", "export",
-    ] = "auto"  # fmt: skip
-    """How rows are read; auto: recognised by their fields."""
+    source_format: str = "auto"
+    """How rows are read; auto: recognised by their fields."""  # names: sources/formats.py, where each is read
     columns: str = ""
     """Whose field is which: `user=Question,assistant=Answer,system=…`; also context, history, messages, text."""
     use: Literal["auto", "chosen", "pairs"] = "auto"
@@ -193,8 +190,10 @@ class MergeConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class QuantizeConfig:
-    """GPTQ of the merged model (https://arxiv.org/abs/2210.17323)."""
+    """The merged model in few bits; by GPTQ (https://arxiv.org/abs/2210.17323) unless said."""
 
+    quant_method: str = "gptq"
+    """The method that makes the weights small, by transformers' name for it."""  # names: quantize.METHODS
     bits: Literal[2, 3, 4, 8] = 4
     """Bits of a quantized weight."""
     group_size: Literal[-1, 32, 64, 128] = 128

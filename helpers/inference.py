@@ -1,7 +1,7 @@
 """Models opened whatever their kind, and text out of them: batches, streams, chats.
 
-A folder tells its kind by its files: adapter_config.json is a PEFT adapter, a GPTQ entry in config.json is a quantized
-model, config.json alone is a plain one.
+A folder tells its kind by its files: adapter_config.json is a PEFT adapter; a config.json that names a method of
+quantization (models/methods.py) is a model of that method; any other config.json is a model in 16 bits.
 
 >>> from helpers.models import TINY
 >>> kind(TINY)
@@ -9,7 +9,6 @@ model, config.json alone is a plain one.
 """
 
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -22,10 +21,10 @@ from helpers.budget import placement
 from helpers.budget.placement import Placement
 from helpers.config import RunConfig
 from helpers.hardware import Machine
-from helpers.models import ModelShape, families, hub_config, offload, shape_from_config
-from helpers.models.gptq_kernels import NAMES, compute_dtype, gptq_kernel
+from helpers.models import ModelShape, families, hub_config, loading, methods, offload, shape_from_config
 from helpers.models.gpu import gives_back
 from helpers.models.hub import snapshot
+from helpers.models.opening import Opening
 from helpers.models.quiet import quiet
 from helpers.models.templates import Template, ends, load_tokenizer
 from helpers.workspace.versions import forget_old_torchao
@@ -42,7 +41,7 @@ class Loaded:
     model: Any
     tokenizer: Any
     kind: str
-    """model, adapter or gptq."""
+    """model, adapter, or a method of quantization."""
     how: str
     """Precision and reason, for the report."""
     path: str
@@ -77,16 +76,15 @@ class Generation:
 
 
 def kind(name: str | Path) -> str:
-    """model, adapter or gptq. A name that is no folder is taken for a hub id when it looks like one.
+    """model, adapter, or the name of a method of quantization.
 
-    Raises ValueError with one sentence when it is neither.
+    A name that is no folder is taken for a hub id when it looks like one. Raises ValueError when it is neither.
     """
     folder = Path(name)
     if (folder / ADAPTER).is_file():
         return "adapter"
-    config = read_config(name)
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    return "gptq" if method == "gptq" else "model"
+    method = methods.of(read_config(name))
+    return method.name if method else "model"
 
 
 def kinds(models: dict[str, str | Path]) -> dict[str, str]:
@@ -144,7 +142,7 @@ def load(name: str | Path, config: RunConfig | None = None, machine: Machine | N
     """Open a base or merged model, an adapter on its base, or a GPTQ model, on the GPU when there is one.
 
     On a CPU everything computes in float32. On a GPU below compute capability 8 in fp16, else in bf16; a GPTQ model
-    that is stored in fp16 computes in fp16 (gptq_kernels.compute_dtype), and `how` names its kernel. A 16-bit model
+    that is stored in fp16 computes in fp16 (models/gptq_kernels.py), and `how` names its kernel. A 16-bit model
     stays one: layers that do not fit the VRAM beside a batch's keys and values wait in host memory or on disk, and
     `how` says so. An adapter gets the base as its training saw it (config.model.weights, double_quant).
     machine: whose VRAM and RAM decide that; default this one, as free as it is now.
@@ -164,25 +162,21 @@ def load(name: str | Path, config: RunConfig | None = None, machine: Machine | N
     place = placement.place(what, config, shape, machine)
     if place.problem:
         raise ValueError(f"{name} cannot be opened: {place.problem}")
-    dtype, placed = precision()
-    options: dict[str, Any] = {}  # an explicit quantization of None would make from_pretrained forget a GPTQ model's
+    dtype, placed = loading.precision().dtype, loading.device()
+    how = Opening(dtype)  # an explicit quantization of None would make from_pretrained forget a quantized model's own
     if what == "adapter" and config.model.weights != "fp16":
-        options = {"quantization_config": bitsandbytes_config(config, dtype)}
-    if what == "gptq":
-        os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its pools need two workers, also on two cores
-        if placed == "cuda":
-            quantized = read_config(source)
-            dtype = compute_dtype(quantized, dtype)
-            options = gptq_kernel(quantized["quantization_config"], dtype)
+        how = Opening(dtype, {"quantization_config": loading.base_quantization(config, dtype)})
+    elif what in methods.METHODS:
+        how = methods.METHODS[what].opening(read_config(source), dtype, placed)
     started = time.perf_counter()  # a kernel's build, once a machine, is not the model's loading
     with quiet():
         where = offload.device_map(source, place.away, placed) if place.away else {"": placed}
         model = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=dtype,
+            dtype=how.dtype,
             device_map=where,
             attn_implementation=attention_kernel(config, read_config(source)),
-            **options,
+            **how.options,
         )
         if place.away_in == "host memory":
             offload.wait_in_host_memory(model, place.away)
@@ -198,9 +192,8 @@ def load(name: str | Path, config: RunConfig | None = None, machine: Machine | N
     load_s = time.perf_counter() - started
     asked = config.evaluate
     tokens = place.batch_size * (asked.eval_context + asked.max_new_tokens) if machine.gpu else None
-    kernel = getattr(options.get("quantization_config"), "backend", None) if what == "gptq" else None
-    how = in_words(place, shape, dtype, config, kernel)
-    return Loaded(model, tokenizer, what, how, str(name), source, load_s, place, tokens)
+    words = in_words(place, shape, how.dtype, config, how.kernel)
+    return Loaded(model, tokenizer, what, words, str(name), source, load_s, place, tokens)
 
 
 def is_gguf(name: str | Path) -> bool:
@@ -215,7 +208,7 @@ def load_gguf(file: Path, config: RunConfig) -> Loaded:
     """A GGUF file as a model whose matrices stay packed; its tokens are those of the run's model, which made it."""
     from helpers.models import attention, gguf_model
 
-    dtype, placed = precision()
+    dtype, placed = loading.precision().dtype, loading.device()
     started = time.perf_counter()
     tokenizer = open_tokenizer(pinned(config.model.model, config), config)
     model = gguf_model.load(file, dtype, placed, attention.register())
@@ -223,29 +216,16 @@ def load_gguf(file: Path, config: RunConfig) -> Loaded:
     return Loaded(model, tokenizer, "gguf", how, str(file), str(file), time.perf_counter() - started)
 
 
-def in_words(place: Placement, shape: ModelShape, dtype: Any, config: RunConfig, kernel: str | None = None) -> str:
+def in_words(place: Placement, shape: ModelShape, dtype: Any, config: RunConfig, kernel: str = "") -> str:
     """How a model was opened, for the table: precision, where its layers lie, and smaller batches than asked for.
 
-    kernel: GPTQModel's name of the one that computes a GPTQ model on a card.
+    kernel: what multiplies a quantized model's weights.
     """
     bits = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}[str(dtype).removeprefix("torch.")]
-    words = {
-        "model": bits,
-        "adapter": f"base in {place.precision}, adapter in {bits}",
-        "gptq": f"gptq in {bits}" + (f", {NAMES.get(kernel, kernel)}" if kernel else ""),
-    }[place.kind]
+    words = {"model": bits, "adapter": f"base in {place.precision}, adapter in {bits}"}
+    words = words.get(place.kind, f"{place.kind} in {bits}" + (f", {kernel}" if kernel else ""))
     less = f"batches of {place.batch_size}" if place.batch_size < config.evaluate.eval_batch_size else ""
     return ", ".join(filter(None, [words, placement.in_words(place, shape), less]))
-
-
-def precision() -> tuple[Any, str]:
-    """What to compute in, and where: float32 on a CPU, fp16 on a T4 (capability 7.5), bf16 from Ampere on."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return torch.float32, "cpu"
-    # torch.cuda.is_bf16_supported() counts emulation, and says True on a T4
-    return (torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16), "cuda"
 
 
 def attention_kernel(config: RunConfig, model: dict) -> str | None:
@@ -253,27 +233,10 @@ def attention_kernel(config: RunConfig, model: dict) -> str | None:
 
     model: config.json. Without grouped heads' materialised scores on a T4, unless the run or the family needs another.
     """
-    from helpers.models import attention
-
     try:
-        kernel = families.attention(families.of(model), config.model.attention).kernel
+        return loading.attention_implementation(families.of(model), config.model.attention)
     except ValueError:
         return None
-    return {"efficient": attention.register, "eager": lambda: "eager", "math": lambda: "sdpa"}[kernel]()
-
-
-def bitsandbytes_config(config: RunConfig, dtype: Any) -> Any:
-    """The base's precision in training, for from_pretrained."""
-    from transformers import BitsAndBytesConfig
-
-    if config.model.weights == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=config.model.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
 
 
 def open_tokenizer(name: str | Path, config: RunConfig) -> Any:

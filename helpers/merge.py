@@ -58,8 +58,10 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, re
     revision = base_revision(base, adapter, revision)
     base_folder = find_base(base, revision)
     refuse_output(output, [base_folder, adapter], "merge")
+    # Two merges into one folder would each count the other's shards as finished, so the lock comes before any look.
     with exclusive(work):
         earlier = read_state(progress)
+        # Shards of the base that an earlier try has merged and deleted are known from its notes alone.
         tensors = stored_tensors(
             base_folder, freed=[Stored(n, base_folder / f, tuple(s), k) for n, f, s, k in earlier.get("tensors", [])]
         )
@@ -71,6 +73,7 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, re
         run = trained.with_values(model=str(base), revision=revision, **asdict(config))
         try:
             with building(output, "merge", run, {"adapter": source_of(adapter)}, keep=True, held=True) as stage:
+                # What is neither a shard that is whole nor the notes is a torn shard, or of a merge of something else.
                 for file in stage.folder.iterdir():
                     if file.name not in {*finished, SCRATCH}:
                         file.unlink()
@@ -176,6 +179,7 @@ def plan_shards(tensors: list[Stored], shard_bytes: int) -> dict[str, list[Store
     """
     shards: list[list[Stored]] = []
     room = 0
+    # First fit in the base's own order, two bytes a value; a tensor that is larger than a shard gets one to itself.
     for tensor in tensors:
         if not shards or 2 * tensor.values > room:
             shards.append([])
@@ -214,6 +218,7 @@ def read_state(progress: Path) -> dict:
 def fingerprint(tensors: list[Stored], adapter: Path, config: MergeConfig, freed: dict) -> dict:
     """What must be the same for an interrupted merge to go on: base, adapter, settings."""
     files = {}
+    # Of the base size and time, as checksums of 14.5 GB take up to 40 s; of the adapter every byte.
     for file in {tensor.file for tensor in tensors}:
         files[file.name] = [file.stat().st_size, file.stat().st_mtime_ns] if file.exists() else freed.get(file.name)
     return {
@@ -229,6 +234,7 @@ def disk_needed_bytes(plan: dict[str, list[Stored]], finished: set[str], free_ba
     for shard in plan.values():
         for tensor in shard:
             left[tensor.file] += 1
+    # A walk through the plan: a shard comes, and base files go whose last tensor was in it. The top of the walk counts.
     used = most = 0
     for name, shard in plan.items():
         used += 0 if name in finished else sum(2 * tensor.values for tensor in shard)
@@ -267,6 +273,7 @@ def write_shards(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     last_use = {tensor.file: name for name, shard in plan.items() for tensor in shard}
     largest_change, peak_bytes = 0.0, 0
+    # In memory: a few fp32 copies of one tensor, 224 MiB each for a matrix of a 7B's MLP (4096 × 14336), not the model.
     bar = tqdm(total=sum(2 * tensor.values for shard in plan.values() for tensor in shard), unit="B", unit_scale=True)
     with bar, safe_open(adapter.folder / ADAPTER_WEIGHTS, "pt") as factors, torch.inference_mode():
         for name, shard in plan.items():
@@ -283,6 +290,7 @@ def write_shards(
                         largest_change = max(largest_change, change)
                         peak_bytes = max(peak_bytes, anonymous_bytes())
                         bar.update(2 * tensor.values)
+                # Noted after the shard has its name: a kill in between costs a shard, never a wrong one.
                 state["finished"][name] = writer.sha256
                 write_text(progress, json.dumps(state))
             if config.free_base:
@@ -308,6 +316,7 @@ def merged_tensor(
     module = tensor.name.removesuffix(".weight")
     adapted = module in adapter.modules and tensor.name.endswith(".weight")
     change = 0.0
+    # Embedding, head and norms are only rounded: a trip to the GPU would cost more than it saves.
     if adapted or (merge_base == "nf4" and is_quantized_in_training(tensor)):
         weight = weight.to(device)
     if merge_base == "nf4" and is_quantized_in_training(tensor):
@@ -318,9 +327,10 @@ def merged_tensor(
             factors.get_tensor(PREFIX + module + part).to(device, torch.float32)
             for part in PARTS[: 3 if adapter.dora else 2]
         )
+        # The product in fp32: in fp16 its sum over the rank would be rounded before it meets the weight.
         delta = (b @ a) * adapter.modules[module]  # (out, rank) @ (rank, in) -> (out, in)
         merged = weight + delta
-        if magnitude:  # DoRA, https://arxiv.org/abs/2402.09353, equation 5
+        if magnitude:  # DoRA, https://arxiv.org/abs/2402.09353, equation 5: m · (W + ΔW) / ‖W + ΔW‖, a norm an output
             factor = magnitude[0] / torch.linalg.norm(merged, dim=1)
             merged = factor.view(-1, 1) * merged
             delta = merged - weight
@@ -359,6 +369,7 @@ def write_rest(work: Path, base: Path, adapter: Path, plan: dict[str, list[Store
         place = {tensor.name: name for name, shard in plan.items() for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
         write_text(work / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    # transformers reads ends and padding of a generation from here, and only without the file from config.json.
     generation = {"_from_model_config": True} | {
         name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in settings
     }

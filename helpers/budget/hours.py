@@ -15,6 +15,7 @@ from helpers.budget.step import Step, lora_parameters
 from helpers.config import RunConfig
 from helpers.hardware import GPU, Machine
 from helpers.models import ModelShape
+from helpers.models.methods import METHODS
 
 if TYPE_CHECKING:
     from helpers.budget.placement import Placement
@@ -151,7 +152,7 @@ def stage_hours(
         parts |= {"GPTQ": gptq_s(config, shape, machine) / 3600}
     else:
         found = list(places)
-        stored = {"gptq": host.quantized_bytes(config, shape) / 1e9}
+        stored = dict.fromkeys(METHODS, host.quantized_bytes(config, shape) / 1e9)
         read = sum(stored.get(one.kind, gigabytes) for one in found)
         seconds = sum(sum(evaluation_s(config, shape, machine, one).values()) for one in found)
         parts |= {"loading": read * READ_S_PER_GB / 3600, "evaluation": seconds / 3600}

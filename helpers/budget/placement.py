@@ -26,6 +26,7 @@ from helpers.budget.step import lora_parameters
 from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape
+from helpers.models.methods import METHODS
 
 GIB = 2**30
 EVALUATED = {"base": "model", "finetuned": "adapter", "merged": "model", "gptq": "gptq"}
@@ -43,7 +44,7 @@ class Placement:
     """How one model is opened: the last `away` of its decoder layers are not on the GPU."""
 
     kind: str
-    """model (16 bits), adapter or gptq."""
+    """model (16 bits), adapter, or a method of quantization (models/methods.py)."""
     precision: str
     """fp16 (any 16 bits), nf4, int8 or gptq."""
     batch_size: int
@@ -108,7 +109,8 @@ def place(kind: str, config: RunConfig, shape: ModelShape, machine: Machine) -> 
     Otherwise a 16-bit model leaves layers away, and reads in smaller batches where that is faster (more layers then
     stay); an adapter's base and a GPTQ model are only read in smaller batches. `problem` says when nothing fits.
     """
-    precision = {"adapter": config.model.weights, "gptq": "gptq"}.get(kind, "fp16")
+    stored = METHODS[kind].computes_as if kind in METHODS else "fp16"
+    precision = config.model.weights if kind == "adapter" else stored
     whole = Placement(kind, precision, config.evaluate.eval_batch_size)
     if machine.gpu is None or fits(whole, config, shape, machine):
         return whole
@@ -209,7 +211,7 @@ def weights(found: Placement, config: RunConfig, shape: ModelShape) -> dict[str,
     """Component -> bytes of what the GPU holds of a model, its adapter included."""
     if found.kind == "adapter":
         return vram.weights(config, shape) | {"LoRA weights": vram.FULL * lora_parameters(config, shape)}
-    if found.kind == "gptq":
+    if found.kind in METHODS:
         rest = vram.HALF * (shape.parameters - shape.linear_parameters)
         return {"4-bit weights": host.quantized_bytes(config, shape) - rest, "16-bit weights": rest}
     layer = layer_bytes(shape)

@@ -39,6 +39,7 @@ from helpers.inference import (
 )
 from helpers.models import ModelShape, shape_from_config
 from helpers.models.gpu import free_memory, gives_back
+from helpers.models.methods import METHODS
 from helpers.show import plots
 from helpers.workspace import MANIFEST, building, read_manifest, write_text
 from helpers.workspace.prepared import scored, with_own_questions
@@ -122,11 +123,11 @@ def left_out(path: str | Path, place: Placement) -> dict[str, Any]:
 
 
 def best(models: dict[str, str | Path]) -> str | Path:
-    """The model to take home and to talk to: GPTQ, else the fine-tuned one, else the merged one.
+    """The model to take home and to talk to: the quantized one, else the fine-tuned one, else the merged one.
 
     Raises ValueError when there is only the base.
     """
-    for name in ("gptq", "finetuned", "merged"):
+    for name in (*METHODS, "finetuned", "merged"):
         if name in models:
             return models[name]
     raise ValueError("there is no model of yours yet, only the base: run notebook 03_qlora_finetuning.ipynb first")

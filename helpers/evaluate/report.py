@@ -13,7 +13,7 @@ from typing import Any
 
 from helpers.evaluate.pages import TEMPLATES
 from helpers.show import card, plots
-from helpers.workspace import MANIFEST, checksum, read_manifest, text_checksum, write_text
+from helpers.workspace import MANIFEST, checksum, read_manifest, seal, write_text
 
 MIB = 2**20
 Report = Mapping[str, Mapping[str, Any]]
@@ -42,7 +42,6 @@ NARROW = (
     "gpu_ms_per_token",
 )  # fmt: skip
 """Of a table of text; how models were opened is its last column."""
-TESTED = ("perplexity", "exact_match", "f1", "rouge_l", "bleu", "chrf", "ended_share")
 SIDE_BY_SIDE_ROWS = 24
 PREDICTED = {  # predicted figure -> measured figure, what it is called
     "predicted_allocated_gib": ("peak_allocated_gib", "VRAM allocated, GiB"),
@@ -151,7 +150,7 @@ def comparisons(report: Report) -> list[dict[str, str]]:
     rows, names = [], list(evaluated(report))
     for other, name in pairwise(names):
         found = report[name].get("against", {}).get(other, {})
-        for metric in TESTED:
+        for metric in COLUMNS:
             if metric in found:
                 one = found[metric]
                 rows.append(
@@ -314,5 +313,5 @@ def put_card(text: str, folder: Path) -> Path | None:
     known = manifest["outputs"].get(str(path.relative_to(stage)))
     if known is not None:  # PEFT wrote a card of its own, which is now replaced
         known |= {"size_bytes": path.stat().st_size, "sha256": checksum(path)}
-        write_text(stage / MANIFEST, json.dumps(manifest | {"sha256": text_checksum(manifest)}, indent=1))
+        seal(stage / MANIFEST, manifest)
     return path

@@ -161,7 +161,7 @@ def card_of(stage: Path) -> str:
     if (stage / CARD).is_file():
         return (stage / CARD).read_text(encoding="utf-8")
     manifest = workspace.read_manifest(stage)
-    kind = card.KINDS.get(manifest["stage"], "model")
+    kind = card.kind_of(manifest)
     figures = {name: value for name, value in manifest["measurements"].items() if isinstance(value, int | float | str)}
     rows = [*((name, tables.plain(value)) for name, value in figures.items()), *manifest["versions"].items()]
     return card.card(stage.name, kind, manifest["config"], "While it was made, with these versions.", rows)

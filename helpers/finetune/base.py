@@ -2,43 +2,21 @@
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
 
 from helpers.config import RunConfig
-from helpers.models import attention, families, shape
+from helpers.models import families, loading, shape
+from helpers.models.loading import precision
 from helpers.models.templates import load_tokenizer
 from helpers.workspace.versions import forget_old_torchao
-
-
-class Precision(NamedTuple):
-    """What the frozen weights are computed in, and why."""
-
-    dtype: torch.dtype
-    reason: str
-
-
-def precision(capability: tuple[int, int] | None = None) -> Precision:
-    """fp16 below compute capability 8, bf16 from there on, fp32 without a GPU; of this machine unless said.
-
-    >>> precision((7, 5)).dtype, precision((8, 0)).dtype
-    (torch.float16, torch.bfloat16)
-    """
-    if capability is None and not torch.cuda.is_available():
-        return Precision(torch.float32, "fp32: there is no GPU, and a CPU computes 16 bits slower than 32")
-    major, minor = capability or torch.cuda.get_device_capability()
-    if major < 8:  # torch.cuda.is_bf16_supported() says True here: it counts emulation
-        return Precision(torch.float16, f"fp16: compute capability {major}.{minor} has no bf16 hardware")
-    return Precision(torch.bfloat16, f"bf16: compute capability {major}.{minor} has it, and it needs no loss scaling")
 
 
 def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -50,25 +28,13 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     families.refuse(sizes.family, sizes.name, config.adapter.target_modules)
     refuse_without_gpu(config)
     dtype = precision().dtype
-    # NF4 and double quantization: QLoRA, section 3 (https://arxiv.org/abs/2305.14314).
-    quantization = {
-        "nf4": lambda: BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=config.model.double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        ),
-        "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
-        "fp16": lambda: None,
-    }[config.model.weights]()
-    implementation = {"efficient": attention.register, "eager": lambda: "eager", "math": lambda: "sdpa"}
     model = AutoModelForCausalLM.from_pretrained(
         config.model.model,
         revision=config.model.revision,
-        quantization_config=quantization,
+        quantization_config=loading.base_quantization(config, dtype),
         device_map={"": 0} if torch.cuda.is_available() else "cpu",
         dtype=dtype,
-        attn_implementation=implementation[families.attention(sizes.family, config.model.attention).kernel](),
+        attn_implementation=loading.attention_implementation(sizes.family, config.model.attention),
     )
     model.config.use_cache = False
     # PEFT's prepare_model_for_kbit_training freezes too, but makes embeddings and head fp32 as well: 0.5 GiB more at

@@ -25,11 +25,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from helpers.models.opening import Opening, Say
 from helpers.models.quiet import quiet
 from helpers.profiles import ROOT
 from helpers.workspace import checksum, lasting_store, write_text
@@ -43,7 +43,34 @@ NAMES = {EXLLAMA: "ExLlamaV2's kernel", TRITON: "Triton's kernel", TORCH: "PyTor
 EXTENSION = "exllamav2"
 """GPTQModel's name for what has to be compiled."""
 BUILD_LIMIT_S = 300.0
-Say = Callable[[str], object]
+
+
+def opening(config: dict, best: Any, device: str, say: Say = print) -> Opening:
+    """How transformers opens a GPTQ model here. config: its config.json; best: what other models compute in."""
+    os.environ |= workers()
+    if device != "cuda":
+        return Opening(best)
+    dtype = compute_dtype(config, best)
+    options = gptq_kernel(config["quantization_config"], dtype, say=say)
+    kernel = options["quantization_config"].backend
+    return Opening(dtype, options, NAMES.get(kernel, kernel))
+
+
+def workers() -> dict[str, str]:
+    """What GPTQModel's environment must say before it is imported: two CPU workers, unless somebody said otherwise.
+
+    With its default on two cores, which is one worker, its loader finds no thread for itself and nothing starts
+    (seen with 7.5 to 7.7).
+    """
+    return {"GPTQMODEL_CPU_WORKERS": os.environ.get("GPTQMODEL_CPU_WORKERS", "2")}
+
+
+def environment() -> dict[str, str]:
+    """What a process of its own needs to compile and run GPTQModel's kernels: workers, pip's ninja, this project."""
+    return workers() | {
+        "PATH": tools_path(),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
 
 
 def gptq_kernel(
@@ -58,6 +85,7 @@ def gptq_kernel(
     from transformers import GPTQConfig
 
     reasons = {}
+    # Each is asked whether it knows these bits and groups, and whether it can be had here, which may mean a build.
     for kernel in kernels[:-1]:
         if not (reason := why_not(kernel, settings, dtype, device, say)):
             break
@@ -95,6 +123,7 @@ def why_not(kernel: str, settings: dict, dtype: Any, device: str, say: Say = pri
         "sym": settings.get("sym", True),
     }
     try:
+        # Imported here, as it takes seconds and prints a banner: only who opens a GPTQ model pays for it
         with quiet():
             from gptqmodel.nn_modules.qlinear.exllamav2 import ExllamaV2Linear
             from gptqmodel.utils.importer import hf_select_quant_linear_v2
@@ -158,6 +187,7 @@ def make_ready(
         return ""
     if extension.requires_cuda and (device == "cpu" or not torch.cuda.is_available()):
         return "it needs a GPU"
+    # Three places, the nearest first: this machine's cache, the lasting folder, a compiler.
     library = extension.build_root() / f"{extension.name}.so"
     kept = lasting_folder(name, library.parent.name, store)
     if is_whole(library) and not open_library(library):
@@ -177,7 +207,7 @@ def make_ready(
     trouble = build(name, library, limit_s)
     if not trouble:
         trouble = open_library(library)
-    if trouble:
+    if trouble:  # written down, so that the next model does not wait five minutes for the same answer
         library.parent.mkdir(parents=True, exist_ok=True)
         write_text(failed, trouble + "\n")
         return trouble
@@ -285,6 +315,7 @@ def build(name: str, library: Path, limit_s: float) -> str:
     The process loads what lies there already, or what it built. A library that was cut short by an earlier end ends it
     too, by a signal, and is then built anew.
     """
+    # In another process: a library that was cut short ends whoever loads it by a signal, a notebook too.
     status, complaint = run_builder(name, limit_s)
     if status < 0 and library.is_file() and not complaint:
         library.unlink()
@@ -296,19 +327,14 @@ def build(name: str, library: Path, limit_s: float) -> str:
 
 def run_builder(name: str, limit_s: float) -> tuple[int, str]:
     """Exit status and complaint of a process that builds and loads an extension; its compilers end with it."""
-    environment = os.environ | {
-        "PATH": tools_path(),
-        "MAX_JOBS": os.environ.get("MAX_JOBS", str(len(os.sched_getaffinity(0)))),
-        "GPTQMODEL_CPU_WORKERS": os.environ.get("GPTQMODEL_CPU_WORKERS", "2"),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }
+    jobs = os.environ.get("MAX_JOBS", str(len(os.sched_getaffinity(0))))
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "helpers.models.gptq_kernels", name],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=environment,
+            env=os.environ | environment() | {"MAX_JOBS": jobs},
             start_new_session=True,  # so that ninja and nvcc can be ended with it
         )
         try:

@@ -2,6 +2,8 @@
 
 A call that fails or is stopped leaves its frames in the exception's traceback, and they hold a model, an optimizer and
 activations, in their variables and in the closures that they ran; IPython keeps that traceback until the next error.
+So the traceback becomes text, as multiprocessing does with one that comes from another process: the exception is the
+same, and what it came through is its cause.
 
 >>> class Model:
 ...     def __del__(self):
@@ -13,12 +15,11 @@ activations, in their variables and in the closures that they ran; IPython keeps
 >>> try:
 ...     work()
 ... except KeyboardInterrupt as stopped:  # still held here, as a notebook holds it
-...     print("stopped in", traceback.extract_tb(stopped.__traceback__)[-1].name)
+...     print("stopped in", str(stopped.__cause__).split()[-4])
 freed
 stopped in work
 """
 
-import ast
 import gc
 import os
 import sys
@@ -26,14 +27,28 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import wraps
-from types import TracebackType
+
+
+class CameThrough(Exception):
+    """The traceback of its effect: as text what Python would have shown, and its entries without their frames."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__("\n\n" + "".join(traceback.format_exception(error)))
+        self.entries = came_through(error)
+        # Between an error and its own causes: who looks for those finds them, and none is shown a second time
+        self.__context__, self.__suppress_context__ = error.__cause__ or error.__context__, True
+
+
+def came_through(error: BaseException) -> list[traceback.FrameSummary]:
+    """Files and lines that an error came through, the last one where it was raised, also where its frames are gone."""
+    gone = error.__cause__.entries if isinstance(error.__cause__, CameThrough) else []
+    return [*traceback.extract_tb(error.__traceback__), *gone]
 
 
 def gives_back(work: Callable) -> Callable:
     """Decorate a function that brings a model to the GPU: when it ends, however it does, it has left none there.
 
-    Exceptions pass on with the same text, files and lines in their traceback, but frames that hold nothing, so a
-    debugger finds no variables in them.
+    Exceptions pass on, caused by the text of their traceback; a debugger finds none of the frames below this one.
     """
 
     @wraps(work)
@@ -42,8 +57,12 @@ def gives_back(work: Callable) -> Callable:
         try:
             return work(*arguments, **named)
         except BaseException as error:
+            text = CameThrough(error)
+            # Clearing the frames would not do: each holds its function, and that its closure, and one frame of the
+            # Trainer's is a closure over the trainer. Frames hold those that called them too. So all of them go.
             for part in chain(error, before):
-                part.__traceback__ = without_variables(traceback.extract_tb(part.__traceback__))
+                part.__traceback__ = None
+            error.__cause__ = text
             raise
         finally:
             free_memory()
@@ -61,28 +80,6 @@ def chain(error: BaseException, spared: BaseException | None) -> Iterator[BaseEx
         seen.add(id(found))
         yield found
         waiting += [found.__cause__, found.__context__]
-
-
-def without_variables(entries: traceback.StackSummary) -> TracebackType | None:
-    """A traceback that reads as the given one; only names and numbers go in, for its frames refer back to this one."""
-    made = None
-    for entry in reversed(entries):
-        stand_in = empty_frame(entry)
-        made = TracebackType(made, stand_in.tb_frame, stand_in.tb_lasti, stand_in.tb_lineno)
-    return made
-
-
-def empty_frame(entry: traceback.FrameSummary) -> TracebackType:
-    """The traceback of code that has no variables and stops under an entry's name, at its line of its file."""
-    tree, line = ast.parse("raise StopIteration"), entry.lineno or 1
-    for node in ast.walk(tree):  # at its columns too, which Python underlines and IPython looks for
-        node.lineno, node.end_lineno = line, entry.end_lineno or line
-        node.col_offset, node.end_col_offset = entry.colno or 0, entry.end_colno or 0
-    code = compile(tree, entry.filename, "exec").replace(co_name=entry.name, co_qualname=entry.name)
-    try:
-        exec(code, {"__name__": entry.name})
-    except StopIteration as stopped:
-        return stopped.__traceback__.tb_next
 
 
 def free_memory() -> None:

@@ -263,6 +263,8 @@ class Template:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        # A template writes the same around messages of the same roles, whatever they say, so Jinja runs once a sequence
+        # of roles and not once a conversation.
         self.layouts: dict[tuple[str, ...], Layout | None] = {}
         either = "|".join(re.escape(token) for token in added_tokens(tokenizer))
         self.ending, self.added = re.compile(rf"\s*(?:{either})"), re.compile(f"({either})")
@@ -287,6 +289,8 @@ class Template:
     def layout(self, roles: tuple[str, ...]) -> Layout | None:
         """What the template writes around messages with these roles; None when it refuses them or leaves one out."""
         if roles not in self.layouts:
+            # Each message is a mark; what stands between the marks is the template's. One that trims contents trims no
+            # mark, and one that leaves a message out leaves its mark out, which is seen.
             marked = [{"role": role, "content": MARK.format(i)} for i, role in enumerate(roles)]
             try:
                 pieces = MARKS.split(self.render(marked))
@@ -331,6 +335,8 @@ class Template:
         for i, after in zip(layout.order, layout.pieces[1:], strict=True):
             content = messages[i]["content"]
             if messages[i]["role"] == "assistant":
+                # What the model must write by itself is trained: from the answer's first token to its end. The rest of
+                # what follows (a newline behind <|im_end|>) is the next prompt's.
                 head = prompt.rstrip(" ")  # the space before an answer is part of its first token: ▁Hello
                 if head:
                     chunks.append((head, False))
@@ -349,6 +355,7 @@ class Template:
 
     def prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """Input ids that ask for an answer to messages that end with a user turn: as in training, up to the answer."""
+        # An answer is added and taken off again, so that the prompt ends exactly where training's answers began.
         chunks = self.chunks([*messages, {"role": "assistant", "content": "?"}])
         while not chunks.pop()[1]:
             pass

@@ -28,7 +28,7 @@ from helpers.prepare.uploads import save_upload
 from helpers.prepare.view import summary
 from helpers.sources import columns, markers
 from helpers.sources.folders import Split
-from helpers.sources.formats import BadRow, as_row, read_row, recognise
+from helpers.sources.formats import BadRow, as_row, asked_for, read_row, recognise
 from helpers.sources.readers import ROW_LIMIT, Record, read
 from helpers.workspace import building, refuse_output, require
 from helpers.workspace.prepared import SIDES, side
@@ -58,6 +58,7 @@ def prepare(config: RunConfig, output: Path, source: str | None = None) -> dict:
     Raises ValueError with one sentence when the source cannot be read or nothing in it can be trained on.
     """
     source, heldout_source = str(source or config.data.source), config.data.heldout_source
+    asked_for(config.data.source_format)
     own = PROFILES.get(config.profile, {})
     if heldout_source == own.get("heldout_source") and Path(source).resolve() != Path(own.get("source", "")).resolve():
         heldout_source = None  # the profile's held-out conversations belong to the profile's own training data
@@ -98,7 +99,7 @@ def conversations(
     """Every conversation of a source that passes the checks; held_out: those of the source's split to hold out."""
     found, asked = reading.found, config.data
     leaked = leaks(*special_tokens(template.tokenizer))
-    chosen = None if asked.source_format == "auto" else asked.source_format
+    chosen = asked_for(asked.source_format)
     named = columns.parse(asked.columns) if asked.columns else None
     first = None
     for record in sampled(source, config, reading.notes, config.data.heldout_split if held_out else None):

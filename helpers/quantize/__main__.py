@@ -1,5 +1,5 @@
-"""The process that quantizes and opens GPTQ models; quantize.in_process starts it."""
+"""The process that quantizes; quantize/process.py starts it."""
 
-from helpers.quantize import main
+from helpers.quantize import METHODS, process
 
-main()
+process.main(METHODS)

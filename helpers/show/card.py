@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from helpers.models.methods import METHODS
+
 METRICS = {"perplexity": "Perplexity", "exact_match": "Exact match", "f1": "F1", "rouge_l": "ROUGE-L"}
 """Figures of an evaluation that the hub shows -> their names there."""
 HOW_MADE = {
@@ -22,18 +24,20 @@ HOW_MADE = {
         "tags": ["qlora", "merged"],
         "words": "The base with a QLoRA adapter of rank {rank} (alpha {alpha}, {targets}) merged into its weights.",
     },
-    "gptq": {
-        "relation": "quantized",
-        "library": "transformers",
-        "tags": ["gptq", "qlora"],
-        "words": "A QLoRA fine-tuned model, quantized with GPTQ to {bits} bits, groups of {group_size}; "
-        "transformers opens it with optimum and gptqmodel installed.",
-    },
     "model": {"relation": None, "library": "transformers", "tags": [], "words": "The base model, as it came."},
+} | {
+    name: {"relation": "quantized", "library": "transformers", "tags": [name, "qlora"], "words": method.card}
+    for name, method in METHODS.items()
 }
 """Kind of model -> what the hub calls it, and a sentence with places for the run's settings."""
 KINDS = {"finetune": "adapter", "merge": "merged", "quantize": "gptq"}
-"""Stage -> kind of model that it makes."""
+"""Stage -> kind of model that it makes, where its manifest does not name a method of quantization."""
+
+
+def kind_of(manifest: Mapping[str, Any]) -> str:
+    """The kind of model, a key of HOW_MADE, that a finished stage's manifest tells of."""
+    made = KINDS.get(manifest["stage"], "model")
+    return manifest["config"]["quantize"].get("quant_method", made) if manifest["stage"] == "quantize" else made
 
 
 def card(

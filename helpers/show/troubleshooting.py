@@ -8,9 +8,10 @@ True
 
 import re
 import sys
-import traceback
 from pathlib import Path
 from typing import NamedTuple
+
+from helpers.models import gpu
 
 HELPERS = Path(__file__).resolve().parent.parent
 
@@ -176,8 +177,9 @@ def remedy(error: BaseException | str | None) -> str | None:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
+        said = "" if isinstance(error, gpu.CameThrough) else str(error)  # that is lines of code, and messages told here
         for trouble in TROUBLES:
-            if re.search(trouble.pattern, str(error)):
+            if re.search(trouble.pattern, said):
                 return trouble.remedy
         error = getattr(error, "__cause__", None) or getattr(error, "__context__", None)
     return None
@@ -200,7 +202,7 @@ def sentence_or_traceback(shell, kind, error, trace, tb_offset=None):
 
     Below either what to do, where that is known.
     """
-    made, known = traceback.extract_tb(trace)[-1], remedy(error)
+    made, known = gpu.came_through(error)[-1], remedy(error)
     on_purpose = Path(made.filename).is_relative_to(HELPERS) and (made.line or "").startswith("raise ")
     if isinstance(error, ValueError) and on_purpose:
         lines = [f"\033[31m{kind.__name__}\033[0m: {error}"]

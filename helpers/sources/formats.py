@@ -9,6 +9,7 @@
 
 import ast
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from helpers.sources import columns, exports, markers, preferences
@@ -28,16 +29,21 @@ from helpers.sources.columns import (
 )
 from helpers.sources.turns import BadRow, messages, named, role
 
-FORMATS = (
-    "messages", "sharegpt", "alternating", "alpaca", "prompt-completion", "flattened-text", "plain-text", "preference",
-    "export",
-)  # fmt: skip
 LITERAL_LIMIT = 1_000_000
 """Letters of a list as Python writes it: its parser takes a hundred times as much memory."""
 HAS_SYSTEM = set(SYSTEMS)
 REFUSED = MEDIA | TOOLS
 SHORT = 80
 """Letters of a label, at most."""
+
+
+class Format(NamedTuple):
+    """How a format is read, and what tells it."""
+
+    read: Callable[[Row], list[dict[str, Any]]]
+    """A row's messages; takes from the row what it uses, so that the rest can be told."""
+    knows: Callable[[dict[str, Any]], object] | None = None
+    """Whether a row's fields are of this format and of no other; None: `recognise` tells it from its neighbours."""
 
 
 class Parsed(NamedTuple):
@@ -67,10 +73,11 @@ def recognise(value: Any) -> str | None:
     if row is None:
         return None
     fields = row.fields
-    if exports.kind(fields):
-        return "export"
-    if preferences.is_preference(fields):
-        return "preference"
+    # What is told by its own fields comes first: the rest is a row of prompts, answers, turns or text, and fields of
+    # several of those stand in one row (alpaca's beside the text that was rendered from them).
+    for name, known in FORMATS.items():
+        if known.knows and known.knows(fields):
+            return name
     turned = turns_name(fields)
     if turned and fields[turned]:
         return shape_of_turns(fields[turned])
@@ -150,19 +157,23 @@ def read_row(value: Any, row_format: str, named_columns: dict[str, str] | None =
         raise BadRow("wrong-type", f"a row must be an object with named fields, not {named(value)}")
     if named_columns:
         return Parsed(from_columns(row, named_columns), row)
-    if row_format == "preference":
+    if asked_for(row_format) == "preference":
         return from_preference(row, use)
-    readers = {
-        "messages": from_turns, "sharegpt": from_turns, "alternating": from_alternating, "alpaca": from_exchange,
-        "prompt-completion": from_exchange, "flattened-text": from_text, "plain-text": from_plain,
-        "classification": from_labelled, "export": from_export,
-    }  # fmt: skip
-    if row_format not in readers:
-        raise ValueError(f"source_format must be auto or one of {', '.join(FORMATS)}, not {row_format!r}")
-    found = readers[row_format](row)
+    found = FORMATS[row_format].read(row)
     if row.extras or REFUSED & row.fields.keys():
         refuse_media(row)
     return Parsed(found, row)
+
+
+def asked_for(source_format: str) -> str | None:
+    """The format that a configuration names; None for "auto". Raises ValueError with those that there are.
+
+    >>> asked_for("auto"), asked_for("alpaca")
+    (None, 'alpaca')
+    """
+    if source_format not in (*FORMATS, "auto"):
+        raise ValueError(f"source_format must be auto or one of {', '.join(FORMATS)}, not {source_format!r}")
+    return None if source_format == "auto" else source_format
 
 
 def refuse_media(row: Row) -> None:
@@ -290,7 +301,7 @@ def answer_text(row: Row, answer: Any, name: str) -> str:
     return text_in(answer, name)
 
 
-def from_preference(row: Row, use: str) -> Parsed:
+def from_preference(row: Row, use: str = "auto") -> Parsed:
     """The conversation with the better answer and, for pairs, that with the worse one."""
     pair = preferences.judged(row)
     if pair is None:
@@ -435,3 +446,18 @@ def text_in(value: Any, name: str) -> str:
 
 
 __all__ = ["FORMATS", "BadRow", "as_row", "from_flattened", "normal", "read_row", "recognise", "to_messages"]
+
+
+FORMATS = {
+    "messages": Format(from_turns),
+    "sharegpt": Format(from_turns),
+    "alternating": Format(from_alternating),
+    "alpaca": Format(from_exchange),
+    "prompt-completion": Format(from_exchange),
+    "flattened-text": Format(from_text),
+    "plain-text": Format(from_plain),
+    "classification": Format(from_labelled),
+    "export": Format(from_export, exports.kind),
+    "preference": Format(from_preference, preferences.is_preference),
+}
+"""Name -> how it is read and told: the one list of them. What is added here can be named, and is recognised."""

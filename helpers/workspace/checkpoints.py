@@ -39,8 +39,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from helpers.config import RunConfig
-from helpers.workspace import checksum, confined, files, lasting_twin, text_checksum, write_text
+from helpers.workspace import files, whole
 from helpers.workspace.files import GIB, StorageError, is_write_error, sync
+from helpers.workspace.lasting import lasting_twin
+from helpers.workspace.whole import text_checksum
 
 MARKER = "whole.json"
 BESIDE = "writing"
@@ -148,17 +150,14 @@ def writing(
 
 def seal(folder: Path, about: dict[str, Any], began: float) -> None:
     """Flush every file to the disk, read it back, and write the marker last. Raises OSError for a file that is torn."""
-    entries = {}
     for file in files.files_under(folder):
         sync(file)
-        torn = unreadable(file)
-        if torn:
+        if torn := unreadable(file):
             raise OSError(f"{file.name} cannot be read back: {torn}")
-        entries[str(file.relative_to(folder))] = {"size_bytes": file.stat().st_size, "sha256": checksum(file)}
-    size_bytes = sum(entry["size_bytes"] for entry in entries.values())
-    marker = about | {"size_bytes": size_bytes, "write_s": round(time.perf_counter() - began, 3), "files": entries}
-    marker = plain(marker)
-    sync(write_text(folder / MARKER, json.dumps(marker | {"sha256": text_checksum(marker)}, indent=1)))
+    known = whole.entries(folder)
+    size_bytes = sum(entry["size_bytes"] for entry in known.values())
+    marker = about | {"size_bytes": size_bytes, "write_s": round(time.perf_counter() - began, 3), "files": known}
+    sync(whole.seal(folder / MARKER, marker))
     sync(folder)
 
 
@@ -189,17 +188,13 @@ def problem(folder: Path) -> str | None:
     """
     try:
         known = about(folder)["files"]
-        for name, entry in known.items():
-            file = confined(folder, name)
-            size_bytes = files.patiently(file.stat).st_size
-            if size_bytes != entry["size_bytes"]:
-                return f"{name} has {size_bytes} bytes and not {entry['size_bytes']}"
-            if checksum(file) != entry["sha256"]:
-                return f"{name} has another checksum than when it was written"
+        found = whole.harm(folder, known)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MARKER} cannot be read ({type(error).__name__})"
+    if found:
+        return " ".join(found)
     return None if known else f"{MARKER} lists no files"
 
 
@@ -328,10 +323,7 @@ def step_of(checkpoint: Path) -> int:
 
 def about(checkpoint: Path) -> dict[str, Any]:
     """The marker of a checkpoint. Raises ValueError when it is not what was written, OSError when it cannot be read."""
-    marker = json.loads(files.read_text(checkpoint / MARKER))
-    if marker.pop("sha256") != text_checksum(marker):
-        raise ValueError(f"{checkpoint / MARKER} is not what was written")
-    return marker
+    return whole.unseal(checkpoint / MARKER)
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -422,13 +414,7 @@ def copied(checkpoint: Path, to: Path, say: Callable[[str], None]) -> Path | Non
             "stays. Do two notebooks train in the same workspace? Give one of them another workspace"
         )
         return None
-    free = files.free_bytes(to)
-    if free < marker["size_bytes"]:
-        sizes = f"it has {marker['size_bytes'] / GIB:.2f} GiB, and {to} has {free / GIB:.2f} GiB free"
-        raise OSError(errno.ENOSPC, sizes)
-    for name, entry in marker["files"].items():
-        files.copy_verified(checkpoint / name, beside / name, entry["sha256"])
-    files.copy_verified(checkpoint / MARKER, beside / MARKER, checksum(checkpoint / MARKER))
+    whole.copy_files(checkpoint, beside, marker["files"] | {MARKER: whole.entry_of(checkpoint / MARKER)})
     if {str(file.relative_to(beside)) for file in files.files_under(beside)} != {*marker["files"], MARKER}:
         raise OSError(errno.ESTALE, f"another process changes {beside.parent}")
     files.publish(beside, target)

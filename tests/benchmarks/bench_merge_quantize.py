@@ -189,7 +189,7 @@ def run_gptq(job: dict) -> dict:
     """helpers.quantize's own task on random tokens, with the seconds a layer takes when it runs steadily."""
     import torch
 
-    from helpers.quantize import gptq_task
+    from helpers.quantize import gptq
 
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(300, job["vocab"], (SAMPLES, TOKENS), generator=generator).tolist()
@@ -205,7 +205,7 @@ def run_gptq(job: dict) -> dict:
     Path(job["output"]).mkdir(parents=True)
     settings = asdict(QuantizeConfig(calibration_samples=SAMPLES, calibration_tokens=TOKENS))
     library = {"pack_impl": "cpu"} | variant.get("library", {})
-    gptq_task(job | {"config": settings, "rows": rows}, report, variant["batch_tokens"], **library)
+    gptq.make(job | {"config": settings, "rows": rows}, report, variant["batch_tokens"], **library)
     seconds = time.monotonic() - start
     ends = [
         max(module["at_s"] for module in modules if module["layer"] == layer)
@@ -229,7 +229,7 @@ def run_open(job: dict) -> dict:
 
     from helpers.inference import read_config
     from helpers.models.gptq_kernels import gptq_kernel
-    from helpers.quantize import perplexity
+    from helpers.quantize.check import perplexity
 
     rows, start = random_rows(4, job["vocab"]), time.monotonic()
     settings = read_config(job["output"])["quantization_config"]
@@ -256,7 +256,7 @@ def random_rows(count: int, vocab: int) -> list[list[int]]:
 
 def run_check(job: dict) -> dict:
     """Open the merged model in less VRAM than it needs; perplexity on random tokens, beside the quantized one's."""
-    from helpers.quantize import open_model, perplexity
+    from helpers.quantize.check import open_model, perplexity
 
     start = time.monotonic()
     model = open_model(Path(job["model"]), Path(job["output"]) / "offload", gpu_gib=t4.ALLOCATOR_GIB)

@@ -108,9 +108,9 @@ def gptq(model: Path, work: Path, base: str, bits: int, calibration: str) -> Pat
         return output
     output.mkdir(parents=True, exist_ok=True)
     sizes = shape(str(model))
-    rows, _ = quantize.calibration_rows(model, config, [work / "prepare"], quantize.widest_input(sizes))
+    rows, _ = quantize.calibration.draw(model, config, [work / "prepare"], quantize.gptq.least_tokens(sizes))
     job = {"model": str(model.resolve()), "output": str(output.resolve()), "config": asdict(config), "rows": rows}
-    quantize.run_gptq(job, sizes, output.with_name(output.name + ".log"))
+    quantize.process.run(job, quantize.gptq, sizes, output.with_name(output.name + ".log"))
     return output
 
 

@@ -42,9 +42,10 @@ def fine_tuning_in_fp16():
 
     from helpers import finetune
     from helpers.finetune import base
+    from helpers.models.loading import Precision
 
     limit()
-    chosen = base.Precision(torch.float16 if torch.cuda.is_available() else torch.float32, "as on a T4")
+    chosen = Precision(torch.float16 if torch.cuda.is_available() else torch.float32, "as on a T4")
     base.precision = lambda *_: chosen
     return finetune
 

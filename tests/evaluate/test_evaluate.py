@@ -26,7 +26,7 @@ from helpers.budget import hours, placement
 from helpers.budget.placement import Placement
 from helpers.evaluate import cost, judge, metrics, perplexity, report, tasks
 from helpers.evaluate.perplexity import Item, read_items
-from helpers.models import ROOT, TINY, profile, shape
+from helpers.models import ROOT, TINY, loading, profile, shape
 from helpers.workspace import building, require
 
 CONFIG = profile("tiny")
@@ -501,7 +501,7 @@ def test_the_merge_shows_no_difference_where_rounding_it_again_showed_one(execut
     items = list(read_items(run / "prepare", whole.tokenizer))
     trained = perplexity.perplexity(whole, items, 192, 96, 32)
     rounded = AutoModelForCausalLM.from_pretrained(
-        models["merged"], dtype=torch.float32, quantization_config=inference.bitsandbytes_config(config, torch.float32)
+        models["merged"], dtype=torch.float32, quantization_config=loading.base_quantization(config, torch.float32)
     )
     again = perplexity.perplexity(replace(whole, model=rounded), items, 192, 96, 32)
     assert metrics.compare(again.losses, trained.losses, again.weights, lower_is_better=True).verdict == "worse"

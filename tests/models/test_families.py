@@ -22,11 +22,12 @@ from helpers import budget, finetune, hardware, inference
 from helpers.budget import vram
 from helpers.budget.step import Step
 from helpers.evaluate.perplexity import Window, window_losses
-from helpers.finetune.base import Precision, adapters, check_targets
+from helpers.finetune.base import adapters, check_targets
 from helpers.finetune.engine import losses
 from helpers.finetune.trainer import choose_layers
 from helpers.models import TINY, attention, families, profile, shape, shape_from_config
 from helpers.models.families import KINDS
+from helpers.models.loading import Precision
 
 WORDS, TOKENS = 300, 24
 T4 = hardware.machine("t4")

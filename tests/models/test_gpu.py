@@ -133,21 +133,53 @@ work()
 """
 
 
+MEANT = "from helpers import inference; inference.load('no/such/folder/here')"
+NOT_MEANT = "gpu.gives_back(gpu.gives_back(lambda: int('twelve')))()"
+
+
 def test_a_notebook_shows_the_lines_that_an_error_came_through():
-    """IPython reads frames, files and lines of a cell's error, and keeps it; else Python's own text has them."""
+    """IPython shows a cell's error and keeps it; a ValueError that a helper raises on purpose is its one sentence."""
     source = f"""
 import sys
 from IPython.core.interactiveshell import InteractiveShell
+from helpers.show import troubleshooting
 shell = InteractiveShell.instance()
-shell.run_cell({CELL!r})
-print("HELD", shell.user_ns["held"][0](), sys.last_value)
+troubleshooting.plain_errors()
+for cell in ({CELL!r}, {MEANT!r}, {NOT_MEANT!r}):
+    print("CELL")
+    shell.run_cell(cell)
+print("CELL HELD", shell.user_ns["held"][0]())
 """
     command = [sys.executable, "-c", source]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
-    said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)  # without its colours
-    assert "HELD None it broke" in said
-    for shown in ("readers.py", "raise RuntimeError", "direct cause", "nothing.there"):
-        assert shown in said, done.stderr[-3000:]
+    said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)  # without its colours
+    _, broke, meant, not_meant, held = said.split("CELL")
+    for shown in ("readers.py", "raise RuntimeError", "direct cause", "nothing.there", "RuntimeError: it broke"):
+        assert shown in broke, broke
+    assert meant.strip().startswith("ValueError: there is no model folder no/such") and "Traceback" not in meant, meant
+    assert "int('twelve')" in not_meant and "Traceback" in not_meant, not_meant
+    assert "HELD None" in held.replace("  ", " ")
+
+
+def test_what_caused_an_error_is_found_behind_its_text():
+    @gpu.gives_back
+    @gpu.gives_back
+    def work():
+        try:
+            raise KeyError("first")
+        except KeyError as error:
+            raise RuntimeError("second") from error
+
+    with pytest.raises(RuntimeError) as caught:
+        work()
+    seen = []
+    link = caught.value
+    while link is not None:
+        seen.append(type(link).__name__)
+        assert link is caught.value or link.__traceback__ is None
+        link = link.__cause__ or link.__context__
+    assert seen == ["RuntimeError", "CameThrough", "CameThrough", "KeyError"]
+    assert gpu.came_through(caught.value)[-1].line == 'raise RuntimeError("second") from error'
 
 
 def test_two_visible_cards_and_one_of_them_trains(small, prepared, tmp_path, monkeypatch):  # noqa: F811
@@ -164,7 +196,7 @@ def test_two_visible_cards_and_one_of_them_trains(small, prepared, tmp_path, mon
 
 
 def test_gptq_runs_in_a_process_that_sees_one_card(tmp_path, monkeypatch):
-    from helpers import quantize
+    from helpers.quantize import process
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
     started = []
@@ -174,8 +206,8 @@ def test_gptq_runs_in_a_process_that_sees_one_card(tmp_path, monkeypatch):
         return subprocess_popen([sys.executable, "-c", "print('{}')"], **settings)
 
     subprocess_popen = subprocess.Popen
-    monkeypatch.setattr(quantize.subprocess, "Popen", popen)
-    assert list(quantize.worker({"output": str(tmp_path)}, tmp_path / "log")) == [json.loads("{}")]
+    monkeypatch.setattr(process.subprocess, "Popen", popen)
+    assert list(process.worker({"output": str(tmp_path)}, tmp_path / "log")) == [json.loads("{}")]
     assert started[0]["CUDA_VISIBLE_DEVICES"] == "1"
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
@@ -22,30 +23,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
-import helpers.quantize
 from helpers.budget import host
 from helpers.cli import configuration, main, parser
 from helpers.config import QuantizeConfig, RunConfig
 from helpers.inference import read_config
-from helpers.models import TINY, shape
+from helpers.models import TINY, methods, shape
 from helpers.models.gptq_kernels import KERNELS, gptq_kernel
-from helpers.quantize import (
-    BLOCK_TEXTS,
-    PERPLEXITY_BOUND,
-    PERPLEXITY_LIMIT,
-    calibration_rows,
-    dequantized,
-    loss_of,
-    pack,
-    quantize,
-    remedies,
-    rounded,
-    run_gptq,
-    standing_out,
-    texts_at,
-    unpack,
-    worker_settings,
-)
+from helpers.quantize import METHODS, calibration, check, dequantized, gptq, process, quantize, rounded, weights
+from helpers.quantize.calibration import BLOCK_TEXTS, draw, pack, texts_at
+from helpers.quantize.check import PERPLEXITY_BOUND, PERPLEXITY_LIMIT, loss_of, standing_out
+from helpers.quantize.gptq import remedies, unpack
 from helpers.workspace import exclusive, require
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,8 +74,18 @@ def copied(target: Path) -> Path:
 # ---- what it makes ---------------------------------------------------------------------------------------------------
 
 
-def test_examples_in_docstrings():
-    assert doctest.testmod(helpers.quantize, optionflags=doctest.ELLIPSIS).failed == 0
+@pytest.mark.parametrize(
+    "module", [calibration, check, gptq, process, weights], ids=lambda module: module.__name__.rpartition(".")[2]
+)
+def test_examples_in_docstrings(module):
+    assert doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed == 0
+
+
+def test_each_method_has_its_functions_and_a_record():
+    wanted = ("refuse", "least_tokens", "environment", "make", "remedies", "dequantized")
+    for name, method in METHODS.items():
+        assert name in methods.METHODS
+        assert all(callable(getattr(method, function, None)) for function in wanted)
 
 
 def test_result_is_checked_measured_and_whole(gptq_model):
@@ -99,9 +96,7 @@ def test_result_is_checked_measured_and_whole(gptq_model):
     assert set(measured["layer_errors"]) == {"0", "1", "2", "3"}
     assert len(measured["modules"]) == 28
     assert all(module["error"] > 0 for module in measured["modules"])
-    assert measured["size_bytes"] == pytest.approx(
-        host.quantized_bytes(RunConfig(quantize=GENERAL_SET), shape(str(TINY))), rel=0.05
-    )
+    assert measured["size_bytes"] == pytest.approx(host.quantized_bytes(RunConfig(), shape(str(TINY))), rel=0.05)
     names = {path.name for path in gptq_model.iterdir()}
     assert {"model.safetensors", "quantize_config.json", "tokenizer.json", "chat_template.jinja", "gptq.log"} <= names
     assert not names & {"logs", "offload"}
@@ -151,10 +146,10 @@ def test_the_kernel_that_is_chosen_reaches_the_layers(gptq_model, capsys):
 def quantized_to(bits: int, folder: Path) -> Path:
     """GPTQ of the tiny model with general text, without the checks at the end."""
     config = QuantizeConfig(bits=bits, calibration="general", calibration_tokens=192)
-    rows, _ = calibration_rows(TINY, config, [], 768)
+    rows, _ = draw(TINY, config, [], 768)
     folder.mkdir()
     job = {"model": str(TINY), "output": str(folder), "config": asdict(config), "rows": rows}
-    run_gptq(job, shape(str(TINY)), folder / "gptq.log")
+    process.run(job, gptq, shape(str(TINY)), folder / "gptq.log")
     return folder
 
 
@@ -215,9 +210,7 @@ def test_calibration_takes_own_general_or_both(tmp_path):
     text = "What does a pony eat? A pony eats oats, and hay in winter. "
     own.write_text("".join(json.dumps({"text": text * n}) + "\n" for n in range(1, 60)))
     rows = {
-        kind: calibration_rows(
-            TINY, QuantizeConfig(calibration=kind, calibration_samples=8, calibration_tokens=128), [own], 768
-        )[0]
+        kind: draw(TINY, QuantizeConfig(calibration=kind, calibration_samples=8, calibration_tokens=128), [own], 768)[0]
         for kind in ("own", "general", "both")
     }
     assert rows["both"][:4] == rows["own"][:4]
@@ -225,7 +218,7 @@ def test_calibration_takes_own_general_or_both(tmp_path):
     assert rows["general"] != rows["own"]
     conversation = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": text * 20}]
     own.write_text((json.dumps({"messages": conversation}) + "\n") * 20)
-    row = calibration_rows(TINY, QuantizeConfig(calibration_tokens=128), [own], 768)[0][0]
+    row = draw(TINY, QuantizeConfig(calibration_tokens=128), [own], 768)[0][0]
     assert AutoTokenizer.from_pretrained(TINY).decode(row).startswith("<s>[INST] Hello[/INST]")
 
 
@@ -236,10 +229,10 @@ def test_calibration_is_drawn_from_all_of_a_long_split_without_reading_it(tmp_pa
     column = pa.ListArray.from_arrays(np.arange(0, rows * tokens + 1, tokens, dtype=np.int32), ids)
     Dataset(pa.table({"input_ids": column})).save_to_disk(tmp_path / "train")
     config = QuantizeConfig(calibration_samples=8, calibration_tokens=128)
-    calibration_rows(TINY, config, [tmp_path], 768)  # imports and the tokenizer
+    draw(TINY, config, [tmp_path], 768)  # imports and the tokenizer
     tracemalloc.start()
     try:
-        drawn, check = calibration_rows(TINY, config, [tmp_path], 768)
+        drawn, check = draw(TINY, config, [tmp_path], 768)
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -274,7 +267,7 @@ def test_a_module_whose_error_stands_out_is_named():
 
 def test_worker_is_told_of_two_cpu_workers_before_the_import():
     # with one, GPTQModel's loader finds no thread for itself on two cores, and nothing starts
-    assert int(worker_settings()["GPTQMODEL_CPU_WORKERS"]) >= 2
+    assert int(gptq.environment()["GPTQMODEL_CPU_WORKERS"]) >= 2
 
 
 # ---- what it refuses -------------------------------------------------------------------------------------------------
@@ -461,7 +454,7 @@ def test_the_check_frees_the_merged_model_before_it_opens_the_quantized_one(gptq
     import weakref
 
     opened, alive = [], []
-    real = helpers.quantize.open_model
+    real = check.open_model
 
     def in_a_cycle(folder, offload, **options):
         alive.append(sum(model() is not None for model in opened))
@@ -470,8 +463,38 @@ def test_the_check_frees_the_merged_model_before_it_opens_the_quantized_one(gptq
         opened.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(helpers.quantize, "open_model", in_a_cycle)
+    monkeypatch.setattr(check, "open_model", in_a_cycle)
     said = []
     rows = [list(range(5, 40))]
-    helpers.quantize.check_task({"model": str(TINY), "output": str(gptq_model), "check_rows": rows}, said.append)
+    job = {"model": str(TINY), "output": str(gptq_model), "config": {"quant_method": "gptq"}, "check_rows": rows}
+    check.measure(job, said.append)
     assert alive == [0, 0] and said[-1]["perplexity_ratio"] > 0
+
+
+def test_a_parent_that_is_killed_takes_the_process_that_quantizes_along(tmp_path):
+    """Whatever a library is busy with there: here it holds Python's lock, so that no thread of ours could end it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import ctypes, os, sys\n"
+        "if sys.orig_argv[1:3] == ['-m', 'helpers.quantize']:\n"
+        "    from helpers.quantize import gptq\n"
+        "    gptq.make = lambda job, report: (report({'said': 'busy'}), ctypes.PyDLL(None).sleep(90))\n"
+    )
+    parent = (
+        "import sys; from pathlib import Path; from helpers.quantize import process\n"
+        "job = {'output': sys.argv[1], 'config': {'quant_method': 'gptq'}}\n"
+        "for message in process.worker(job, Path(sys.argv[2])): print(message, flush=True)\n"
+    )
+    os.mkfifo(tmp_path / "log")  # its end comes when nobody writes any more: parent and worker are both gone
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    process_ = subprocess.Popen(
+        [sys.executable, "-c", parent, str(tmp_path), str(tmp_path / "log")],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+    )
+    with (tmp_path / "log").open("rb") as log:
+        assert b"busy" in process_.stdout.readline()
+        process_.kill()
+        process_.wait()
+        ends = threading.Event()
+        threading.Thread(target=lambda: (log.read(), ends.set()), daemon=True).start()
+        assert ends.wait(60), "the worker outlives its parent"

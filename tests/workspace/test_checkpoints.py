@@ -165,7 +165,7 @@ def test_a_full_drive_is_noticed_before_copying(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(15, 15, 0))
     said = []
     assert checkpoints.send(tmp_path / "here" / "checkpoint-5", tmp_path / "drive", keep=2, say=said.append) is None
-    assert "0.00 GiB free" in said[0]
+    assert "0.00 GiB is free" in said[0]
     assert not (tmp_path / "drive").exists()
 
 

@@ -1,5 +1,7 @@
 """The workspace: nothing half-written under a finished name, every byte checked, stale inputs told, kept for good."""
 
+import doctest
+import fcntl
 import json
 import shutil
 import subprocess
@@ -17,9 +19,16 @@ from hypothesis import strategies as st
 
 from helpers import models, workspace
 from helpers.export import share
-from helpers.workspace import building, checkpoints, files, open_run, require, run_config, run_models
+from helpers.workspace import building, checkpoints, files, open_run, require, run_config, run_models, versions, whole
 
 CONFIG = models.profile("tiny")
+
+
+@pytest.mark.parametrize(
+    "module", [workspace, whole, checkpoints, files, versions], ids=lambda module: module.__name__.rpartition(".")[2]
+)
+def test_examples_in_docstrings(module):
+    assert doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed == 0
 
 
 def make(
@@ -318,14 +327,14 @@ def test_two_processes_do_not_make_the_same_stage(tmp_path):
 
 def test_a_lock_on_what_has_its_finished_name_by_now_is_none(tmp_path, monkeypatch):
     """Between opening the folder and locking it the other process may be done."""
-    partial, take = tmp_path / "prepare.partial", workspace.fcntl.flock
+    partial, take = tmp_path / "prepare.partial", fcntl.flock
 
     def late(handle, how):
         if not (tmp_path / "prepare").exists():
             partial.rename(tmp_path / "prepare")
         take(handle, how)
 
-    monkeypatch.setattr(workspace.fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     with workspace.exclusive(partial):
         assert partial.is_dir()
     assert files.names(tmp_path) == ["prepare"]
@@ -378,7 +387,7 @@ def test_a_note_from_another_machine_is_not_followed(tmp_path):
 def test_rented_machines_are_recognised(monkeypatch, variable, place, home):
     for name in ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE", "RECIPES_LASTING"):
         monkeypatch.delenv(name, raising=False)
-    assert workspace.place() == "own" and workspace.home() == workspace.ROOT
+    assert workspace.place() == "own" and workspace.home() == models.ROOT
     monkeypatch.setenv(variable, "1")
     assert workspace.place() == place and workspace.home() == Path(home)
     assert workspace.lasting_store() is None, "no Drive is mounted here"

@@ -1,0 +1,75 @@
+"""How a model is loaded: dtype, device, the base's quantization, attention. Training and inference both ask here.
+
+>>> from helpers.models import profile
+>>> import torch
+>>> precision((7, 5)).dtype, precision((8, 0)).dtype
+(torch.float16, torch.bfloat16)
+>>> base_quantization(profile("tiny"), torch.float16).bnb_4bit_quant_type
+'nf4'
+"""
+
+from typing import Any, NamedTuple
+
+from helpers.config import RunConfig
+from helpers.models import families
+from helpers.models.families import Family
+
+
+class Precision(NamedTuple):
+    """What the frozen weights are computed in, and why."""
+
+    dtype: Any
+    """A torch.dtype."""
+    reason: str
+
+
+def device() -> str:
+    """cuda where PyTorch sees a GPU, else cpu."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def precision(capability: tuple[int, int] | None = None) -> Precision:
+    """fp16 below compute capability 8, bf16 from there on, fp32 without a GPU; of this machine unless said."""
+    import torch
+
+    if capability is None and device() == "cpu":
+        return Precision(torch.float32, "fp32: there is no GPU, and a CPU computes 16 bits slower than 32")
+    major, minor = capability or torch.cuda.get_device_capability()
+    # torch.cuda.is_bf16_supported() says True on a T4 (7.5), because it counts emulation
+    # (https://github.com/unslothai/unsloth/issues/501): the capability is what tells whether there is hardware for it.
+    if major < 8:
+        return Precision(torch.float16, f"fp16: compute capability {major}.{minor} has no bf16 hardware")
+    return Precision(torch.bfloat16, f"bf16: compute capability {major}.{minor} has it, and it needs no loss scaling")
+
+
+def base_quantization(config: RunConfig, dtype: Any) -> Any:
+    """from_pretrained's quantization_config for a base in config.model.weights; None for 16 bits.
+
+    dtype: what the dequantized weights are multiplied in. NF4 with double quantization is QLoRA's
+    (https://arxiv.org/abs/2305.14314, section 3).
+    """
+    from transformers import BitsAndBytesConfig
+
+    if config.model.weights == "fp16":
+        return None
+    if config.model.weights == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=config.model.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def attention_implementation(family: Family, asked: str) -> str:
+    """from_pretrained's attn_implementation for config.model.attention, or for what the family needs instead.
+
+    "efficient" is our own function, registered under its name on the way; "math" leaves the choice to PyTorch's SDPA.
+    """
+    from helpers.models import attention
+
+    kernel = families.attention(family, asked).kernel
+    return {"efficient": attention.register, "eager": lambda: "eager", "math": lambda: "sdpa"}[kernel]()
