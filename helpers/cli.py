@@ -35,6 +35,7 @@ STAGE_HELP = {
     "quantize": "GPTQ of the merged model",
     "evaluate": "one table: base, fine-tuned, merged, GPTQ",
     "export": "a GGUF file for Ollama, llama.cpp and LM Studio; or a model as it is to Drive, a zip or the hub",
+    "serve": "a model behind OpenAI's API, and a page to chat with it",
     "run": "all stages in order",
 }
 READS: dict[str, tuple[set[str], set[str]]] = {
@@ -45,12 +46,13 @@ READS: dict[str, tuple[set[str], set[str]]] = {
     "quantize": ({"quantize"}, {"revision", "seed"}),
     "evaluate": ({"model", "evaluate"}, {"seed"}),
     "export": (set(), {"model"}),
+    "serve": ({"model"}, set()),
     "run": ({"model", "adapter", "data", "train", "merge", "quantize", "evaluate"}, {"seed"}),
 }
 """Stage -> parts of RunConfig, and single settings, that it reads."""
 EXPORTS = ("gguf", "drive", "zip", "hub")
-AFTER_TRAINING = ("merge", "quantize", "evaluate", "export")
-OWN_FLAGS = {"quantize": {"model", "calibration"}, "merge": set(), "export": {"model"}}
+AFTER_TRAINING = ("merge", "quantize", "evaluate", "export", "serve")
+OWN_FLAGS = {"quantize": {"model", "calibration"}, "merge": set(), "export": {"model"}, "serve": {"model"}}
 """Fields of RunConfig whose flag a stage gives another meaning: there they name a folder or a file."""
 
 
@@ -340,6 +342,29 @@ EXTRA_FLAGS: dict[str, dict[str, dict]] = {
             ),
         },
     },
+    "serve": {
+        "--model": {
+            "nargs": "+",
+            "dest": "served",
+            "metavar": "MODEL",
+            "help": told(
+                "What to serve, under its own name or as NAME=MODEL, several if need be",
+                "a model folder, an adapter, a GPTQ folder or a GGUF file",
+                IN_THE_RUN,
+            ),
+        },
+        "--host": {
+            "default": "127.0.0.1",
+            "metavar": "ADDRESS",
+            "help": told("Where to listen", "an address; any but this machine's own needs a key", "127.0.0.1"),
+        },
+        "--port": {"type": int, "default": 8000, "help": told("Port", "a number; 0: any that is free", "8000")},
+        "--api-key": {
+            "metavar": "KEY",
+            "help": told("What clients must send", "a text", "$RECIPES_API_KEY, which ps does not show, or none"),
+        },
+        "--page": {"action": "store_true", "help": told("A chat page at / too", "on or off", "off")},
+    },
     "run": GPU_FLAG | RESUME_FLAG,
 }
 
@@ -530,6 +555,14 @@ def run_export(options: argparse.Namespace, config: RunConfig) -> Outcome:
     return done("export", output, made)
 
 
+def run_serve(options: argparse.Namespace, config: RunConfig) -> Outcome:
+    from helpers import serve
+
+    chosen = options.served or [str(serve.default_model(workspace_of(options, config)))]
+    result = serve.serve(chosen, config, options.host, options.port, options.api_key, options.page)
+    return DONE, result, f"serve: stopped after {result['requests']} requests"
+
+
 def run_share(options: argparse.Namespace, run: Workspace) -> Outcome:
     """A finished stage as it is: to Drive or another folder, into one zip, to the hub."""
     from helpers.export import share
@@ -607,5 +640,6 @@ STAGES = {
     "quantize": run_quantize,
     "evaluate": run_evaluate,
     "export": run_export,
+    "serve": run_serve,
     "run": run_all,
 }

@@ -1,0 +1,182 @@
+"""The chat page in a real browser: typed into, streamed, stopped, models switched, a key asked for; wide, narrow, dark.
+
+Leaves screenshots in runs/page/. Needs Chromium and its driver (Debian: chromium, chromium-driver).
+"""
+
+import asyncio
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: `make setup` installs it")
+pytest.importorskip("starlette", reason="starlette is not installed: `make setup` installs requirements/pins.txt")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed: `make setup` installs requirements/pins.txt")
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import Select  # noqa: E402
+
+import helpers.serve  # noqa: E402
+from helpers.models import TINY, profile  # noqa: E402
+
+SCREENSHOTS = Path(__file__).resolve().parents[2] / "runs" / "page"
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync", "--disable-dev-shm-usage"]
+FLAGS += ["--disable-background-networking", "--disable-component-update"]
+KEY, PATIENCE_S = "a-key-of-the-tests", 60.0
+
+pytestmark = pytest.mark.skipif(
+    not (BROWSER and DRIVER),
+    reason="no Chromium with its driver here; `.ci/run` installs them: chromium chromium-driver",
+)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The address of two tiny models behind a key, and the places inside."""
+    here, came = {}, threading.Event()
+
+    def ready(running, address):
+        here.update(server=running, address=address, places=running.config.app.state.places)
+        came.set()
+
+    models = [f"first={TINY}", f"second={TINY}"]
+    settings = {"port": 0, "api_key": KEY, "page": True, "ready": ready}
+    thread = threading.Thread(target=helpers.serve.serve, args=(models, profile("tiny")), kwargs=settings)
+    thread.start()
+    came.wait(PATIENCE_S)
+    yield here
+    here["server"].should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def page(server, tmp_path_factory):
+    """Chromium on the page."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver.set_window_size(1000, 800)
+    driver.get(server["address"] + "/")
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    yield driver
+    driver.quit()
+
+
+def never_ending(engine, monkeypatch):
+    """From here on an answer of this engine waits after its fifth piece, for ever: what comes then is not a race."""
+    tokens = engine.tokens
+
+    async def held(wish):
+        pieces = tokens(wish)
+        try:
+            for _ in range(5):
+                yield await anext(pieces)
+            await asyncio.Event().wait()
+        finally:
+            await pieces.aclose()
+
+    monkeypatch.setattr(engine, "tokens", held)
+
+
+def wait_for(met):
+    """Until a condition holds; a test that never sees it fails instead of hanging."""
+    end = time.monotonic() + PATIENCE_S
+    while not met():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.02)
+
+
+def get(page, name):
+    return page.find_element(By.ID, name)
+
+
+def answers(page):
+    return [turn.text for turn in page.find_elements(By.CSS_SELECTOR, ".assistant")]
+
+
+def say(page, words, most=None):
+    box = page.find_element(By.ID, "most")
+    page.execute_script("arguments[0].value = arguments[1] || ''", box, most)
+    get(page, "words").send_keys(words, Keys.ENTER)
+
+
+def test_someone_enters_the_key_and_chats(page, server, monkeypatch):
+    wait_for(lambda: "missing or wrong" in get(page, "trouble").text)
+    page.save_screenshot(str(SCREENSHOTS / "key.png"))
+    get(page, "key").send_keys("wrong", Keys.ENTER)
+    wait_for(lambda: "missing or wrong" in get(page, "trouble").text)
+    get(page, "key").clear()
+    get(page, "key").send_keys(KEY, Keys.ENTER)
+    wait_for(lambda: [one.text for one in Select(get(page, "model")).options] == ["first", "second"])
+    assert not get(page, "trouble").text and not get(page, "key").is_displayed()
+
+    page.find_element(By.TAG_NAME, "summary").click()
+    get(page, "system").send_keys("Answer <b>shortly</b>.")
+    page.execute_script(
+        "arguments[0].value = 0; arguments[0].dispatchEvent(new Event('input'))", get(page, "temperature")
+    )
+    assert get(page, "degrees").text == "0.00"
+    page.save_screenshot(str(SCREENSHOTS / "settings.png"))
+    page.find_element(By.TAG_NAME, "summary").click()
+    say(page, "Which animal does Edith keep? <i>Tell</i> me.", 12)
+    wait_for(lambda: answers(page) and "12 tokens" in answers(page)[0])
+    assert "first" in answers(page)[0] and len(answers(page)[0].splitlines()[0]) > 10
+    assert "<i>Tell</i>" in page.find_element(By.CSS_SELECTOR, ".user").text  # text, never markup
+    Select(get(page, "model")).select_by_visible_text("second")
+    say(page, "And Otto?", 12)
+    wait_for(lambda: len(answers(page)) == 2 and "second" in answers(page)[1])
+
+    # a long answer comes in pieces, and is stopped: on the page and on the server
+    never_ending(server["server"].config.app.state.models["second"].engine, monkeypatch)
+    say(page, "Tell me everything.")
+    wait_for(lambda: len(answers(page)) == 3 and len(answers(page)[2]) > 5)
+    assert get(page, "stop").is_displayed() and server["places"].taken == 1
+    get(page, "stop").click()
+    wait_for(lambda: "stopped" in answers(page)[2] and server["places"].taken == 0)
+    wait_for(lambda: get(page, "send").is_displayed())
+    page.save_screenshot(str(SCREENSHOTS / "wide.png"))
+    broken = [entry["message"] for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not [said for said in broken if "401" not in said and "favicon" not in said]
+
+
+def test_it_fits_a_phone_and_the_dark(page):
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    )
+    page.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    )
+    page.find_element(By.TAG_NAME, "summary").click()
+    page.save_screenshot(str(SCREENSHOTS / "phone_dark_settings.png"))
+    page.find_element(By.TAG_NAME, "summary").click()
+    page.save_screenshot(str(SCREENSHOTS / "phone_dark.png"))
+    assert page.execute_script("return document.documentElement.scrollWidth") == 400
+    for name in ("words", "send", "model", "fresh"):
+        box = get(page, name).rect
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 400 and box["y"] + box["height"] <= 800, name
+    assert page.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(21, 23, 26)"
+
+
+def test_what_the_server_refuses_is_shown_and_the_question_comes_back(page):
+    get(page, "fresh").click()
+    assert not answers(page)
+    page.execute_script("arguments[0].value = 'a very long story '.repeat(400)", get(page, "words"))
+    get(page, "words").send_keys(Keys.ENTER)
+    wait_for(lambda: answers(page) and "context is 512" in answers(page)[0])
+    assert get(page, "words").get_attribute("value").startswith("a very long story")
+    page.save_screenshot(str(SCREENSHOTS / "refused.png"))
+
+
+def test_a_server_that_is_gone_is_said(page, server):
+    server["server"].should_exit = True
+    asked = "fetch('/health').then(() => arguments[0](true), () => arguments[0](false))"
+    wait_for(lambda: not page.execute_async_script(asked))
+    page.execute_script("listModels()")
+    wait_for(lambda: "does not answer" in get(page, "trouble").text)
