@@ -249,7 +249,7 @@ def host_gib(found: Placement, shape: ModelShape) -> float:
 
 
 def overhead_gib(found: Placement, config: RunConfig, shape: ModelShape, allocated_gib: float) -> float:
-    """GiB reserved beyond the tensors' peak: holes between keys and values that grow; weights leave none.
+    """Allocator overhead above the tensors' peak, GiB: holes between keys and values that grow; weights leave none.
 
     The share was calibrated on h200_evaluate.json, an NF4 model's row; h200_evaluate_new.json's two have a little less.
     """

@@ -5,7 +5,7 @@
 
 One model is in memory at a time. Every figure is from the same held-out texts and questions for all of them, so that
 each pair of models is compared item by item; and each model is what its folder holds, never rounded again to fit a
-small card (budget/placement.py). What cannot be opened so has no figures and no verdict, and a sentence says why.
+small GPU (budget/placement.py). What cannot be opened so has no figures and no verdict, and a sentence says why.
 """
 
 import json

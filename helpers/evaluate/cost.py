@@ -35,7 +35,7 @@ def speed(loaded: Loaded) -> dict[str, float | None]:
     """Greedy decoding of random prompts, which it may not end, and reading of prompts; medians of three.
 
     first_token_s: from the call to the first new token, prompt of prompt_tokens; decode: tokens after the first, of
-    all rows, a second; prompt_tokens_per_s: what the first token's time makes of the prompt. By the clock a fast card
+    all rows, a second; prompt_tokens_per_s: what the first token's time makes of the prompt. By the clock a fast GPU
     waits for Python; gpu_ms_per_token is what its kernels take for a token of one answer (None without a GPU).
     """
     prompt = min(PROMPT_TOKENS, loaded.context // 2)
