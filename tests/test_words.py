@@ -1,4 +1,4 @@
-"""The field's words: what a reader of papers and of other libraries knows, in docstrings, comments, notebooks and prose."""
+"""The field's words, which a reader of papers and of other libraries knows, in code, notebooks and pages."""
 
 import io
 import json
@@ -17,7 +17,8 @@ INSTEAD = {
     r"\bunchecked layers?\b|\bchecked layers?\b": "layers without / with activation checkpointing",
     r"\bread off\b": "calibrated on",
     r"\bunpack(ing|ed|s)? (the )?(weights|layers?|NF4)": "dequantization",
-    r"\bT(he|his|hat) card('s)? (has|is|holds|runs|computes|memory)\b|\b(small|fast|second|other|graphics) cards?\b": "GPU",
+    r"\b[Tt]h(e|is|at) card('s)? (has|is|holds|runs|computes|memory)\b": "GPU",
+    r"\b(small|fast|second|other|graphics) cards?\b": "GPU",
 }
 """What is not said here -> what is."""
 PROSE = [ROOT / "README.md", ROOT / "data" / "measurements" / "README.md", *sorted(ROOT.glob("helpers/*.md"))]

@@ -52,7 +52,7 @@ def gguf_name(module: str) -> str | None:
 def for_run(run: Workspace, config: RunConfig, types: str, wanted: bool = False) -> Path | None:
     """The run's importance matrix, collected when a type needs one or it is wanted; else None.
 
-    It is collected on the fine-tuned model: the base as training saw it with its adapter, which is small enough for a T4.
+    Collected on the fine-tuned model, the base as training saw it with its adapter: small enough for a T4.
     """
     if not wanted and not any(file_type(name.strip()).needs_importance for name in types.split(",")):
         return None
