@@ -8,7 +8,7 @@ data/measurements/h200_decode.csv). ExLlamaV2's has to be compiled by nvcc: 68 s
 Left alone, GPTQModel takes Machete on Hopper, which first downloads CUTLASS, or Marlin, which nvcc had not compiled on
 two cores after 400 s.
 
-A build lies where GPTQModel looks for it, in a folder named after the versions of PyTorch and CUDA, the card's
+A build lies where GPTQModel looks for it, in a folder named after the versions of PyTorch and CUDA, the GPU's
 capability, the compiler's flags and the sources; a library that lies there is loaded without asking ninja. On a rented
 machine a copy goes to the lasting folder, from where the next machine takes it.
 
@@ -100,7 +100,7 @@ def gptq_kernel(
 
 
 def compute_dtype(config: dict, best: Any) -> Any:
-    """fp16 for a GPTQ model that is stored in fp16, also where the card computes in bf16 (best); else best.
+    """fp16 for a GPTQ model that is stored in fp16, also where the GPU computes in bf16 (best); else best.
 
     ExLlamaV2 multiplies in fp16: bf16 around it would be two conversions more a matrix and 8 significant bits instead
     of 11, and quantize's check of the model was in fp16. A model that is stored in bf16 may need bf16's range, and
