@@ -479,7 +479,7 @@ def test_a_model_that_would_take_too_long_makes_all_answer_fewer_questions_or_ha
         found = placement.plan(many, models, from_disk, (texts, 400))
         assert found.config == many  # who is left out costs the others no question
         assert not found.places["merged"].answers and found.places["finetuned"].answers
-        assert ("layers from disk: take a card with more" in found.places["merged"].problem) == left_out
+        assert ("layers from disk: take a GPU with more" in found.places["merged"].problem) == left_out
 
 
 def test_the_merge_shows_no_difference_where_rounding_it_again_showed_one(executed_run, tmp_path):
