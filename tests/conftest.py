@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import setuptools  # noqa: F401 - before anything imports distutils, which it replaces and will not replace later
 
+import helpers  # noqa: F401 - what it sets for PyTorch's threads must come before PyTorch
+
 os.environ["RECIPES_PATIENCE_S"] = "0"  # what may pass is tried as often, without pauses; processes inherit it
 ROOT = Path(__file__).resolve().parent.parent
 FAKE_TOKEN = "hf_" + "NotARealTokenButShapedLikeOne"[:34].ljust(34, "x")
