@@ -19,8 +19,9 @@ __version__ = "0.1.0"
 # Read when PyTorch first allocates on a GPU: segments that grow leave fewer gaps, and the budget counts on it.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-# Read when PyTorch starts its threads on a CPU. One that waits for the others spins for some milliseconds by default, and
-# keeps the core from whoever it waits for: beside another program, two threads on two cores took 30 s for 2.5 s of work.
+# Read when PyTorch starts its threads on a CPU. One that waits for the others spins for milliseconds by default and
+# keeps the core from whoever it waits for: beside another program a small training takes ten times as long
+# (tests/benchmarks/bench_threads.py). So it spins briefly, then sleeps, which costs nothing where it is alone.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
