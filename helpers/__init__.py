@@ -6,6 +6,7 @@
     quantize   reads merge/, and prepare/ to calibrate                        writes quantize/: the model in 4 bits
     evaluate   reads the base, finetune/, merge/, quantize/, and prepare/     writes evaluate/: report, answers
     export     reads merge/, or what is to go as it is                        writes export/: GGUF or zip
+    serve      reads any of these models                                      answers others, as OpenAI's API does
 
 `budget` knows what each needs before it starts. `python -m helpers STAGE` is `cli`; notebooks begin in `setup`.
 Imports go down only: cli, stages, then show, inference, budget, sources, then models, workspace, config and hardware.
