@@ -552,7 +552,9 @@ def test_prompts_longer_than_the_budget_counts_on_go_in_smaller_batches(base, mo
 
 def test_notebook_5_runs_on_a_machine_where_the_merged_model_is_not(executed_run, tmp_path):
     run = tmp_path / "tiny"
-    shutil.copytree(executed_run, run, ignore=shutil.ignore_patterns("merge", "evaluate", "report.json", "notebooks"))
+    shutil.copytree(
+        executed_run, run, ignore=shutil.ignore_patterns("merge", "evaluate", "export", "report.json", "notebooks")
+    )
     command = ["notebooks/run_all.py", "--workspace", str(run), "--only", "05_evaluation.ipynb"]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
