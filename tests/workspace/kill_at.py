@@ -19,6 +19,9 @@ def is_killed(act: Callable[[], object], folder: Path, moment: int, **options) -
     process = os.fork()
     if not process:
         try:
+            # A fork has no thread but one: PyTorch's pool, once the parent has started it, would wait for the others.
+            if "torch" in sys.modules:
+                sys.modules["torch"].set_num_threads(1)
             with faults.injecting(folder, kill_at=moment, **options):
                 act()
             os._exit(0)
