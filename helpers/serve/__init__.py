@@ -19,6 +19,7 @@ from typing import Any
 
 from helpers import inference
 from helpers.config import RunConfig
+from helpers.models import gguf_header
 from helpers.workspace import Workspace
 
 STOP_S = 2
@@ -122,7 +123,7 @@ def default_model(run: Workspace) -> Path:
 
 def one(name: str, path: Path, config: RunConfig, on_death: Callable[[], None]) -> Any:
     """A model opened, that can reply. Raises ValueError with one sentence."""
-    if inference.is_gguf(path):
+    if gguf_header.is_gguf(path):
         from helpers.serve.llama import Llama
 
         return Llama(name, path)
