@@ -54,8 +54,10 @@ def go_template(jinja: str | None) -> str | None:
     """The same template in Go's text/template, for those that are known here; None for a foreign one."""
     if jinja is None:
         return None
-    tiny = (TINY / "chat_template.jinja").read_text(encoding="utf-8")
-    known = {MISTRAL_V1: GO_V1, MISTRAL_V3: GO_V3, tiny: GO_V3}
+    known = {MISTRAL_V1: GO_V1, MISTRAL_V3: GO_V3}
+    tiny = TINY / "chat_template.jinja"
+    if tiny.is_file():  # somebody's own small base may lie in its place
+        known |= {tiny.read_text(encoding="utf-8"): GO_V3}
     plain = {GENERATION_TAGS.sub("", text).strip(): go for text, go in known.items()}
     return plain.get(GENERATION_TAGS.sub("", jinja).strip())
 
