@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from helpers.models import gpu
-
 HELPERS = Path(__file__).resolve().parent.parent
 
 
@@ -174,6 +172,8 @@ TROUBLES = (
 
 def remedy(error: BaseException | str | None) -> str | None:
     """What to do about an error or what caused it, or None when it is none of these."""
+    from helpers.models import gpu  # not sooner: the set-up cell comes here before any package is installed
+
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -202,6 +202,8 @@ def sentence_or_traceback(shell, kind, error, trace, tb_offset=None):
 
     Below either what to do, where that is known.
     """
+    from helpers.models import gpu
+
     made, known = gpu.came_through(error)[-1], remedy(error)
     on_purpose = Path(made.filename).is_relative_to(HELPERS) and (made.line or "").startswith("raise ")
     if isinstance(error, ValueError) and on_purpose:
