@@ -34,6 +34,12 @@ def executed_run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def fake_token() -> str:
+    """The token in the environment of `executed_run`."""
+    return FAKE_TOKEN
+
+
+@pytest.fixture(scope="session")
 def report(executed_run) -> dict:
     """report.json of the executed notebooks."""
     return json.loads((executed_run / "report.json").read_text(encoding="utf-8"))

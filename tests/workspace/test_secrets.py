@@ -71,10 +71,8 @@ def test_the_commit_guard_refuses_a_token(tmp_path):
     assert FAKES["Hugging Face token"] not in refused.stderr
 
 
-def test_the_notebooks_leave_no_token_behind(executed_run):
-    from conftest import FAKE_TOKEN
-
-    result = tokens.search([executed_run], known=FAKE_TOKEN)
+def test_the_notebooks_leave_no_token_behind(executed_run, fake_token):
+    result = tokens.search([executed_run], known=fake_token)
     print(f"{len(result.found)} tokens in {result.files} files")
     assert result.found == [] and result.files > 20
 
