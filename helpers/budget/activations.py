@@ -199,14 +199,14 @@ def loss_buffers(step: Step) -> tuple[float, float]:
     """Bytes of logits and loss at their fullest: (in the forward pass, in the backward pass).
 
     full: logits in fp16, in fp32 and their log-softmax; backward: two gradients in fp32 and the log-softmax. chunked:
-    a tile at a time. fused: Liger's fused linear cross-entropy (https://arxiv.org/abs/2410.10989).
+    a tile at a time.
     """
     tokens, dense, hidden, words = step.tokens, step.stream_bytes, step.hidden, step.shape.vocab
     if step.config.train.loss == "full":
         head = words * hidden * HALF if dense == FULL else 0  # autocast's fp16 copy of an fp32 head
         forward = tokens * (words * (HALF + 2 * FULL) + 2 * hidden * dense)
         return head + forward, head + tokens * (words * 3 * FULL + hidden * dense)
-    if step.backend == "own" or step.config.train.loss == "fused":
+    if step.backend == "own":
         # bytes a logit of a chunk (finetune/engine/losses.py); a cap keeps its slope in fp32, 4 more
         chunk = min(tokens * words, LOGITS_AT_ONCE)
         both = (14 if step.shape.family.logits.cap else 10) * chunk + tokens * hidden * 4 * HALF

@@ -240,6 +240,15 @@ def write_header(writer: GGUFWriter, stream: Any) -> None:
     pad(stream)
 
 
+def finish(writer: GGUFWriter, partial: Path, output: Path) -> None:
+    """Write a small file of tensors in memory, and give it its name when it is whole."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    partial.rename(output)
+
+
 def pad(stream: Any) -> None:
     """Zeros up to the next multiple of the file's alignment."""
     stream.write(bytes(-stream.tell() % ALIGNMENT))

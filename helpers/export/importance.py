@@ -138,6 +138,8 @@ def write(output: Path, squares: dict[str, np.ndarray], counts: dict[str, int], 
     """Sums of squares and counts as llama-imatrix writes them; whole or not there."""
     from gguf import GGUFWriter
 
+    from helpers.export.gguf_file import finish
+
     partial = output.with_name(output.name + ".partial")
     writer = GGUFWriter(partial, "")
     writer.kv_data[0].pop("general.architecture", None)  # an importance matrix has none
@@ -150,11 +152,7 @@ def write(output: Path, squares: dict[str, np.ndarray], counts: dict[str, int], 
         writer.add_tensor(f"{name}.in_sum2", total[None])
         writer.add_tensor(f"{name}.counts", np.array([[counts[name]]], np.float32))
     try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        partial.rename(output)
+        finish(writer, partial, output)
     finally:
         partial.unlink(missing_ok=True)
 

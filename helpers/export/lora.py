@@ -11,7 +11,7 @@ import numpy as np
 from gguf import MODEL_ARCH, GGUFType, GGUFWriter, Keys, get_tensor_name_map
 from safetensors import safe_open
 
-from helpers.export.gguf_file import settings_of, turned
+from helpers.export.gguf_file import finish, settings_of, turned
 from helpers.models.adapters import ADAPTER_WEIGHTS, PREFIX, read_adapter
 
 
@@ -48,11 +48,7 @@ def write(adapter: Path, base: Path, output: Path) -> int:
                     b = turned(b, head_dim)
                 writer.add_tensor(f"{name}.lora_a", a.astype(np.float16))
                 writer.add_tensor(f"{name}.lora_b", b.astype(np.float16))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        partial.rename(output)
+        finish(writer, partial, output)
     finally:
         partial.unlink(missing_ok=True)
     return output.stat().st_size

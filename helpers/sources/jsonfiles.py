@@ -15,7 +15,7 @@ import orjson
 
 from helpers.sources.columns import KNOWN, normal
 from helpers.sources.encodings import Charset
-from helpers.sources.records import ESCAPED_BYTES, MIB, ROW_LIMIT, Record, guessed, lines, shown
+from helpers.sources.records import ESCAPED_BYTES, MIB, ROW_LIMIT, Record, guessed, line_records, shown
 
 OBJECT_LIMIT = 128 * MIB
 BETWEEN_ELEMENTS = re.compile(r"[ \t\r\n,]*")
@@ -23,13 +23,7 @@ BETWEEN_ELEMENTS = re.compile(r"[ \t\r\n,]*")
 
 def read_jsonl(stream: io.BufferedReader, name: str, head: bytes = b"") -> Iterator[Record]:
     """One JSON value a line; blank lines are no rows."""
-    charset = Charset()
-    for number, line in lines(stream):
-        place = f"{name} line {number}"
-        if line is None:
-            yield Record(place, None, "over-long-row", f"a line of more than {ROW_LIMIT // MIB} MiB")
-        elif line and not line.isspace():
-            yield json_record(line, place, charset, stream)
+    return line_records(stream, name, json_record)
 
 
 def json_record(line: bytes, place: str, charset: Charset, stream: io.BufferedReader | None = None) -> Record:

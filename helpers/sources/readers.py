@@ -25,7 +25,7 @@ from helpers.sources.columns import KNOWN, normal
 from helpers.sources.encodings import Charset
 from helpers.sources.folders import KINDS, Split, choose, kind_of
 from helpers.sources.jsonfiles import read_array, read_jsonl
-from helpers.sources.records import MIB, Record, guessed, lines
+from helpers.sources.records import MIB, Record, guessed, line_records
 from helpers.sources.records import ROW_LIMIT as ROW_LIMIT
 from helpers.sources.tablefiles import read_csv, read_parquet
 
@@ -257,16 +257,15 @@ def one_value(head: bytes, kind: str) -> bool:
 
 def read_text(stream: io.BufferedReader, name: str, head: bytes = b"") -> Iterator[Record]:
     """One text a line; blank lines are no rows."""
-    charset = Charset()
-    for number, line in lines(stream):
-        place = f"{name} line {number}"
-        if line is None:
-            yield Record(place, None, "over-long-row", f"a line of more than {ROW_LIMIT // MIB} MiB")
-        elif line and not line.isspace():
-            try:
-                yield Record(place, line.decode("utf-8").strip())
-            except UnicodeDecodeError:
-                yield guessed(line, place, charset, stream, str.strip)
+    return line_records(stream, name, text_record)
+
+
+def text_record(line: bytes, place: str, charset: Charset, stream: io.BufferedReader) -> Record:
+    """A line's text, or what its bytes seem to say."""
+    try:
+        return Record(place, line.decode("utf-8").strip())
+    except UnicodeDecodeError:
+        return guessed(line, place, charset, stream, str.strip)
 
 
 def read_zip(stream: io.BufferedReader, name: str, split: Split, notes: list[str]) -> Iterator[Record]:

@@ -59,6 +59,19 @@ def lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes | None]]:
             yield number, line
 
 
+def line_records(
+    stream: io.BufferedReader, name: str, record_of: Callable[[bytes, str, Charset, io.BufferedReader], Record]
+) -> Iterator[Record]:
+    """A record a line, as record_of(line, place, charset, stream) makes it; blank lines are no rows."""
+    charset = Charset()
+    for number, line in lines(stream):
+        place = f"{name} line {number}"
+        if line is None:
+            yield Record(place, None, "over-long-row", f"a line of more than {ROW_LIMIT // MIB} MiB")
+        elif line and not line.isspace():
+            yield record_of(line, place, charset, stream)
+
+
 def shown(line: bytes | str) -> str:
     """The beginning of a line, to show."""
     text = line[:120].decode("utf-8", "replace") if isinstance(line, bytes) else line[:120]

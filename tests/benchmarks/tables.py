@@ -101,9 +101,6 @@ def sets() -> dict[str, list[Measured]]:
     if (MEASURED / "h200_finetune.csv").exists():
         found["7B, our own layers, H200 as a T4 (formulas found through them)"] = list(rows.own_layers())
         found["7B, what the planner chose (formulas found through them)"] = list(rows.planned())
-    own = MEASURED / "h200_own_layers.csv"
-    if own.exists():
-        found["**our own layers, all four models, H200 as a T4**"] = list(rows.h200(own.name))
     return found
 
 
