@@ -133,7 +133,8 @@ def in_colab(arguments: list[str], output: Path, limited: str) -> dict:
 def figures(result: dict) -> dict:
     """A stage's figures by name; of an evaluation those of each model, which is a dictionary of them."""
     kept = {name: value for name, value in result.items() if isinstance(value, str | int | float)}
-    return kept | {name: figures(value) for name, value in result.items() if isinstance(value, dict) and "kind" in value}
+    opened = {name: value for name, value in result.items() if isinstance(value, dict) and "kind" in value}
+    return kept | {name: figures(row) for name, row in opened.items()}
 
 
 def anonymous_bytes(process: int, limited: str) -> int:
