@@ -9,11 +9,13 @@ from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from helpers import finetune, merge
 from helpers.budget import step as budget_step
-from helpers.config import MergeConfig
+from helpers.config import MergeConfig, RunConfig
+from helpers.export import gguf_file
 from helpers.finetune.base import adapters
 from helpers.finetune.engine import layers, losses, mixture
 from helpers.finetune.trainer import choose_layers
 from helpers.models import TINY, families, loading, profile, shape
+from helpers.quantize import gptq
 
 IDS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(1))
 SIZES = {
@@ -165,3 +167,12 @@ def test_a_mixture_and_its_adapter_merge_into_what_was_trained(merge_base, small
     stock = MixtralForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(stock(IDS).logits, found(IDS).logits, atol=1e-5, rtol=0)
+
+
+def test_gptq_and_gguf_of_a_mixture_are_refused_with_what_one_can_do(small, tmp_path):
+    for refuse, said in (
+        (lambda: gptq.refuse(shape(str(small)), RunConfig().quantize), "mixture of 4 experts.*adapter on its base"),
+        (lambda: gguf_file.settings_of(small), "is a mixtral model, and .* are written here: convert"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            refuse()
