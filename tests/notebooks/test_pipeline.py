@@ -1,4 +1,4 @@
-"""The six notebooks, executed: the effect is real, the sizes are bytes on disk, everything is in its place."""
+"""The seven notebooks, executed: the effect is real, the sizes are bytes on disk, everything is in its place."""
 
 import re
 
@@ -14,6 +14,7 @@ NOTEBOOKS = (
     "04_gptq_quantization.ipynb",
     "05_evaluation.ipynb",
     "06_export.ipynb",
+    "07_mixture.ipynb",
 )
 
 
