@@ -16,6 +16,7 @@ from typing import Any
 from helpers import budget, hardware, workspace
 from helpers.budget import planning
 from helpers.config import RunConfig
+from helpers.finetune import workers
 from helpers.finetune.base import attach_adapter, load_base, refuse_without_gpu
 from helpers.finetune.data import check_tokenizer, load_split
 from helpers.finetune.notices import into_file
@@ -38,6 +39,7 @@ def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "aut
     prepared, output = Path(prepared), Path(output)
     if resume not in ("auto", "never"):
         raise ValueError(f"resume must be auto or never, not {resume!r}")
+    workers.refuse(config)
     workspace.fetch(prepared)
     load_split(prepared, "train")  # a dataset that is not there is said before anything is loaded or written
     refuse_without_tracker(config.train.report_to)
