@@ -185,9 +185,7 @@ def tracker(name: str, saves: Path) -> str:
     return name
 
 
-def training_arguments(
-    config: RunConfig, saves: Path, steps: int, accumulation: int, evaluates: bool
-) -> SFTConfig:
+def training_arguments(config: RunConfig, saves: Path, steps: int, accumulation: int, evaluates: bool) -> SFTConfig:
     """The trainer's arguments for so many optimizer steps of so many micro-batches a rank."""
     asked, dtype, on_gpu = config.train, base.precision().dtype, torch.cuda.is_available()
     arguments = SFTConfig(

@@ -106,7 +106,7 @@ class Worker:
 
 
 def launch(config: RunConfig, prepared: Path, output: Path, resume: str, cards: int) -> dict[str, Any]:
-    """Train in a process a GPU; returns what rank 0 measured. Raises what one of them raised, WorkerLost for a dead one.
+    """Train in a process a GPU; returns what rank 0 measured. Raises what one raised, WorkerLost for a dead one.
 
     Frees this process's own GPU memory first. Leaves no process behind, whatever happens.
     """
@@ -235,8 +235,8 @@ def error_of(worker: Worker, count: int) -> BaseException:
         how = f"signal {-failure['died']}" if failure["died"] < 0 else f"status {failure['died']}"
         why = "most often because host memory ran out" if failure["died"] == -signal.SIGKILL else " ".join(last)
         return WorkerLost(
-            f"the process of {name} ended with {how}{', ' * bool(why)}{why}: all have been ended; the newest checkpoint "
-            "is kept, and the same command goes on from it"
+            f"the process of {name} ended with {how}{', ' * bool(why)}{why}: all have been ended; the newest "
+            "checkpoint is kept, and the same command goes on from it"
         )
     if failure["error"] in KNOWN:
         return KNOWN[failure["error"]](failure["text"])
