@@ -62,12 +62,15 @@ class FineTuner(SFTTrainer):
 
         Each rank has read those from disk itself; for a 7B in NF4 it would be 3.9 GB. What is trained is made equal.
         """
+        wrapped = super()._wrap_model(
+            model, training, dataloader
+        )  # older versions of transformers make ddp_handler there
         if ranks.count() > 1 and training:
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
             frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
             own = [*frozen, *(name for name, _ in model.named_buffers())]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own)
-        return super()._wrap_model(model, training, dataloader)
+        return wrapped
 
     def _save_checkpoint(self, model, trial):
         """Whole or not there: transformers writes straight into the final place, where a killed write would be found.
