@@ -21,14 +21,21 @@ from helpers.models.hub import snapshot
 from helpers.models.stored import SafetensorsWriter, Stored, UnusableModel, for_all_readers, read_config, stored_tensors
 from helpers.models.templates import brings_tokenizer, ends, hand_on
 from helpers.workspace import (
+    FINISHED,
     MANIFEST,
     SCRATCH,
+    DamagedArtifact,
     Workspace,
     building,
+    check_outputs,
     checksum,
     empty_folder,
     exclusive,
     existing,
+    fetch,
+    identify,
+    read_manifest,
+    recover,
     refuse_output,
     write_text,
 )
@@ -105,12 +112,45 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, re
     return stage.measurements
 
 
-def merged(run: Workspace, config: RunConfig) -> Path:
-    """The folder of a run's merged model, which is made where it is not: only the machine that made it has it."""
-    output = run.folder("merge")
+def merged(run: Workspace, config: RunConfig) -> dict:
+    """The measurements of a run's merge: of the one that lies there finished, else of one that is made now.
+
+    Only the machine that made it has it. Found again is a merge of the adapter that lies there now, with the same
+    settings, every byte as it was written; anything else is made anew, and what is found says so.
+    """
+    output, adapter = run.folder("merge"), run.folder("finetune") / "adapter"
+    fetch(adapter.parent)
+    found = finished(output, adapter, config)
+    if found is None:
+        return merge(config.model.model, adapter, output, config.merge, config.model.revision)
+    print(f"{output} is this adapter's finished merge, every byte checked: used as it is")
+    return found["measurements"]
+
+
+def finished(output: Path, adapter: Path, config: RunConfig) -> dict | None:
+    """The manifest of a finished merge of a run's adapter with these settings; None when there is none, or not whole.
+
+    Its base is not read: it may have been deleted shard by shard (free_base).
+    """
+    recover(output)
     if not (output / MANIFEST).is_file():
-        merge(config.model.model, run.folder("finetune") / "adapter", output, config.merge, config.model.revision)
-    return output
+        return None
+    try:
+        manifest = read_manifest(output)
+        now = identify(source_of(adapter))
+        made, wanted = manifest["config"], asdict(config)
+        asked = wanted["merge"] | {"merge_base": base_to_merge(adapter, config.merge.merge_base)}
+        same = (
+            manifest["inputs"]["adapter"]["sha256"] == now["sha256"]
+            and now["of"] == FINISHED  # names and sizes do not tell an adapter that was trained again
+            and made["model"]["model"] == wanted["model"]["model"]
+            and made["model"]["revision"] == base_revision(config.model.model, adapter, config.model.revision)
+            and made["merge"] | {"free_base": None} == asked | {"free_base": None}  # how it was made, not what
+        )
+        return check_outputs(output) if same else None
+    except (DamagedArtifact, KeyError) as error:
+        print(f"merged again: {error}")
+        return None
 
 
 def source_of(adapter: Path) -> Path:
