@@ -94,6 +94,12 @@ def kinds(models: dict[str, str | Path]) -> dict[str, str]:
     return {name: kind(path) for name, path in models.items()}
 
 
+def shape_of(name: str | Path, config: RunConfig) -> ModelShape:
+    """The shape of a model, of an adapter its base's."""
+    source = base_of(Path(name), config) if kind(name) == "adapter" else name
+    return shape_from_config(read_config(source), str(source))
+
+
 def read_config(name: str | Path) -> dict:
     """config.json of a folder or a hub model. Raises ValueError with one sentence."""
     folder = Path(name)

@@ -18,7 +18,14 @@ from helpers.config import MergeConfig, RunConfig, load_yaml
 from helpers.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARTS, PREFIX, Adapter, read_adapter
 from helpers.models.gpu import gives_back
 from helpers.models.hub import snapshot
-from helpers.models.stored import SafetensorsWriter, Stored, UnusableModel, for_all_readers, read_config, stored_tensors
+from helpers.models.stored import (
+    SafetensorsWriter,
+    Stored,
+    UnusableModel,
+    for_all_readers,
+    stored_tensors,
+    unquantized_config,
+)
 from helpers.models.templates import brings_tokenizer, ends, hand_on
 from helpers.workspace import (
     FINISHED,
@@ -412,7 +419,7 @@ def write_rest(work: Path, base: Path, adapter: Path, plan: dict[str, list[Store
     Training pads with a token of its own, and a template may end answers with another token than eos: servers and
     transformers read both from these files.
     """
-    settings = read_config(base)
+    settings = unquantized_config(base)
     if len(plan) > 1:
         total = sum(2 * tensor.values for shard in plan.values() for tensor in shard)
         place = {tensor.name: name for name, shard in plan.items() for tensor in shard}

@@ -30,15 +30,14 @@ from helpers.hardware import Machine
 from helpers.inference import (
     Generation,
     Loaded,
-    base_of,
     batch_generate,
     kind,
     load,
     open_tokenizer,
     pinned,
-    read_config,
+    shape_of,
 )
-from helpers.models import ModelShape, gguf_engine, gguf_header, shape_from_config
+from helpers.models import gguf_engine, gguf_header
 from helpers.models.gpu import free_memory, gives_back
 from helpers.models.methods import METHODS
 from helpers.show import plots
@@ -114,12 +113,6 @@ def plan(models: dict[str, str | Path], config: RunConfig, machine: Machine, cou
     for note in planned.notes:
         print(f"{note}.")
     return planned
-
-
-def shape_of(path: str | Path, config: RunConfig) -> ModelShape:
-    """The shape of a model, of an adapter its base's."""
-    source = base_of(Path(path), config) if kind(path) == "adapter" else path
-    return shape_from_config(read_config(source), str(source))
 
 
 def stored_bytes(path: str | Path) -> int:
