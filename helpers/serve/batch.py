@@ -18,7 +18,8 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count as count_from
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,39 @@ def earlier(work: Path, identity: dict[str, Any]) -> dict[int, dict[str, Any]]:
         one = json.loads(line)
         replies[one["row"]] = one["reply"]
     return replies
+
+
+def free(wanted: Path) -> Path:
+    """The name itself, or with the first number behind it that no answers have yet: nothing is written over."""
+    others = (wanted.with_stem(f"{wanted.stem}-{number}") for number in count_from(2))
+    return next(path for path in (wanted, *islice(others, 10_000)) if not path.exists())
+
+
+def first(answers: Path, rows: int = 5) -> list[dict[str, str]]:
+    """The first lines of a file of answers, for a table: what was asked, and what was said."""
+    with answers.open(encoding="utf-8") as lines:
+        shown = [json.loads(line) for line in islice(lines, rows)]
+    return [{"asked": asked_in(row), "answered": said_in(row)} for row in shown]
+
+
+def asked_in(row: dict[str, Any]) -> str:
+    """The question of a line of answers; OpenAI's lines say only their name.
+
+    >>> asked_in({"messages": [{"role": "user", "content": "Hi"}], "generated": None})
+    'Hi'
+    """
+    named = row.get("question") or row.get("prompt") or row.get("custom_id")
+    return str(named or row["messages"][-1]["content"])
+
+
+def said_in(row: dict[str, Any]) -> str:
+    """The answer of a line of answers, or why there is none."""
+    if row.get("error"):
+        return row["error"]["message"]
+    if GENERATED in row:
+        return row[GENERATED]["text"]
+    said = row["response"]["body"]["choices"][0]
+    return said["message"]["content"] if "message" in said else said["text"]
 
 
 def written(row: Row, reply: dict[str, Any], model: str) -> dict[str, Any]:

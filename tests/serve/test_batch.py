@@ -63,6 +63,16 @@ def test_every_line_is_answered_as_it_is_alone_in_the_order_of_the_file(answered
     assert made["answers"] == 9 and made["without_an_answer"] == 1 and made["tokens"] == 6 * 12 + 2 * 5
 
 
+def test_answers_are_shown_and_the_next_file_takes_another_name(answered, tmp_path):
+    file = written(tmp_path / "a.jsonl", answered[1])
+    shown = batch.first(file, rows=8)
+    assert shown[0] == {"asked": QUESTIONS[0], "answered": answered[1][0]["generated"]["text"]}
+    assert shown[4]["asked"] == "Edith keeps a" and "context is 512" in shown[7]["answered"]
+    assert shown[5]["asked"] == "a" and shown[5]["answered"] == shown[0]["answered"]
+    assert batch.free(file) == written(tmp_path / "a-2.jsonl", []).absolute()
+    assert batch.free(file).name == "a-3.jsonl" and batch.free(tmp_path / "b.jsonl").name == "b.jsonl"
+
+
 def test_a_stop_text_ends_an_answer_and_is_not_part_of_it(answered, tmp_path):
     whole = answered[1][0]["generated"]["text"]
     line = {"question": QUESTIONS[0], "max_tokens": 12, "stop": whole[5:8]}
