@@ -27,6 +27,7 @@ from helpers.models.stored import (
     unquantized_config,
 )
 from helpers.models.templates import brings_tokenizer, ends, hand_on
+from helpers.show import bars
 from helpers.workspace import (
     FINISHED,
     MANIFEST,
@@ -324,19 +325,19 @@ def write_shards(
     """Write the shards that are not finished, each under another name until it is whole; returns measurements."""
     import torch
     from safetensors import safe_open
-    from tqdm.auto import tqdm
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     last_use = {tensor.file: name for name, shard in plan.items() for tensor in shard}
     largest_change, peak_bytes = 0.0, 0
     # In memory: a few fp32 copies of one tensor, 224 MiB each for a matrix of a 7B's MLP (4096 × 14336), not the model.
-    bar = tqdm(total=sum(2 * tensor.values for shard in plan.values() for tensor in shard), unit="B", unit_scale=True)
+    total = sum(2 * tensor.values for shard in plan.values() for tensor in shard)
+    bar = bars.bar("merging", total, unit="B", unit_scale=True)
     with bar, safe_open(adapter.folder / ADAPTER_WEIGHTS, "pt") as factors, torch.inference_mode():
         for name, shard in plan.items():
             if name in state["finished"]:
                 bar.update(sum(2 * tensor.values for tensor in shard))
             else:
-                bar.set_description(name)
+                bar.set_postfix_str(name)
                 with SafetensorsWriter(work / name, {tensor.name: tensor.shape for tensor in shard}) as writer:
                     for tensor in shard:
                         merged, change = merged_tensor(

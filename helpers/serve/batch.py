@@ -23,8 +23,6 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from helpers import hardware, workspace
 from helpers.config import RunConfig
 from helpers.inference import Generation, batch_generate, load, open_tokenizer, pinned, prompt_ids, shape_of
@@ -33,6 +31,7 @@ from helpers.serve import asked, batching
 from helpers.serve.batching import Wish
 from helpers.serve.folder import choice, usage
 from helpers.serve.text import cut
+from helpers.show import bars
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MOST_TOKENS = 512
@@ -92,7 +91,7 @@ def answer(model: str | Path, config: RunConfig, prompts: Path, output: Path, ma
         loaded = load(model, sized(config, wishes))
         written_s = 0.0
         left = [row for row in rows if row.number not in replies]
-        with (work / ANSWERS).open("a", encoding="utf-8") as kept, tqdm(total=len(rows), unit="answer") as bar:
+        with (work / ANSWERS).open("a", encoding="utf-8") as kept, bars.bar("answers", len(rows)) as bar:
             bar.update(resumed)
             tokens = 0
             for batch in batches(left, wishes, room(loaded)):
