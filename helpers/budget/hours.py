@@ -29,6 +29,10 @@ PYTHON_S_PER_LAYER = 0.0085
 PYTHON_S_PER_RECOMPUTED_LAYER = 0.008
 WIDE = 14336
 """From this MLP size on, products reach a GPU's full share."""
+LOOKING = "held-out loss"
+"""The part of a training's hours that nothing is learned in."""
+MERGE_S = 3.0
+"""Before the first tensor: PyTorch and bitsandbytes are imported, 4.7 s of processor time on a loaded server."""
 READ_S_PER_GB = 6.0
 """Reading a model's files, the safe side of what rented disks do."""
 DEQUANTIZED = 4.5
@@ -152,8 +156,9 @@ def stage_hours(
         count, mean = steps(config, tokens_in_dataset)
         each = step_s(Step.of(config, shape), machine, mean)
         parts |= {"loading": gigabytes * READ_S_PER_GB / 3600, "training": count * each / 3600}
+        parts |= {LOOKING: looks(config, count) * look_s(config, shape, machine, mean) / 3600}
     elif stage == "merge":
-        parts |= {"merging": gigabytes * 8 / 3600}
+        parts |= {"merging": (MERGE_S + gigabytes * 8) / 3600}
     elif stage == "quantize":
         parts |= {"GPTQ": gptq_s(config, shape, machine) / 3600}
     else:
@@ -163,6 +168,31 @@ def stage_hours(
         seconds = sum(sum(evaluation_s(config, shape, machine, one).values()) for one in found)
         parts |= {"loading": read * READ_S_PER_GB / 3600, "evaluation": seconds / 3600}
     return {name: hours for name, hours in parts.items() if hours}
+
+
+def looks(config: RunConfig, count: int) -> int:
+    """How often the loss on held-out conversations is measured: on the way, if asked for, and at the end.
+
+    >>> looks(RunConfig().with_values(eval_steps=20), 100), looks(RunConfig(), 100)
+    (6, 1)
+    """
+    if not (config.data.heldout_fraction or config.data.heldout_source):
+        return 0
+    return 1 + (count // config.train.eval_steps if config.train.eval_steps else 0)
+
+
+def look_s(config: RunConfig, shape: ModelShape, machine: Machine, mean: float) -> float:
+    """Seconds of one look: a forward pass over held-out rows of so many tokens on average, in training's batches."""
+    rows = host.heldout_rows(config.with_values(max_heldout=None))  # training leaves none out
+    batches = math.ceil(rows / config.train.batch_size)
+    flops = 2 * rows * mean * shape.parameters
+    if machine.gpu is None:
+        return flops / (1e9 * CPU_GFLOPS_PER_CORE * machine.host.cpus) + batches * shape.layers * CPU_S_PER_LAYER / 3
+    gpu = machine.gpu
+    dequantizing = (DEQUANTIZED if config.model.weights == "nf4" else 2.0) * shape.linear_parameters
+    busy = flops / (1e12 * gpu.fp16_tflops * gpu.efficiency)
+    busy += batches * dequantizing / (1e9 * gpu.bandwidth_share * gpu.bandwidth_gb_s)
+    return max(busy, batches * shape.layers * PYTHON_S_PER_LAYER / 3)  # a third of a step's launches
 
 
 def gptq_s(config: RunConfig, shape: ModelShape, machine: Machine) -> float:
