@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 CPU_GFLOPS_PER_CORE = 45.0
 """fp32 products of a training step on one core of a server (the tiny profile's step of 0.17 s on two idle ones)."""
+CPU_GB_S_PER_CORE = 6.0
+"""Bytes that PyTorch's elementwise operators move on one core of a server: GGUF's blocks of the tiny model took 8 to 10
+ns of processor time a weight and pass."""
 CPU_S_PER_LAYER = 0.004
 """Overheads of one layer, forward and backward, on a CPU."""
 PYTHON_S_PER_LAYER = 0.0085
@@ -234,7 +237,14 @@ def evaluation_s(
         writing = 2 * answers * asked.max_new_tokens * shape.parameters / rate
         speed = 2 * (SPEED_TOKENS[0] + 8 * SPEED_TOKENS[1]) * shape.parameters / rate
         speed += sum(SPEED_TOKENS) * shape.layers * CPU_S_PER_LAYER / 2
-        return {"reading": reading / rate, "answers": writing + batches, "speed": speed if answers else 0.0}
+        # a GGUF file's blocks are dequantized for every pass, however many rows it has
+        blocks = GGUF_DEQUANTIZED * shape.linear_parameters if found.precision == "gguf" else 0.0
+        each = blocks / (1e9 * CPU_GB_S_PER_CORE * machine.host.cpus)
+        return {
+            "reading": reading / rate + math.ceil(rows / found.batch_size) * each,
+            "answers": writing + batches + batches * asked.max_new_tokens * each,
+            "speed": speed + sum(SPEED_TOKENS) * each if answers else 0.0,
+        }
     gpu = machine.gpu
     # a batch pays once for what does not grow with its rows: dequantized weights, and layers copied from the host
     moved = {"nf4": DEQUANTIZED, "gptq": DEQUANTIZED, "gguf": GGUF_DEQUANTIZED}.get(found.precision, 0.0)

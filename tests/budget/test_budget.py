@@ -524,3 +524,12 @@ def test_looks_at_held_out_conversations_are_counted_with_the_hours_and_cost_no_
     assert often.vram == once.vram
     none = budget.budget(config.with_values(heldout_fraction=0.0), shape, card)
     assert none.time.parts.get(budget.LOOKING, 0.0) == 0.0
+
+
+def test_a_gguf_file_s_blocks_are_paid_for_at_every_pass_on_a_cpu_too():
+    config, machine = models.profile("tiny"), hardware.machine("none")
+    shape = models.shape(config.model.model)
+    plain, packed = (placement.place(kind, config, shape, machine, 2**20) for kind in ("model", "gguf"))
+    for part in ("reading", "answers", "speed"):
+        least = hours.evaluation_s(config, shape, machine, plain)[part]
+        assert least < hours.evaluation_s(config, shape, machine, packed)[part] < 4 * least, part
