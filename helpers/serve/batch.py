@@ -8,8 +8,8 @@ and a chat or a text may have what OpenAI's requests have: max_tokens, temperatu
 its own, in the order of the prompts: OpenAI's batch is answered as OpenAI does, any other line gets the field
 `generated`. Answers are kept as they come, so that the same command goes on where an earlier one was stopped.
 
-Prompts of like length share a batch, the longest first. On a CPU that wrote 2.6 times as many tokens a second as the
-server's loop, where a request joins at every token: here all are known from the start.
+Prompts of like length share a batch, the longest first: all are known from the start, so nobody waits for a place, and
+a batch is as large as the budget has room for. Every kind of model that can be opened can be asked so.
 """
 
 import json
