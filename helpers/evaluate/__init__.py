@@ -268,7 +268,7 @@ def evaluate_one(
         )
         bar.set_postfix_str("answers")
         answers = ask(loaded, prompts, config, bar.update)
-        bar.set_postfix_str("speed" if prompts else "")
+        bar.set_postfix_str("")
     entry |= {"kind": loaded.kind, "loaded_as": loaded.how, "load_s": loaded.load_s} | peaks
     entry |= sizes(path, loaded) | (cost.speed(loaded) if prompts else {})
     if loaded.placement.away:  # its copies from the host are no kernels, but nothing runs beside them
