@@ -76,7 +76,7 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, re
     config = replace(config, merge_base=base_to_merge(adapter, config.merge_base))
     revision = base_revision(base, adapter, revision)
     base_folder = find_base(base, revision)
-    loaded = loaded.as_stored(partial(stored_name, model_type=read_config(base_folder).get("model_type", "")))
+    loaded = loaded.as_stored(partial(stored_name, model_type=unquantized_config(base_folder).get("model_type", "")))
     refuse_output(output, [base_folder, adapter], "merge")
     # Two merges into one folder would each count the other's shards as finished, so the lock comes before any look.
     with exclusive(work):
