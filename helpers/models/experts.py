@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import nn
 
 from helpers.models import families
-from helpers.models.stored import SafetensorsWriter, for_all_readers, unquantized_config, stored_tensors
+from helpers.models.stored import SafetensorsWriter, for_all_readers, stored_tensors, unquantized_config
 from helpers.profiles import TINY
 from helpers.workspace import files
 
