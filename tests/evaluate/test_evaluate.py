@@ -27,6 +27,7 @@ from helpers.budget.placement import Placement
 from helpers.evaluate import cost, judge, metrics, perplexity, report, tasks
 from helpers.evaluate.perplexity import Item, read_items
 from helpers.models import ROOT, TINY, experts, loading, profile, shape
+from helpers.show import bars
 from helpers.workspace import building, require
 
 CONFIG = profile("tiny")
@@ -299,7 +300,14 @@ def finished(folders, tmp_path_factory) -> tuple[Path, dict]:
         shutil.copytree(folders["plain"], stage.folder, dirs_exist_ok=True)
         (stage.folder / "README.md").write_text("old", encoding="utf-8")
     models = {"base": folders["plain"], "again": root / "merge", "gptq": folders["gptq"], "noisy": folders["noisy"]}
-    return root, evaluate.evaluate(models, config, HELDOUT, root / "evaluate")
+    shown, draw = [], bars.bar
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bars, "bar", lambda *arguments: shown.append(draw(*arguments)) or shown[-1])
+        found = evaluate.evaluate(models, config, HELDOUT, root / "evaluate")
+    assert [(bar.desc, bar.n, bar.total) for bar in shown] == [
+        (f"{name}, {number} of 4", 64, 64) for number, name in enumerate(models, 1)
+    ], "a step for each of 40 texts and 24 questions"
+    return root, found
 
 
 def test_a_model_against_itself_shows_no_difference_and_with_noise_is_worse(finished):
@@ -431,7 +439,9 @@ def test_a_16_bit_model_computes_the_same_bits_wherever_its_layers_lie(twelve, n
     assert (whole.how, parted.how) == ("fp32", f"fp32, {away} of {shape(str(folder)).layers} layers from {away_in}")
     assert parted.model.device.type == "cpu" and not parted.quantized
     waiting = parted.model.get_decoder().layers[-away:]
-    places = {layer.self_attn.o_proj.weight.data_ptr() for layer in waiting}  # one place for all of them, or none (meta)
+    places = {
+        layer.self_attn.o_proj.weight.data_ptr() for layer in waiting
+    }  # one place for all of them, or none (meta)
     here = {layer.self_attn.o_proj.weight.data_ptr() for layer in parted.model.get_decoder().layers[:-away]}
     assert len(places) == 1 and len(here - places) == shape(str(folder)).layers - away
     ids = torch.randint(3, 2000, (3, 40), generator=torch.Generator().manual_seed(0))
