@@ -25,7 +25,7 @@ MIXTURES = {"mistralai/Mixtral-8x7B-v0.1": ("attention", "all-linear"), "Qwen/Qw
 """Mixture -> what its adapters can change."""
 CARDS = ("t4", "l4", "rtx5090", "a100-40", "l40s", "a100-80")
 CONTEXTS = (4096, 2048, 1024, 512)
-TINY_STEPS = 45
+TINY_STEPS = 40
 
 
 def longest(model: str, targets: str, machine: Machine) -> int:
@@ -68,7 +68,7 @@ def start(name: str, machine: Machine, folder: Path, model: str | None = None) -
         rows = ", ".join(Path(one).name for one in MIXTURES)
         say(f"<p role='alert'><b>DEMO: a toy of four experts</b>, because none of {rows} fits this {machine.name}.</p>")
     made = experts.tiny_mixture(folder / "tiny-mixture")
-    return profile("tiny", model=str(made), max_steps=TINY_STEPS, learning_rate=1e-3, max_questions=16)
+    return profile("tiny", model=str(made), max_steps=TINY_STEPS, learning_rate=1e-3, max_questions=16, max_heldout=24)
 
 
 def open_run(name: str, folder: str | Path | None = None) -> workspace.Workspace:
