@@ -21,6 +21,7 @@ from safetensors import safe_open
 from helpers.config import RunConfig
 from helpers.models.gguf_types import file_type
 from helpers.workspace import Workspace
+from helpers.workspace.prepared import conversations
 
 if TYPE_CHECKING:
     import torch
@@ -71,9 +72,7 @@ def for_run(run: Workspace, config: RunConfig, types: str, wanted: bool = False)
 
 def rows_of(prepared: Path, rows: int = ROWS, tokens: int = TOKENS) -> Iterator[list[int]]:
     """Token ids of prepared training conversations, the first of them, each cut to so many tokens."""
-    from datasets import load_from_disk
-
-    found = load_from_disk(str(Path(prepared) / "train"))
+    found = conversations(Path(prepared) / "train")
     for row in found.select(range(min(rows, len(found))))["input_ids"]:
         yield list(row[:tokens])
 
