@@ -168,10 +168,10 @@ def load(name: str | Path, config: RunConfig | None = None, machine: Machine | N
         raise ValueError(f"{name} cannot be opened: {place.problem}")
     dtype, placed = loading.precision().dtype, loading.device()
     how = Opening(dtype)  # an explicit quantization of None would make from_pretrained forget a quantized model's own
-    if what == "adapter" and config.model.weights != "fp16":
+    if method := methods.of(read_config(source)):  # also of an adapter's base: its folder decides, not the run
+        how = method.opening(read_config(source), dtype, placed)
+    elif what == "adapter" and config.model.weights != "fp16":
         how = Opening(dtype, {"quantization_config": loading.base_quantization(config, dtype)})
-    elif what in methods.METHODS:
-        how = methods.METHODS[what].opening(read_config(source), dtype, placed)
     started = time.perf_counter()  # a kernel's build, once a machine, is not the model's loading
     with quiet():
         where = offload.device_map(source, place.away, placed) if place.away else {"": placed}

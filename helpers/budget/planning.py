@@ -196,7 +196,7 @@ def single_changes(config: RunConfig, shape: ModelShape) -> Iterator[tuple[str, 
         yield "keep_attention=False", with_train(config, keep_attention=False)
     if model.attention != "efficient":
         yield "attention=efficient", replace(config, model=replace(model, attention="efficient"))
-    if model.weights != "nf4":
+    if model.weights not in ("nf4", "aqlm"):
         yield "weights=nf4", replace(config, model=replace(model, weights="nf4"))
     if model.upcast:
         yield "upcast=False", replace(config, model=replace(model, upcast=False))

@@ -31,6 +31,8 @@ def weights(config: RunConfig, shape: ModelShape) -> Parts:
     stay in 16 bits: transformers 5 holds a layer's in one tensor, and bitsandbytes takes linear layers only.
     """
     rest = shape.embedding_parameters + shape.small_parameters
+    if shape.additive is not None:
+        return additive_weights(config, shape)
     experts = {"experts in 16 bits": shape.expert_parameters * HALF} if shape.experts > 1 else {}
     name, width = ("32-bit weights", FULL) if config.model.upcast else ("16-bit weights", HALF)
     unquantized = {name: rest * width}
@@ -46,6 +48,18 @@ def weights(config: RunConfig, shape: ModelShape) -> Parts:
     blocks = quantized / 64
     scales = blocks * (1 + FULL / 256) if config.model.double_quant else blocks * FULL
     return {"4-bit weights": quantized / 2, "quantization scales": scales, **unquantized, **experts}
+
+
+def additive_weights(config: RunConfig, shape: ModelShape) -> Parts:
+    """Bytes of an AQLM checkpoint: codes, codebooks and scales of every matrix, and what is not quantized."""
+    layout, codes, all_of_it = shape.additive, 0.0, 0.0
+    for name, (inputs, outputs) in shape.linears.items():
+        copies = shape.layers * shape.copies(name)
+        codes += copies * inputs * outputs * layout.bits_per_weight / 8
+        all_of_it += copies * layout.bytes_of(inputs, outputs)
+    rest = shape.parameters - shape.linear_parameters
+    name, width = ("32-bit weights", FULL) if config.model.upcast else ("16-bit weights", HALF)
+    return {f"AQLM {layout.name} codes": codes, "codebooks and scales": all_of_it - codes, name: rest * width}
 
 
 def optimizer_states(config: RunConfig, shape: ModelShape) -> tuple[float, float]:

@@ -11,7 +11,7 @@
 from typing import Any, NamedTuple
 
 from helpers.config import RunConfig
-from helpers.models import families
+from helpers.models import aqlm_sizes, families
 from helpers.models.families import Family
 
 
@@ -62,6 +62,19 @@ def base_quantization(config: RunConfig, dtype: Any) -> Any:
         bnb_4bit_use_double_quant=config.model.double_quant,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def base_options(config: RunConfig, dtype: Any) -> dict[str, Any]:
+    """More arguments of from_pretrained for a base in config.model.weights; () where its folder says how it is stored.
+
+    An explicit quantization of None would make from_pretrained forget that.
+    """
+    if config.model.weights == aqlm_sizes.NAME:
+        from helpers.models import aqlm
+
+        aqlm.register()
+        return {}
+    return {"quantization_config": base_quantization(config, dtype)}
 
 
 def attention_implementation(family: Family, asked: str) -> str:

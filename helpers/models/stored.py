@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpers.models import aqlm_sizes
+
 if TYPE_CHECKING:
     import torch
 
@@ -43,6 +45,8 @@ def read_config(folder: Path) -> dict:
     settings = json.loads(path.read_text(encoding="utf-8"))
     if quantization := settings.get("quantization_config"):
         method = quantization.get("quant_method", "an unknown method")
+        if method == aqlm_sizes.NAME:
+            raise UnusableModel(f"{folder}: {aqlm_sizes.NO_MERGE}")
         raise UnusableModel(f"{folder} is already quantized ({method}): give the folder of its 16-bit weights")
     return settings
 

@@ -174,6 +174,41 @@ def make_gptq(folder: Path, name: str = SHAPE, layers: int | None = None) -> Pat
     return folder
 
 
+def make_aqlm(folder: Path, name: str = SHAPE, layers: int | None = None, layout=None) -> Path:
+    """An AQLM folder of the shape in the hub's layout: random codes, codebooks and scales, weights spread by 0.02."""
+    import torch
+
+    from helpers.models.aqlm_sizes import ADDITIVE_1X16, NAME
+
+    config, layout = config_of(name, layers), layout or ADDITIVE_1X16
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = torch.int8 if layout.code_bytes == 1 else torch.int16
+    plain_names = ["lm_head.weight", "model.embed_tokens.weight"]
+    settings = {
+        "quant_method": NAME, "in_group_size": layout.group, "out_group_size": 1, "num_codebooks": layout.codebooks,
+        "nbits_per_codebook": layout.bits, "linear_weights_not_to_quantize": plain_names,
+    }  # fmt: skip
+
+    def coded(name: str, size: tuple[int, ...]) -> dict:
+        """All codes are used, also those that are stored as negative numbers."""
+        if ".layers." not in name or len(size) == 1:
+            return plain(name, size)
+        (outputs, inputs), module, low = size, name.removesuffix(".weight"), -(2 ** (layout.bits - 1))
+        shape = (outputs, inputs // layout.group, layout.codebooks)
+        books = (layout.codebooks, 2**layout.bits, 1, layout.group)
+        return {
+            f"{module}.codes": torch.randint(low, -low, shape, dtype=kind, device=device),
+            f"{module}.codebooks": torch.randn(books, device=device).div_(layout.codebooks**0.5).half(),
+            f"{module}.scales": (0.02 * (0.5 + torch.rand((outputs, 1, 1, 1), device=device))).half(),
+        }
+
+    write(folder, config, coded)
+    whole = config.to_dict() | {"quantization_config": settings, "torch_dtype": "float16"}
+    (folder / "config.json").write_text(json.dumps(whole), encoding="utf-8")
+    make_tokenizer(folder, config.vocab_size)
+    return folder
+
+
 def write_prepared(folder: Path, model: Path, sequences: int, seq: int, distinct: int | None = None) -> Path:
     """A prepared folder of random tokens, each of them trained on; distinct: so many rows, again and again."""
     import torch
