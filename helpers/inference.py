@@ -153,7 +153,6 @@ def load(name: str | Path, config: RunConfig | None = None, machine: Machine | N
     Raises ValueError with one sentence for what is not a model, or does not fit in any way.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = config or RunConfig()
     if gguf_header.is_gguf(name):
@@ -175,7 +174,7 @@ def load(name: str | Path, config: RunConfig | None = None, machine: Machine | N
     started = time.perf_counter()  # a kernel's build, once a machine, is not the model's loading
     with quiet():
         where = offload.device_map(source, place.away, placed) if place.away else {"": placed}
-        model = AutoModelForCausalLM.from_pretrained(
+        model = loading.causal_lm(
             source,
             dtype=how.dtype,
             device_map=where,

@@ -5,12 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from helpers.config import RunConfig
 from helpers.models import aqlm_sizes, families, loading, shape
@@ -29,13 +24,13 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     aqlm_sizes.refuse(sizes.additive, sizes.name, config)
     refuse_without_gpu(config)
     dtype = precision().dtype
-    model = AutoModelForCausalLM.from_pretrained(
+    model = loading.causal_lm(
         config.model.model,
         revision=config.model.revision,
         device_map={"": 0} if torch.cuda.is_available() else "cpu",
         dtype=dtype,
         attn_implementation=loading.attention_implementation(sizes.family, config.model.attention),
-        **loading.base_options(config, dtype),
+        quantization_config=loading.base_quantization(config, dtype),
     )
     model.config.use_cache = False
     # PEFT's prepare_model_for_kbit_training freezes too, but makes embeddings and head fp32 as well: 0.5 GiB more at

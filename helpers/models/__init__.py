@@ -92,8 +92,8 @@ class ModelShape:
 
     @property
     def expert_parameters(self) -> int:
-        """Weights that transformers holds as one tensor a layer: bitsandbytes leaves them in 16 bits; 0 if dense."""
-        if self.experts == 1:
+        """Weights of experts that one tensor a layer holds: bitsandbytes leaves them in 16 bits; 0 where none does."""
+        if self.experts == 1 or self.family.apart:
             return 0
         each = sum(inputs * outputs for name, (inputs, outputs) in self.linears.items() if name in families.MLP)
         return (self.layers - self.family.dense_layers) * self.experts * each

@@ -8,10 +8,11 @@
 'nf4'
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from helpers.config import RunConfig
-from helpers.models import aqlm_sizes, families
+from helpers.models import aqlm_sizes, families, stored
 from helpers.models.families import Family
 
 
@@ -45,14 +46,14 @@ def precision(capability: tuple[int, int] | None = None) -> Precision:
 
 
 def base_quantization(config: RunConfig, dtype: Any) -> Any:
-    """from_pretrained's quantization_config for a base in config.model.weights; None for 16 bits.
+    """from_pretrained's quantization_config for a base in config.model.weights; None for 16 bits and AQLM.
 
     dtype: what the dequantized weights are multiplied in. NF4 with double quantization is QLoRA's
     (https://arxiv.org/abs/2305.14314, section 3).
     """
     from transformers import BitsAndBytesConfig
 
-    if config.model.weights == "fp16":
+    if config.model.weights in ("fp16", aqlm_sizes.NAME):
         return None
     if config.model.weights == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -64,17 +65,46 @@ def base_quantization(config: RunConfig, dtype: Any) -> Any:
     )
 
 
-def base_options(config: RunConfig, dtype: Any) -> dict[str, Any]:
-    """More arguments of from_pretrained for a base in config.model.weights; () where its folder says how it is stored.
+def opener(config: Any) -> Any:
+    """The class whose from_pretrained opens a model of a transformers config: a mixture's has linear experts."""
+    from transformers import AutoModelForCausalLM
 
-    An explicit quantization of None would make from_pretrained forget that.
+    from helpers.models import experts
+
+    return experts.class_of(config.model_type) or AutoModelForCausalLM
+
+
+def causal_lm(source: str | Path, **options: Any) -> Any:
+    """The causal LM of a folder or a hub id, every weight from its files; options as from_pretrained's.
+
+    Raises ValueError naming the first weight that is missing, too many or of another shape: transformers makes up what
+    it misses at random, and says so in a table among others.
     """
-    if config.model.weights == aqlm_sizes.NAME:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source, revision=options.get("revision"))
+    if aqlm_sizes.layout_of(config.to_dict()):  # its folder says how it is stored, and None would make it forget that
         from helpers.models import aqlm
 
         aqlm.register()
-        return {}
-    return {"quantization_config": base_quantization(config, dtype)}
+        options.pop("quantization_config", None)
+    if Path(source).is_dir():
+        stored.refuse_missing(Path(source))
+    model, found = opener(config).from_pretrained(
+        source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )  # transformers' own error for sizes is a table
+    wrong = {
+        "has no": found["missing_keys"],
+        "has more weights than the model takes, such as": found["unexpected_keys"],
+        "has another shape of": {name for name, *_ in found["mismatched_keys"]},
+    }
+    for words, names in wrong.items():
+        if names:
+            raise ValueError(
+                f"{source} {words} {min(names)} ({len(names)} such): it is not what its config.json says, and would "
+                "compute something else; download or make the folder again"
+            )
+    return model
 
 
 def attention_implementation(family: Family, asked: str) -> str:

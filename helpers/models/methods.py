@@ -34,10 +34,7 @@ class Method:
 
 
 def additively(config: dict, best: Any, device: str, say: Say = print) -> Opening:
-    """An AQLM checkpoint: transformers is told what opens it, once a process."""
-    from helpers.models import aqlm
-
-    aqlm.register()
+    """An AQLM checkpoint, of which the folder says all."""
     return Opening(best, kernel=f"AQLM {aqlm_sizes.layout_of(config).name}")
 
 

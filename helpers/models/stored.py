@@ -70,6 +70,14 @@ def read_header(file: Path) -> list[Stored]:
     return [Stored(name, file, tuple(about["shape"]), about["dtype"]) for name, about in tensors]
 
 
+def refuse_missing(folder: Path) -> None:
+    """Raise UnusableModel naming the first shard that a folder's index has and the folder has not."""
+    index = folder / "model.safetensors.index.json"
+    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
+    if missing := sorted(name for name in named if not (folder / name).is_file()):
+        raise UnusableModel(f"{folder / missing[0]} is missing: download or copy the folder again")
+
+
 def stored_tensors(folder: Path, freed: list[Stored] = ()) -> list[Stored]:
     """All tensors of a model folder, shard by shard, checked against its index.
 

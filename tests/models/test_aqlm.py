@@ -9,15 +9,12 @@ import random_model
 import torch
 from peft import PeftModel
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM
 
-from helpers import budget, hardware, inference, merge, quantize
+from helpers import inference
 from helpers.budget import vram
-from helpers.config import MergeConfig, QuantizeConfig
 from helpers.finetune import attach_adapter, base, load_base
 from helpers.models import TINY, aqlm, profile, shape
 from helpers.models.aqlm_sizes import ADDITIVE_1X16, ADDITIVE_2X8, Layout
-from helpers.models.stored import UnusableModel
 
 LAYOUTS = {"1x16": Layout(1, 12), "2x8": ADDITIVE_2X8, "1x16 whole": ADDITIVE_1X16}
 """The first is 1x16 but for the size of a codebook, which is 1 MiB a matrix there."""
