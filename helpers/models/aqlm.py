@@ -110,13 +110,18 @@ def on_triton(codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor
     # No fused multiply-add: the sum is not to be rounded otherwise than by the gather
     _rebuild[(triton.cdiv(outputs * groups, BLOCK),)](
         codes, codebooks, scales, out, outputs * groups, groups,
-        BOOKS=count, SIZE=size, GROUP=group, BLOCK=BLOCK, enable_fp_fusion=False,
+        **constants(Layout(count, size.bit_length() - 1, group)), enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
 BLOCK = 256
 """Groups of weights that a program of the kernel rebuilds."""
+
+
+def constants(layout: Layout) -> dict[str, int]:
+    """What the kernel is compiled for."""
+    return {"BOOKS": layout.codebooks, "SIZE": 2**layout.bits, "GROUP": layout.group, "BLOCK": BLOCK}
 
 
 def rebuilder(layer: AdditiveLinear) -> Callable[..., torch.Tensor]:
@@ -174,10 +179,9 @@ class Checkpoint(HfQuantizer):
         listed = {name.removesuffix(".weight") for name in self.quantization_config.linear_weights_not_to_quantize}
         for name, module in list(model.named_modules()):
             if type(module) is torch.nn.Linear and name not in listed:
-                made = AdditiveLinear(
-                    module.in_features, module.out_features, module.bias is not None, layout, module.weight.dtype
-                )
-                model.set_submodule(name, made.to(module.weight.device))
+                sizes, weight = (module.in_features, module.out_features), module.weight
+                with weight.device:  # meta: nothing is allocated
+                    model.set_submodule(name, AdditiveLinear(*sizes, module.bias is not None, layout, weight.dtype))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         layers = [module for module in model.modules() if isinstance(module, AdditiveLinear)]

@@ -12,7 +12,7 @@ Eight neighbouring weights of a row are the sum of one vector out of each of a f
 1040384
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,18 @@ def layout_of(config: Mapping[str, Any]) -> Layout | None:
             f"for weights of one row, such as {' and '.join(CHECKPOINTS)}"
         )
     return Layout(found["num_codebooks"], found["nbits_per_codebook"], found["in_group_size"])
+
+
+def settings_of(layout: Layout, kept: Sequence[str]) -> dict[str, Any]:
+    """quantization_config of a config.json. kept: parameters that are not quantized."""
+    return {
+        "quant_method": NAME,
+        "in_group_size": layout.group,
+        "out_group_size": 1,
+        "num_codebooks": layout.codebooks,
+        "nbits_per_codebook": layout.bits,
+        "linear_weights_not_to_quantize": [*kept],
+    }
 
 
 def refuse(layout: Layout | None, name: str, config: RunConfig) -> None:

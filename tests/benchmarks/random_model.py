@@ -25,7 +25,9 @@ def config_of(name: str = SHAPE, layers: int | None = None):
     from helpers.models import shape
 
     sizes = shape(name)
-    window = {"sliding_window": None} if sizes.family.model_type == "mistral" else {}
+    window = {"sliding_window": None} if sizes.family.model_type in ("mistral", "mixtral") else {}
+    if sizes.experts > 1:
+        window |= {"num_local_experts": sizes.experts, "num_experts_per_tok": sizes.experts_per_token}
     return AutoConfig.for_model(
         sizes.family.model_type, vocab_size=sizes.vocab, hidden_size=sizes.hidden, head_dim=sizes.head_dim,
         intermediate_size=sizes.intermediate, num_hidden_layers=layers or sizes.layers, rms_norm_eps=1e-5,
@@ -35,14 +37,17 @@ def config_of(name: str = SHAPE, layers: int | None = None):
 
 
 def tensors_of(config) -> dict[str, tuple[int, ...]]:
-    """Tensor -> its shape, as transformers names them: (out, in) of matrices."""
+    """Tensor -> its shape, by the hub's names: (out, in) of matrices."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    from helpers.models import experts
+
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    config.architectures = [type(model).__name__]
-    return {name: tuple(value.shape) for name, value in model.named_parameters()}
+        model = (experts.class_of(config.model_type) or AutoModelForCausalLM).from_config(config)
+    config.architectures = [type(model).__name__.removeprefix("Apart")]
+    sizes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    return {experts.stored_name(name, config.model_type): size for name, size in sizes.items()}
 
 
 def normal(size: tuple[int, ...]):
@@ -178,20 +183,16 @@ def make_aqlm(folder: Path, name: str = SHAPE, layers: int | None = None, layout
     """An AQLM folder of the shape in the hub's layout: random codes, codebooks and scales, weights spread by 0.02."""
     import torch
 
-    from helpers.models.aqlm_sizes import ADDITIVE_1X16, NAME
+    from helpers.models.aqlm_sizes import ADDITIVE_1X16, settings_of
 
     config, layout = config_of(name, layers), layout or ADDITIVE_1X16
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = torch.int8 if layout.code_bytes == 1 else torch.int16
-    plain_names = ["lm_head.weight", "model.embed_tokens.weight"]
-    settings = {
-        "quant_method": NAME, "in_group_size": layout.group, "out_group_size": 1, "num_codebooks": layout.codebooks,
-        "nbits_per_codebook": layout.bits, "linear_weights_not_to_quantize": plain_names,
-    }  # fmt: skip
+    kept = ["lm_head.weight", "model.embed_tokens.weight"]
 
     def coded(name: str, size: tuple[int, ...]) -> dict:
         """All codes are used, also those that are stored as negative numbers."""
-        if ".layers." not in name or len(size) == 1:
+        if ".layers." not in name or len(size) == 1 or is_router(name):
             return plain(name, size)
         (outputs, inputs), module, low = size, name.removesuffix(".weight"), -(2 ** (layout.bits - 1))
         shape = (outputs, inputs // layout.group, layout.codebooks)
@@ -203,10 +204,16 @@ def make_aqlm(folder: Path, name: str = SHAPE, layers: int | None = None, layout
         }
 
     write(folder, config, coded)
-    whole = config.to_dict() | {"quantization_config": settings, "torch_dtype": "float16"}
+    kept += [name for name in tensors_of(config) if is_router(name)]
+    whole = config.to_dict() | {"quantization_config": settings_of(layout, kept), "torch_dtype": "float16"}
     (folder / "config.json").write_text(json.dumps(whole), encoding="utf-8")
     make_tokenizer(folder, config.vocab_size)
     return folder
+
+
+def is_router(name: str) -> bool:
+    """Whether a tensor is what chooses the experts, which no method quantizes."""
+    return name.endswith("block_sparse_moe.gate.weight")
 
 
 def write_prepared(folder: Path, model: Path, sequences: int, seq: int, distinct: int | None = None) -> Path:
