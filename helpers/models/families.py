@@ -219,6 +219,7 @@ KINDS: dict[str, Kind] = {
             "num_experts_per_tok": 2,
             "max_position_embeddings": 131072,
         },
+        own=True,
         window=True,
         experts=True,
         apart=True,
@@ -424,6 +425,12 @@ def not_own(kind: Kind, config: Mapping[str, Any]) -> str:
         return f"our own layers are those of {', '.join(OWN)}, not of {config['model_type']}"
     if config.get("hidden_act", "silu") != "silu":
         return f"our own layers know SiLU, and config.json says hidden_act={config['hidden_act']}"
+    if config.get("router_jitter_noise"):
+        return f"our own layers know no router_jitter_noise, and config.json says {config['router_jitter_noise']}"
+    if config.get("output_router_logits"):
+        return (
+            "the router's auxiliary loss (output_router_logits in config.json) needs logits that ours do not give out"
+        )
     if config.get("attention_dropout"):
         return f"our own layers know no attention_dropout, and config.json says {config['attention_dropout']}"
     return ""
@@ -516,7 +523,7 @@ def refuse(family: Family, name: str, targets: tuple[str, ...]) -> None:
     unknown = [target for target in targets if target not in family.targets]
     if not unknown:
         return
-    groups = {"all-linear": GATED, "attention": QKVO}
+    groups = {"all-linear": GATED, "attention": QKVO} | ({"experts": MLP_TARGETS} if family.experts > 1 else {})
     words = [word for word, group in groups.items() if {*group} <= {*family.targets}]
     *some, last = [*family.targets, *words]
     why = ""
