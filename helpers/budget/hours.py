@@ -97,7 +97,10 @@ def work(step: Step, seq_len: int | None = None) -> Work:
     passes = tokens * shape.layers * sum(activations.saved_by_layer(step).values()) * 2 * (2 + again)
     if config.model.attention != "efficient":
         passes += activations.score_bytes(step) * shape.layers * 2 * (2 + again)
-    python = shape.layers * (PYTHON_S_PER_LAYER + PYTHON_S_PER_RECOMPUTED_LAYER * again) * (0.6 if own else 1.0)
+    # Python's time is that of a layer of seven matrices; a mixture's has three an expert
+    matrices = (4 + 3 * shape.experts) / 7
+    python = shape.layers * (PYTHON_S_PER_LAYER + PYTHON_S_PER_RECOMPUTED_LAYER * again) * matrices
+    python *= 0.6 if own else 1.0
     return Work(matrix, attention, dequantized + passes, python)
 
 

@@ -1,4 +1,4 @@
-"""Mixtral 8x7B in two bits (AQLM) trains in a free Colab's T4: its true shape with random codes, budget beside measured.
+"""Mixtral 8x7B in two bits (AQLM) on a free Colab's T4: its true shape, random codes, measured beside the budget.
 
     python tests/benchmarks/bench_aqlm.py OUT_DIR [--contexts 512,1024,2048,4096,8192] [--shape mixtral-8x7b]
 

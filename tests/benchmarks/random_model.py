@@ -37,17 +37,15 @@ def config_of(name: str = SHAPE, layers: int | None = None):
 
 
 def tensors_of(config) -> dict[str, tuple[int, ...]]:
-    """Tensor -> its shape, by the hub's names: (out, in) of matrices."""
+    """Tensor -> its shape, as the modules that are trained here name them: (out, in) of matrices."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from helpers.models import experts
+    from helpers.models import loading
 
     with torch.device("meta"):
-        model = (experts.class_of(config.model_type) or AutoModelForCausalLM).from_config(config)
+        model = loading.opener(config).from_config(config)
     config.architectures = [type(model).__name__.removeprefix("Apart")]
-    sizes = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    return {experts.stored_name(name, config.model_type): size for name, size in sizes.items()}
+    return {name: tuple(value.shape) for name, value in model.named_parameters()}
 
 
 def normal(size: tuple[int, ...]):
@@ -83,11 +81,14 @@ def write(folder: Path, config, stored: Callable[[str, tuple[int, ...]], dict]) 
     import torch
     from safetensors.torch import save_file
 
+    from helpers.models.experts import stored_name
+
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     places: dict[str, str] = {}
     for number, (_, group) in enumerate(groupby(tensors_of(config).items(), key=lambda item: layer_of(item[0])), 1):
-        tensors = {key: value.cpu().contiguous() for item in group for key, value in stored(*item).items()}
+        made = {key: value for item in group for key, value in stored(*item).items()}
+        tensors = {stored_name(key, config.model_type): value.cpu().contiguous() for key, value in made.items()}
         places |= dict.fromkeys(tensors, file := f"model-{number:05}.safetensors")
         save_file(tensors, folder / file, {"format": "pt"})
     index = {"metadata": {}, "weight_map": places}
@@ -184,6 +185,7 @@ def make_aqlm(folder: Path, name: str = SHAPE, layers: int | None = None, layout
     import torch
 
     from helpers.models.aqlm_sizes import ADDITIVE_1X16, settings_of
+    from helpers.models.experts import stored_name
 
     config, layout = config_of(name, layers), layout or ADDITIVE_1X16
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -204,7 +206,7 @@ def make_aqlm(folder: Path, name: str = SHAPE, layers: int | None = None, layout
         }
 
     write(folder, config, coded)
-    kept += [name for name in tensors_of(config) if is_router(name)]
+    kept += [stored_name(name, config.model_type) for name in tensors_of(config) if is_router(name)]
     whole = config.to_dict() | {"quantization_config": settings_of(layout, kept), "torch_dtype": "float16"}
     (folder / "config.json").write_text(json.dumps(whole), encoding="utf-8")
     make_tokenizer(folder, config.vocab_size)
@@ -213,7 +215,7 @@ def make_aqlm(folder: Path, name: str = SHAPE, layers: int | None = None, layout
 
 def is_router(name: str) -> bool:
     """Whether a tensor is what chooses the experts, which no method quantizes."""
-    return name.endswith("block_sparse_moe.gate.weight")
+    return name.endswith(".gate.weight")
 
 
 def write_prepared(folder: Path, model: Path, sequences: int, seq: int, distinct: int | None = None) -> Path:
