@@ -113,7 +113,6 @@ def measure(job: dict, report: Callable[[dict], object]) -> None:
 def open_model(folder: Path, offload: Path, gpu_gib: float | None = None, say: Say = print):
     """A model as its users open it; layers that do not fit the GPU (gpu_gib, else what is free) stay on disk."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     place, config = loading.device(), read_config(folder)
     # fp16 whatever the card knows: both models are stored in it, and 8 bits of bf16's mantissa would blur the ratio
@@ -127,7 +126,7 @@ def open_model(folder: Path, offload: Path, gpu_gib: float | None = None, say: S
         if sum(file.stat().st_size for file in folder.glob("*.safetensors")) > room:
             # "cpu": 0 sends the others to disk: 14.5 GB of a merged 7B do not fit the host's 12.7 either
             where = {"device_map": "auto", "max_memory": {0: room, "cpu": 0}, "offload_folder": str(offload)}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=how.dtype, **where, **how.options)
+    return loading.causal_lm(folder, dtype=how.dtype, **where, **how.options)
 
 
 def perplexity(model, rows: list[list[int]]) -> float:
