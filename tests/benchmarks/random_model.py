@@ -213,6 +213,31 @@ def make_aqlm(folder: Path, name: str = SHAPE, layers: int | None = None, layout
     return folder
 
 
+def make_nf4(folder: Path, name: str = SHAPE, layers: int | None = None) -> Path:
+    """A folder of the shape in NF4 with double quantization, as bitsandbytes stores it: no 16-bit model is needed."""
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+
+    config = config_of(name, layers)
+
+    def packed(name: str, size: tuple[int, ...]) -> dict:
+        """Codes and scales of a matrix of a decoder layer; a router stays as it is."""
+        tensors = plain(name, size)
+        if ".layers." not in name or len(size) == 1 or name.endswith(".gate.weight"):
+            return tensors
+        codes, state = quantize_4bit(tensors[name], quant_type="nf4", compress_statistics=True)
+        return {name: codes} | {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+
+    write(folder, config, packed)
+    how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    how |= {"bnb_4bit_compute_dtype": "float16", "quant_method": "bitsandbytes"}
+    dtype = "float16" if torch.cuda.is_available() else "float32"
+    whole = config.to_dict() | {"quantization_config": how, "dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(whole), encoding="utf-8")
+    make_tokenizer(folder, config.vocab_size)
+    return folder
+
+
 def is_router(name: str) -> bool:
     """Whether a tensor is what chooses the experts, which no method quantizes."""
     return name.endswith(".gate.weight")

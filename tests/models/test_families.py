@@ -402,7 +402,9 @@ def test_a_mixture_trains_on_attention_with_the_weights_that_are_budgeted(name, 
     assert held[True] == parts["4-bit weights"]
     assert held[False] == 2 * (parts["16-bit weights"] + parts.get("experts in 16 bits", 0))  # fp32 here
     assert ("experts in 16 bits" in parts) == (name == "granitemoe")
-    assert finetune.train(trainer)["steps_applied"] == 2
+    measured = finetune.train(trainer)
+    assert measured["steps_applied"] == 2
+    assert ("engine.layers" in measured["layers"]) == (name == "mixtral")
 
 
 @pytest.mark.parametrize("switch", [{"is_causal": False}, {"use_bidirectional_attention": True}])
