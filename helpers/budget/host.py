@@ -16,7 +16,7 @@ from helpers.budget import activations, vram
 from helpers.budget.step import Step, lora_parameters
 from helpers.config import RunConfig
 from helpers.hardware import Machine
-from helpers.models import ModelShape, gguf_types
+from helpers.models import ModelShape, aqlm_sizes, gguf_types
 from helpers.workspace import existing
 
 GIB = 2**30
@@ -123,6 +123,10 @@ def quantized_bytes(config: RunConfig, shape: ModelShape) -> float:
     3.88
     """
     asked, bits = config.quantize, 0.0
+    if asked.quant_method == aqlm_sizes.NAME:
+        return vram.additive_bytes(aqlm_sizes.layout_for(asked.bits), shape) + 2 * (
+            shape.parameters - shape.linear_parameters
+        )
     for name, (inputs, outputs) in shape.linears.items():
         groups = 1 if asked.group_size < 0 else -(-inputs // asked.group_size)
         bits += shape.copies(name) * outputs * (inputs * asked.bits + groups * (16 + asked.bits))

@@ -17,6 +17,7 @@ from helpers.budget import activations
 from helpers.budget.step import FULL, HALF, Step, lora_parameters
 from helpers.config import RunConfig
 from helpers.models import ModelShape
+from helpers.models.aqlm_sizes import Layout
 
 GIB = 2**30
 
@@ -52,14 +53,18 @@ def weights(config: RunConfig, shape: ModelShape) -> Parts:
 
 def additive_weights(config: RunConfig, shape: ModelShape) -> Parts:
     """Bytes of an AQLM checkpoint: codes, codebooks and scales of every matrix, and what is not quantized."""
-    layout, codes, all_of_it = shape.additive, 0.0, 0.0
-    for name, (inputs, outputs) in shape.linears.items():
-        copies = shape.layers * shape.copies(name)
-        codes += copies * inputs * outputs * layout.bits_per_weight / 8
-        all_of_it += copies * layout.bytes_of(inputs, outputs)
+    layout = shape.additive
+    codes = shape.linear_parameters * layout.bits_per_weight / 8
     rest = shape.parameters - shape.linear_parameters
     name, width = ("32-bit weights", FULL) if config.model.upcast else ("16-bit weights", HALF)
-    return {f"AQLM {layout.name} codes": codes, "codebooks and scales": all_of_it - codes, name: rest * width}
+    beside = additive_bytes(layout, shape) - codes
+    return {f"AQLM {layout.name} codes": codes, "codebooks and scales": beside, name: rest * width}
+
+
+def additive_bytes(layout: Layout, shape: ModelShape) -> float:
+    """Bytes of all matrices of the decoder in a layout of AQLM's."""
+    each = ((shape.copies(name), layout.bytes_of(*size)) for name, size in shape.linears.items())
+    return shape.layers * sum(copies * size for copies, size in each)
 
 
 def optimizer_states(config: RunConfig, shape: ModelShape) -> tuple[float, float]:

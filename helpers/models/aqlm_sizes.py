@@ -65,6 +65,11 @@ class Layout:
 ADDITIVE_1X16, ADDITIVE_2X8 = Layout(1, 16), Layout(2, 8)
 
 
+def layout_for(bits: int) -> Layout:
+    """What quantize makes: a codebook of 256 vectors for each bit of a weight. Two bits are 2x8."""
+    return Layout(bits, 8)
+
+
 def layout_of(config: Mapping[str, Any]) -> Layout | None:
     """The layout of a config.json; None for another kind of model. Raises ValueError for one that is not read here."""
     settings = config.get("quantization_config") or {}

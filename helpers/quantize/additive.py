@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.config import QuantizeConfig
 from helpers.models import ModelShape
-from helpers.models.aqlm_sizes import Layout, settings_of
+from helpers.models.aqlm_sizes import Layout, layout_for, settings_of
 from helpers.workspace import write_text
 
 if TYPE_CHECKING:
@@ -48,11 +48,6 @@ def refuse(sizes: ModelShape, config: QuantizeConfig) -> None:
             f"aqlm is made here of models up to {LARGEST / 1e9:.0f}e9 weights, and {Path(sizes.name).name} has "
             f"{sizes.parameters / 1e9:.1f}e9: quant_method=gptq quantizes it, a layer at a time"
         )
-
-
-def layout_for(config: QuantizeConfig) -> Layout:
-    """A codebook of 256 vectors a bit: 2x8 has two bits a weight."""
-    return Layout(config.bits, 8)
 
 
 def least_tokens(sizes: ModelShape) -> int:
@@ -209,7 +204,7 @@ def make(job: dict, report: Callable[[dict], object]) -> None:
     from helpers.models import loading
 
     start, gpu = time.monotonic(), torch.cuda.is_available()
-    layout = layout_for(QuantizeConfig(**job["config"]))
+    layout = layout_for(job["config"]["bits"])
     model = loading.causal_lm(job["model"], dtype=torch.float32, device_map={"": loading.device()})
     stored: dict[str, tuple] = {}
     with torch.inference_mode():

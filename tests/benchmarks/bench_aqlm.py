@@ -10,6 +10,7 @@ the line of a context that does not fit has the budget's reasons instead.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -168,7 +169,8 @@ def train(options: argparse.Namespace) -> None:
             record |= {"step_s": round(step_s, 3), "tok_s": round(seq / step_s), "applied": trainer.watch.applied}
             record |= {"layers": trainer.layers_reason, "losses": [round(loss, 3) for loss in losses]}
             base = trainer.model.unload()
-            del base.peft_config
+            if hasattr(base, "peft_config"):
+                del base.peft_config
         except Exception as error:
             import traceback
 
@@ -176,6 +178,7 @@ def train(options: argparse.Namespace) -> None:
             record["error"] = f"{type(error).__name__}: {str(error)[:300]}"
             base = None
         trainer = None
+        gc.collect()
         emit(options, record | {"anonymous_gib": round(highest[0] / GIB, 2)})
     ended.set()
 
