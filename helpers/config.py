@@ -181,6 +181,10 @@ class TrainConfig:
     """How many of the newest checkpoints stay on disk."""
     patience: Count | None = None
     """Evaluations without a better held-out loss before training stops."""
+    gpus: Literal["all"] | Count = 1
+    """GPUs that train together, a worker process each; a step stays the step of one GPU and is shared among them."""
+    sharding: Literal["none", "fsdp", "zero2", "zero3"] = "none"
+    """What several GPUs divide; none: only the micro-batches of a step, each GPU holds the whole model."""
 
 
 @dataclass(frozen=True, config=STRICT)
