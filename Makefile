@@ -49,7 +49,7 @@ run: setup
 test: setup $(VENV)/reference
 	@echo "== lint"
 	@$(MAKE) --no-print-directory lint
-	@echo "== tests (the six notebooks among them)"
+	@echo "== tests (the seven notebooks among them)"
 	@$(BIN)/python -m pytest
 
 lint: setup

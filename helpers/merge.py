@@ -11,12 +11,13 @@ import re
 import shutil
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.config import MergeConfig, RunConfig, load_yaml
 from helpers.models import aqlm_sizes
-from helpers.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARTS, PREFIX, Adapter, read_adapter
+from helpers.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARTS, Adapter, read_adapter
 from helpers.models.gpu import gives_back
 from helpers.models.hub import snapshot
 from helpers.models.stored import SafetensorsWriter, Stored, UnusableModel, for_all_readers, read_config, stored_tensors
@@ -51,6 +52,8 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, re
     before anything is written, for an adapter of another kind or for another base, a missing shard, a truncated file,
     too little disk, or an output folder that is in use.
     """
+    from helpers.models.experts import stored_name
+
     start = time.monotonic()
     adapter, output = Path(adapter), Path(output)
     work, progress = output.with_name(output.name + ".partial"), progress_file(output)
@@ -61,6 +64,7 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, re
     config = replace(config, merge_base=base_to_merge(adapter, config.merge_base))
     revision = base_revision(base, adapter, revision)
     base_folder = find_base(base, revision)
+    loaded = loaded.as_stored(partial(stored_name, model_type=read_config(base_folder).get("model_type", "")))
     refuse_output(output, [base_folder, adapter], "merge")
     # Two merges into one folder would each count the other's shards as finished, so the lock comes before any look.
     with exclusive(work):
@@ -169,7 +173,7 @@ def check_fits_base(adapter: Adapter, tensors: list[Stored], base: str | Path) -
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     for module in adapter.modules:
         shape = shapes.get(f"{module}.weight")
-        (_, inputs), (outputs, _) = (adapter.shapes[PREFIX + module + part] for part in PARTS[:2])
+        (_, inputs), (outputs, _) = (adapter.shapes[adapter.key(module, part)] for part in PARTS[:2])
         if shape is None:
             raise UnusableModel(f"{adapter.folder} is for another base: {base} has no {module}.weight")
         if shape != (outputs, inputs):
@@ -336,7 +340,7 @@ def merged_tensor(
     if adapted:
         weight = weight.float()
         a, b, *magnitude = (
-            factors.get_tensor(PREFIX + module + part).to(device, torch.float32)
+            factors.get_tensor(adapter.key(module, part)).to(device, torch.float32)
             for part in PARTS[: 3 if adapter.dora else 2]
         )
         # The product in fp32: in fp16 its sum over the rank would be rounded before it meets the weight.
@@ -355,8 +359,12 @@ def merged_tensor(
 
 
 def is_quantized_in_training(tensor: Stored) -> bool:
-    """QLoRA quantizes the linear layers of the decoder, with or without an adapter; not embedding, head and norms."""
-    return len(tensor.shape) == 2 and ".layers." in tensor.name and tensor.name.endswith(".weight")
+    """QLoRA quantizes the linear layers of the decoder, with or without an adapter; not embedding, head and norms.
+
+    Nor a mixture's router, whose module is called gate.
+    """
+    matrix = len(tensor.shape) == 2 and ".layers." in tensor.name and tensor.name.endswith(".weight")
+    return matrix and not tensor.name.endswith(".gate.weight")
 
 
 def through_nf4(weight: "torch.Tensor", double_quant: bool) -> "torch.Tensor":

@@ -210,3 +210,34 @@ def names_in_mixture(name: str, experts: int) -> list[str]:
         return [name]
     before, after = name.split(".mlp.")
     return [stored_name(f"{before}.mlp.experts.{expert}.{after}", "mixtral") for expert in range(experts)]
+
+
+# ---- who reads what --------------------------------------------------------------------------------------------------
+
+
+def shares(model: nn.Module, rows: list[list[int]]) -> list[list[float]]:
+    """Layer -> expert -> share of the tokens that it reads; each token has several, so a layer's sum is that many.
+
+    model: open, with or without an adapter. rows: token ids of texts, read one by one.
+    """
+    routers = [part for part in model.modules() if type(part).__name__.endswith("Router") and hasattr(part, "top_k")]
+    if not routers:
+        raise ValueError("the model has no router: shares are those of a mixture's experts")
+    counts = [torch.zeros(router.num_experts) for router in routers]
+
+    def counting(place: int) -> Any:
+        def hook(router: nn.Module, arguments: Any, answer: tuple[torch.Tensor, ...]) -> None:
+            counts[place] += torch.bincount(answer[2].reshape(-1), minlength=len(counts[place])).cpu()
+
+        return hook
+
+    hooks = [router.register_forward_hook(counting(place)) for place, router in enumerate(routers)]
+    try:
+        with torch.inference_mode():
+            for ids in rows:
+                model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    tokens = sum(len(ids) for ids in rows)
+    return [(count / tokens).tolist() for count in counts]

@@ -32,7 +32,8 @@ def config_of(name: str = SHAPE, layers: int | None = None):
         sizes.family.model_type, vocab_size=sizes.vocab, hidden_size=sizes.hidden, head_dim=sizes.head_dim,
         intermediate_size=sizes.intermediate, num_hidden_layers=layers or sizes.layers, rms_norm_eps=1e-5,
         num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads, tie_word_embeddings=sizes.tied,
-        max_position_embeddings=32768, rope_theta=1e6, bos_token_id=1, eos_token_id=2, dtype="float16", **window,
+        max_position_embeddings=32768, rope_theta=1e6, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0, dtype="float16", **window,
     )  # fmt: skip
 
 

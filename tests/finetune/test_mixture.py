@@ -7,12 +7,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from helpers import finetune
+from helpers import finetune, merge
 from helpers.budget import step as budget_step
+from helpers.config import MergeConfig, RunConfig
+from helpers.export import gguf_file
 from helpers.finetune.base import adapters
 from helpers.finetune.engine import layers, losses, mixture
 from helpers.finetune.trainer import choose_layers
 from helpers.models import TINY, families, loading, profile, shape
+from helpers.quantize import gptq
 
 IDS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(1))
 SIZES = {
@@ -41,7 +44,7 @@ def small(tmp_path_factory):
     """A Mixtral of four different experts."""
     folder = tmp_path_factory.mktemp("small")
     torch.manual_seed(1)
-    MixtralForCausalLM(MixtralConfig(**SIZES)).save_pretrained(folder)
+    MixtralForCausalLM(MixtralConfig(**SIZES)).half().save_pretrained(folder)
     AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
     return folder
 
@@ -145,3 +148,31 @@ def test_a_router_that_adds_noise_goes_through_transformers(small):
     decided = families.layers(family, settings(small))
     assert decided.computes == "transformers" and "router_jitter_noise" in decided.reason
     assert families.layers(replace(family, not_own=""), settings(small)).computes == "own"
+
+
+@pytest.mark.parametrize("merge_base", ["original", "nf4"])
+def test_a_mixture_and_its_adapter_merge_into_what_was_trained(merge_base, small, tmp_path):
+    config = settings(small, targets="all-linear", weights="nf4")
+    model = adapted(config)
+    model.save_pretrained(tmp_path / "adapter")
+    measured = merge.merge(small, tmp_path / "adapter", tmp_path / "merged", MergeConfig(merge_base=merge_base))
+    assert measured["adapted_tensors"] == 2 * 16
+    found = loading.causal_lm(tmp_path / "merged", dtype=torch.float32)
+    if merge_base == "original":
+        model = PeftModel.from_pretrained(loading.causal_lm(small, dtype=torch.float32), tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            found(IDS).logits, model.train()(IDS).logits, atol=0.1, rtol=0
+        )  # fp16, of logits around 10
+    stock = MixtralForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(stock(IDS).logits, found(IDS).logits, atol=1e-5, rtol=0)
+
+
+def test_gptq_and_gguf_of_a_mixture_are_refused_with_what_one_can_do(small, tmp_path):
+    for refuse, said in (
+        (lambda: gptq.refuse(shape(str(small)), RunConfig().quantize), "mixture of 4 experts.*adapter on its base"),
+        (lambda: gguf_file.settings_of(small), "is a mixtral model, and .* are written here: convert"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            refuse()
