@@ -194,6 +194,21 @@ def better_scales(
     return torch.where(best > 0, best, scales)
 
 
+def example(
+    weight: "torch.Tensor", layout: Layout, row: int = 0, runs: int = 3
+) -> tuple[list[float], list[list[float]]]:
+    """To be drawn: the first runs of a row, and what each codebook's vector, times the scale, gives of them.
+
+    Inputs count alike here: a matrix alone has no calibration text.
+    """
+    import torch
+
+    codes, books, scales = fit(weight.float(), torch.eye(weight.shape[1]), layout)
+    shown = slice(runs * layout.group)
+    parts = [(scales[row] * books[book][codes[row, :, book]].flatten())[shown].tolist() for book in range(len(books))]
+    return weight[row, shown].tolist(), parts
+
+
 # ---- in the process of its own ---------------------------------------------------------------------------------------
 
 
