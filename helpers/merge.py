@@ -20,17 +20,32 @@ from helpers.models import aqlm_sizes
 from helpers.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARTS, Adapter, read_adapter
 from helpers.models.gpu import gives_back
 from helpers.models.hub import snapshot
-from helpers.models.stored import SafetensorsWriter, Stored, UnusableModel, for_all_readers, read_config, stored_tensors
+from helpers.models.stored import (
+    SafetensorsWriter,
+    Stored,
+    UnusableModel,
+    for_all_readers,
+    stored_tensors,
+    unquantized_config,
+)
 from helpers.models.templates import brings_tokenizer, ends, hand_on
+from helpers.show import bars
 from helpers.workspace import (
+    FINISHED,
     MANIFEST,
     SCRATCH,
+    DamagedArtifact,
     Workspace,
     building,
+    check_outputs,
     checksum,
     empty_folder,
     exclusive,
     existing,
+    fetch,
+    identify,
+    read_manifest,
+    recover,
     refuse_output,
     write_text,
 )
@@ -64,7 +79,7 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, re
     config = replace(config, merge_base=base_to_merge(adapter, config.merge_base))
     revision = base_revision(base, adapter, revision)
     base_folder = find_base(base, revision)
-    loaded = loaded.as_stored(partial(stored_name, model_type=read_config(base_folder).get("model_type", "")))
+    loaded = loaded.as_stored(partial(stored_name, model_type=unquantized_config(base_folder).get("model_type", "")))
     refuse_output(output, [base_folder, adapter], "merge")
     # Two merges into one folder would each count the other's shards as finished, so the lock comes before any look.
     with exclusive(work):
@@ -112,12 +127,45 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, re
     return stage.measurements
 
 
-def merged(run: Workspace, config: RunConfig) -> Path:
-    """The folder of a run's merged model, which is made where it is not: only the machine that made it has it."""
-    output = run.folder("merge")
+def merged(run: Workspace, config: RunConfig) -> dict:
+    """The measurements of a run's merge: of the one that lies there finished, else of one that is made now.
+
+    Only the machine that made it has it. Found again is a merge of the adapter that lies there now, with the same
+    settings, every byte as it was written; anything else is made anew, and what is found says so.
+    """
+    output, adapter = run.folder("merge"), run.folder("finetune") / "adapter"
+    fetch(adapter.parent)
+    found = finished(output, adapter, config)
+    if found is None:
+        return merge(config.model.model, adapter, output, config.merge, config.model.revision)
+    print(f"{output} is this adapter's finished merge, every byte checked: used as it is")
+    return found["measurements"]
+
+
+def finished(output: Path, adapter: Path, config: RunConfig) -> dict | None:
+    """The manifest of a finished merge of a run's adapter with these settings; None when there is none, or not whole.
+
+    Its base is not read: it may have been deleted shard by shard (free_base).
+    """
+    recover(output)
     if not (output / MANIFEST).is_file():
-        merge(config.model.model, run.folder("finetune") / "adapter", output, config.merge, config.model.revision)
-    return output
+        return None
+    try:
+        manifest = read_manifest(output)
+        now = identify(source_of(adapter))
+        made, wanted = manifest["config"], asdict(config)
+        asked = wanted["merge"] | {"merge_base": base_to_merge(adapter, config.merge.merge_base)}
+        same = (
+            manifest["inputs"]["adapter"]["sha256"] == now["sha256"]
+            and now["of"] == FINISHED  # names and sizes do not tell an adapter that was trained again
+            and made["model"]["model"] == wanted["model"]["model"]
+            and made["model"]["revision"] == base_revision(config.model.model, adapter, config.model.revision)
+            and made["merge"] | {"free_base": None} == asked | {"free_base": None}  # how it was made, not what
+        )
+        return check_outputs(output) if same else None
+    except (DamagedArtifact, KeyError) as error:
+        print(f"merged again: {error}")
+        return None
 
 
 def source_of(adapter: Path) -> Path:
@@ -284,19 +332,19 @@ def write_shards(
     """Write the shards that are not finished, each under another name until it is whole; returns measurements."""
     import torch
     from safetensors import safe_open
-    from tqdm.auto import tqdm
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     last_use = {tensor.file: name for name, shard in plan.items() for tensor in shard}
     largest_change, peak_bytes = 0.0, 0
     # In memory: a few fp32 copies of one tensor, 224 MiB each for a matrix of a 7B's MLP (4096 × 14336), not the model.
-    bar = tqdm(total=sum(2 * tensor.values for shard in plan.values() for tensor in shard), unit="B", unit_scale=True)
+    total = sum(2 * tensor.values for shard in plan.values() for tensor in shard)
+    bar = bars.bar("merging", total, unit="B", unit_scale=True)
     with bar, safe_open(adapter.folder / ADAPTER_WEIGHTS, "pt") as factors, torch.inference_mode():
         for name, shard in plan.items():
             if name in state["finished"]:
                 bar.update(sum(2 * tensor.values for tensor in shard))
             else:
-                bar.set_description(name)
+                bar.set_postfix_str(name)
                 with SafetensorsWriter(work / name, {tensor.name: tensor.shape for tensor in shard}) as writer:
                     for tensor in shard:
                         merged, change = merged_tensor(
@@ -383,7 +431,7 @@ def write_rest(work: Path, base: Path, adapter: Path, plan: dict[str, list[Store
     Training pads with a token of its own, and a template may end answers with another token than eos: servers and
     transformers read both from these files.
     """
-    settings = read_config(base)
+    settings = unquantized_config(base)
     if len(plan) > 1:
         total = sum(2 * tensor.values for shard in plan.values() for tensor in shard)
         place = {tensor.name: name for name, shard in plan.items() for tensor in shard}

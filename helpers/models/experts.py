@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import nn
 
 from helpers.models import families
-from helpers.models.stored import SafetensorsWriter, for_all_readers, read_config, stored_tensors
+from helpers.models.stored import SafetensorsWriter, for_all_readers, stored_tensors, unquantized_config
 from helpers.profiles import TINY
 from helpers.workspace import files
 
@@ -171,7 +171,7 @@ def tiny_mixture(folder: str | Path, source: Path = TINY, experts: int = 4, seed
     if (folder / "config.json").is_file():
         return folder
     tensors = stored_tensors(source)
-    settings = read_config(source)
+    settings = unquantized_config(source)
     work = files.make_folder(files.with_suffix(folder, ".partial"))
     shapes, origins = {}, {}
     for tensor in tensors:
