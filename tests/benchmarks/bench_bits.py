@@ -50,6 +50,8 @@ def main() -> None:
             row = {"model": options.model.name, "way": name, "bits_per_weight": round(stored_bits(made, config), 3)}
             row |= t4.about("torch", "transformers", "gptqmodel") | divergence(reference, found, rows)
             print({name: row[name] for name in ("way", "bits_per_weight", "kl_nats", "perplexity")}, flush=True)
+            if not options.out.is_file():
+                options.out.write_text(",".join(row) + "\n", encoding="utf-8")
             keep(options.out, [row], ("model", "way"))
 
 

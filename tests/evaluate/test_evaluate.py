@@ -439,7 +439,9 @@ def test_a_16_bit_model_computes_the_same_bits_wherever_its_layers_lie(twelve, n
     assert (whole.how, parted.how) == ("fp32", f"fp32, {away} of {shape(str(folder)).layers} layers from {away_in}")
     assert parted.model.device.type == "cpu" and not parted.quantized
     waiting = parted.model.get_decoder().layers[-away:]
-    places = {layer.self_attn.o_proj.weight.data_ptr() for layer in waiting}  # one place for all of them, or none (meta)
+    places = {
+        layer.self_attn.o_proj.weight.data_ptr() for layer in waiting
+    }  # one place for all of them, or none (meta)
     here = {layer.self_attn.o_proj.weight.data_ptr() for layer in parted.model.get_decoder().layers[:-away]}
     assert len(places) == 1 and len(here - places) == shape(str(folder)).layers - away
     ids = torch.randint(3, 2000, (3, 40), generator=torch.Generator().manual_seed(0))
