@@ -19,6 +19,7 @@ from helpers.finetune.engine import layers
 from helpers.models import TINY, aqlm, experts, families, profile, shape
 from helpers.models.aqlm_sizes import ADDITIVE_1X16, ADDITIVE_2X8, Layout
 from helpers.models.stored import UnusableModel
+from helpers.workspace import Workspace, run_models
 
 LAYOUTS = {"1x16": Layout(1, 12), "2x8": ADDITIVE_2X8, "1x16 whole": ADDITIVE_1X16}
 """The first is 1x16 but for the size of a codebook, which is 1 MiB a matrix there."""
@@ -195,6 +196,12 @@ def test_merging_and_quantizing_are_refused_with_what_one_can_do(checkpoint, tmp
         with pytest.raises(ValueError, match="use the adapter on its base, as evaluate and serve open it"):
             work()
     assert [path.name for path in tmp_path.iterdir()] == ["finetune"]
+
+
+def test_a_run_of_such_a_model_misses_no_merged_one(checkpoint, tmp_path, capsys):
+    assert run_models(Workspace(tmp_path), config_for(checkpoint)) == {"base": str(checkpoint)}
+    said = capsys.readouterr().out
+    assert "finetuned is left out" in said and "merged" not in said and "gptq" not in said
 
 
 def test_a_mixture_in_the_hubs_layout_opens_and_trains(tmp_path):
