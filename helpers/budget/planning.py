@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from helpers.budget import host, hours
+from helpers.budget import host, hours, vram
 from helpers.budget.step import Step
 from helpers.config import RunConfig
 from helpers.hardware import Machine
@@ -221,6 +221,9 @@ def vram_remedy(config: RunConfig, shape: ModelShape, machine: Machine, stage: s
         return "a smaller eval_batch_size or eval_context needs less"
     if stage == "quantize":
         return "fewer calibration_samples need less"
+    weights_gib = sum(vram.weights(config, shape).values()) / vram.GIB
+    if weights_gib > machine.allocator_gib and config.model.weights == "nf4":
+        return f"the weights alone take {weights_gib:.1f} GiB, and no setting makes them less; take a GPU with more"
     best, best_gib = "", needs(config)
     for words, candidate in single_changes(config, shape):
         needed = needs(within_host(candidate, machine))

@@ -162,6 +162,11 @@ class ModelShape:
 
 def shape_from_config(config: dict, name: str) -> ModelShape:
     """The shape that a Hugging Face config.json describes. Raises ValueError naming what is missing or unknown."""
+    if "text_config" in config:
+        raise ValueError(
+            f"model {name} is a {config.get('model_type')}, a language model inside one that sees or hears: only "
+            "models of text alone are trained here, such as this family's own text model saved by itself"
+        )
     config = families.complete(config)
     wanted = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     missing = [key for key in wanted if not isinstance(config.get(key), int) or config[key] < 1]

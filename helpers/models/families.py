@@ -11,7 +11,7 @@ Layers(computes='own', reason='')
 >>> granite.logits
 Logits(scale=0.125, cap=None)
 >>> layers(granite, profile("tiny"))
-Layers(computes='transformers', reason='our own layers are those of mistral, llama, qwen2, not of granite')
+Layers(computes='transformers', reason='our own layers are those of mistral, llama, qwen2, mixtral, not of granite')
 
 To add a family, add its line to KINDS: what differs from a Llama layer (two norms of the hidden size, seven matrices
 without biases, SiLU) and what its configuration class takes where a config.json says nothing. For example
