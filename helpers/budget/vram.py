@@ -58,7 +58,7 @@ def additive_weights(config: RunConfig, shape: ModelShape) -> Parts:
     rest = shape.parameters - shape.linear_parameters
     name, width = ("32-bit weights", FULL) if config.model.upcast else ("16-bit weights", HALF)
     beside = additive_bytes(layout, shape) - codes
-    return {f"AQLM {layout.name} codes": codes, "codebooks and scales": beside, name: rest * width}
+    return {"AQLM codes": codes, "codebooks and scales": beside, name: rest * width}
 
 
 def additive_bytes(layout: Layout, shape: ModelShape) -> float:

@@ -1,5 +1,6 @@
 """AQLM checkpoints in the hub's layout, opened, trained and refused; held against a twin whose matrices are dense."""
 
+import doctest
 import json
 import shutil
 from pathlib import Path
@@ -16,9 +17,10 @@ from helpers.budget import vram
 from helpers.config import MergeConfig, QuantizeConfig
 from helpers.finetune import attach_adapter, base, load_base
 from helpers.finetune.engine import layers
-from helpers.models import TINY, aqlm, experts, families, profile, shape
+from helpers.models import TINY, aqlm, aqlm_sizes, experts, families, profile, shape
 from helpers.models.aqlm_sizes import ADDITIVE_1X16, ADDITIVE_2X8, Layout
 from helpers.models.stored import UnusableModel
+from helpers.quantize import additive
 from helpers.workspace import Workspace, run_models
 
 LAYOUTS = {"1x16": Layout(1, 12), "2x8": ADDITIVE_2X8, "1x16 whole": ADDITIVE_1X16}
@@ -70,6 +72,10 @@ def twin_of(folder: Path, config, tmp_path: Path) -> PeftModel:
 
 def random_ids(rows: int = 2, tokens: int = 24) -> torch.Tensor:
     return torch.randint(3, 300, (rows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(aqlm_sizes).failed == 0 == doctest.testmod(additive).failed
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
