@@ -89,6 +89,12 @@ def cards(config: RunConfig) -> int:
         seen = f"{there} GPU{'s' if there > 1 else ''}" if there else "no GPU"
         remedy = f"choose at most {there}, or all" if there else "leave gpus out, and one process trains on the CPU"
         raise ValueError(f"gpus={asked}, and PyTorch sees {seen} here: {remedy}")
+    sequences = config.train.batch_size * config.train.accumulation
+    if sequences < asked:
+        raise ValueError(
+            f"a step has {sequences} sequence{'s' * (sequences > 1)} (batch_size × accumulation), too few for {asked} "
+            f"GPUs to share: set accumulation={-(-asked // config.train.batch_size)}, or gpus={sequences}"
+        )
     return asked
 
 

@@ -83,7 +83,11 @@ def two_ranks(inputs, tmp_path_factory) -> tuple[Path, list[dict]]:
         )
         for rank in range(2)
     ]
-    said = [process.communicate()[0] for process in processes]
+    try:
+        said = [process.communicate(timeout=400)[0] for process in processes]
+    finally:
+        for process in processes:  # one that waits for the other for ever
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     return folder, json.loads((folder / "facts.json").read_text(encoding="utf-8"))
 
@@ -262,6 +266,34 @@ def test_more_gpus_than_there_are(there, asked, sentence, inputs, tmp_path, monk
         finetune.finetune(settings(model, gpus=asked), prepared, tmp_path / "finetune")
     assert str(caught.value) == sentence
     assert workers.cards(settings(model, gpus="all")) == max(there, 1)
+
+
+def test_more_gpus_than_a_step_has_sequences(inputs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(
+        ValueError, match=r"a step has 2 sequences .* too few for 4 GPUs .* set accumulation=4, or gpus=2"
+    ):
+        workers.cards(settings(inputs[0], gpus=4, batch_size=1, accumulation=2))
+
+
+FAILURES = {
+    "ValueError": ({"error": "ValueError", "text": "rank=33 is too large"}, ValueError, "rank=33 is too large"),
+    "NotTrained": ({"error": "NotTrained", "text": "the loss is NaN"}, finetune.NotTrained, "the loss is NaN"),
+    "a bug": ({"error": "KeyError", "text": "'x'", "trace": "in line 7"}, RuntimeError, "GPU 1 of 2: KeyError: 'x'"),
+    "an import": (
+        {"died": 1},
+        workers.WorkerLost,
+        "ended with status 1, ImportError: no such module: all have been ended",
+    ),
+}
+
+
+@pytest.mark.parametrize(("failure", "kind", "sentence"), FAILURES.values(), ids=FAILURES.keys())
+def test_a_workers_error_is_the_launchers(failure, kind, sentence, tmp_path):
+    (tmp_path / "1.log").write_text("Traceback\nImportError: no such module\n")
+    error = workers.error_of(workers.Worker(1, None, tmp_path / "1.log", failure), 2)
+    assert type(error) is kind and sentence in str(error)
+    assert kind is not RuntimeError or "in line 7" in str(error.__cause__)
 
 
 def test_sharding_that_is_not_there(inputs, tmp_path):
