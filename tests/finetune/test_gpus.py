@@ -20,11 +20,11 @@ from datasets import Dataset, load_from_disk
 from kill_and_resume import make_inputs
 from safetensors.torch import load_file
 
-from helpers import finetune, hardware
+from helpers import budget, finetune, hardware
 from helpers.finetune import batches, ranks, workers
 from helpers.finetune.trainer import FineTuner
 from helpers.finetune.watch import Watch
-from helpers.models import profile
+from helpers.models import profile, shape
 from helpers.workspace import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -330,6 +330,18 @@ def test_gpus_of_unequal_memory_are_planned_for_the_smallest_and_of_other_kinds_
         ValueError, match="GPU 0 is a Tesla T4 and GPU 1 a GeForce RTX 3090, which compute in different"
     ):
         ranks.smallest(t4)
+
+
+def test_a_plan_for_a_gpu_that_has_less_room_than_the_notebook_saw_recomputes_more(monkeypatch, capsys):
+    t4, asked = hardware.machine("t4"), profile("mistral-7b", model="mistral-7b-v0.3", gpus=2)
+    seen = budget.plan(asked, shape("mistral-7b-v0.3"), t4).config
+    monkeypatch.setattr(ranks, "smallest", lambda machine: replace(t4, free_vram_gib=7.0))
+    assert finetune.planned(seen) == seen, "one GPU: as asked"
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    planned = finetune.planned(seen)
+    assert planned.train.checkpointing > seen.train.checkpointing
+    assert budget.budget(planned, shape("mistral-7b-v0.3"), replace(t4, free_vram_gib=7.0)).fits
+    assert "layers are checkpointed" in capsys.readouterr().out
 
 
 def test_a_full_disk_while_two_train_costs_a_checkpoint_and_nobody_waits(monkeypatch):
