@@ -6,6 +6,7 @@ On two GPUs: tests/benchmarks/bench_gpus.py.
 import doctest
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import torch
 from datasets import Dataset, load_from_disk
 from kill_and_resume import make_inputs
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from helpers import budget, finetune, hardware
 from helpers.finetune import batches, ranks, workers
@@ -36,6 +38,8 @@ CASES = {
     "one micro-batch a step": {"accumulation": 1, "batch_size": 6, "loss": "full"},
     "packing": {"accumulation": 2, "batch_size": 1, "packing": True, "seq_len": 48},
     "patience": {"accumulation": 2, "learning_rate": 0.02, "eval_steps": 1, "patience": 1, "epochs": 4.0},
+    "a mixture": {"accumulation": 2, "model": "mixture"},
+    "a mixture, some of whose experts get no token": {"accumulation": 3, "model": "mixture", "kernels": "plain"},
 }
 ROAD = {"accumulation": 2, "max_steps": 14, "epochs": 9.0, "save_steps": 2, "keep_checkpoints": 3}
 STOPPED = "asked to stop at different steps"
@@ -54,12 +58,22 @@ def inputs(tmp_path_factory) -> tuple[Path, Path]:
     for split, count in (("train", 25), ("heldout", 5)):
         rows = load_from_disk(str(folder / "prepared" / split)).select(range(count))
         Dataset.from_dict(rows.to_dict()).save_to_disk(str(folder / "few" / split))
+    mixture(model, folder / "mixture")
     return model, folder / "few"
 
 
-def settings(model: Path, **values):
+def mixture(model: Path, folder: Path) -> None:
+    """A mixture of eight experts with the model's tokenizer."""
+    shutil.copytree(model, folder)
+    sizes = {"vocab_size": json.loads((model / "config.json").read_text())["vocab_size"], "intermediate_size": 32}
+    sizes |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=8)).save_pretrained(folder)
+
+
+def settings(folder: Path, model: str = "model", **values):
     usual = {"rank": 4, "seq_len": 32, "batch_size": 2, "epochs": 1.0, "learning_rate": 2e-3, "save_steps": 1000}
-    return profile("tiny", model=str(model), **(usual | values))
+    return profile("tiny", model=str(folder.with_name(model)), **(usual | values))
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +288,21 @@ def test_more_gpus_than_a_step_has_sequences(inputs, monkeypatch):
         ValueError, match=r"a step has 2 sequences .* too few for 4 GPUs .* set accumulation=4, or gpus=2"
     ):
         workers.cards(settings(inputs[0], gpus=4, batch_size=1, accumulation=2))
+
+
+def test_a_mixture_that_balances_its_experts_by_micro_batch_is_refused(inputs, tmp_path, monkeypatch):
+    config = settings(inputs[0], model="mixture")
+    file = Path(config.model.model) / "config.json"
+    balanced = tmp_path / "mixture"
+    shutil.copytree(file.parent, balanced)
+    (balanced / "config.json").write_text(
+        file.read_text().replace('"output_router_logits": false', '"output_router_logits": true')
+    )
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    config = config.with_values(model=str(balanced))
+    model, tokenizer = finetune.load_base(config)
+    with pytest.raises(ValueError, match=r"balances its experts .* train it on one GPU"):
+        finetune.build_trainer(config, finetune.attach_adapter(model, config), tokenizer, inputs[1], tmp_path / "saves")
 
 
 FAILURES = {
