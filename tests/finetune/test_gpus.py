@@ -305,6 +305,17 @@ def test_a_mixture_that_balances_its_experts_by_micro_batch_is_refused(inputs, t
         finetune.build_trainer(config, finetune.attach_adapter(model, config), tokenizer, inputs[1], tmp_path / "saves")
 
 
+def test_a_worker_sees_its_own_card_alone_from_its_first_import_on(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, env, **how: seen.append(env))
+    monkeypatch.delenv(workers.ON_CPU, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    for rank in range(2):
+        workers.started(rank, 2, 1234, tmp_path)
+    names = ("RANK", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE")
+    assert [tuple(env[name] for name in names) for env in seen] == [("0", "0", "5", "2"), ("1", "0", "3", "2")]
+
+
 FAILURES = {
     "ValueError": ({"error": "ValueError", "text": "rank=33 is too large"}, ValueError, "rank=33 is too large"),
     "NotTrained": ({"error": "NotTrained", "text": "the loss is NaN"}, finetune.NotTrained, "the loss is NaN"),
