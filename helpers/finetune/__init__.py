@@ -39,7 +39,8 @@ def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "aut
     if resume not in ("auto", "never"):
         raise ValueError(f"resume must be auto or never, not {resume!r}")
     workspace.fetch(prepared)
-    load_split(prepared, "train")  # a dataset that is not there is said before anything is loaded or written
+    # A dataset that is not there, or of another kind, is said before anything is loaded or written.
+    load_split(prepared, "train", config.train.sides == 2)
     refuse_without_tracker(config.train.report_to)
     refuse_without_gpu(config)  # before a tokenizer is asked for on the hub
     check_tokenizer(prepared, config)

@@ -37,6 +37,7 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
         trainer.origin = checkpoints.origin(checkpoint, folder, lasting)
     if checkpoint is not None:
         print(f"continuing from {checkpoint.name}")
+    trainer.begin(checkpoint)
     watch, on_gpu = trainer.watch, torch.cuda.is_available()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -76,11 +77,19 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
         "before_allocated_gib": round(before_gib, 3),
         "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3) if on_gpu else 0.0,
         "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3) if on_gpu else 0.0,
-        "heldout_loss": trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None,
+        **heldout_figures(trainer),
         "resumed_from_step": checkpoints.step_of(checkpoint) if checkpoint else 0,
         "run": trainer.origin["run"],
         **checkpoints.summary(folder),
     }
+
+
+def heldout_figures(trainer: FineTuner) -> dict[str, float | None]:
+    """The loss on held-out data, None without any, and of pairs what else was seen of them."""
+    if trainer.eval_dataset is None:
+        return {"heldout_loss": None}
+    names = {f"eval_{name}": f"heldout_{name}" for name in ("loss", *trainer.told_of_pairs)}
+    return {names[name]: value for name, value in trainer.evaluate().items() if name in names}
 
 
 def load_best(trainer: FineTuner) -> None:

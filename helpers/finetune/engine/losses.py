@@ -10,7 +10,7 @@ batch's loss to transformers' own.
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ CHECKED_TOKENS = 256
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Sum of -log p(label) over the rows of hidden (rows, hidden size) under a frozen head (words, hidden size)."""
+    """-log p(label) of each row of hidden (rows, hidden size) under a frozen head (words, hidden size): (rows,)."""
 
     @staticmethod
     def forward(
@@ -35,7 +35,7 @@ class ChunkedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         # -log p(label) = log Σ exp(logits) - logits[label]; its gradient for the logits is softmax - onehot(label), and
         # for hidden that times the head. All of it is at hand here, so backward has nothing left to do but scale.
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        each = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         grads = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # none in evaluation
         step = max(1, LOGITS_AT_ONCE // head.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
@@ -44,7 +44,7 @@ class ChunkedLoss(torch.autograd.Function):
                 logits = finished(products(hidden[rows], head), how)
                 label = labels[rows, None]  # (chunk, 1); logits (chunk, words)
                 normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
-                total += (normalizer - logits.gather(1, label)).sum()
+                each[rows] = (normalizer - logits.gather(1, label))[:, 0]
                 if grads is not None:
                     # logits = cap tanh(raw / cap) has the slope 1 - tanh², which is 1 - (logits / cap)².
                     slopes = None if how.cap is None else 1 - (logits / how.cap).square_()
@@ -58,12 +58,12 @@ class ChunkedLoss(torch.autograd.Function):
                         before = 1.0 if words.start else 0.0  # the sum of the parts before, or memory never written
                         grads[rows].addmm_(logits[:, words].to(hidden.dtype), part, beta=before)
         ctx.save_for_backward(grads)
-        return total
+        return each
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (grads,) = ctx.saved_tensors
-        return grads.mul_(grad), None, None, None
+        return grads.mul_(grad[:, None]), None, None, None
 
 
 def parts(head: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -84,15 +84,10 @@ def products(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     return torch.cat([(rows @ part.T).float() for _, part in parts(head, rows.dtype)], dim=1)
 
 
-def label_loss(
-    hidden: torch.Tensor,
-    head: torch.nn.Linear,
-    labels: torch.Tensor,
-    count: torch.Tensor | float | None,
-    kind: str,
-    how: Logits = PLAIN,
+def label_losses(
+    hidden: torch.Tensor, head: torch.nn.Linear, labels: torch.Tensor, kind: str, how: Logits = PLAIN
 ) -> torch.Tensor:
-    """Cross-entropy of the next token, summed over labels and divided by count (their number when None).
+    """-log p of every label, in their order: (labels that are not IGNORE,), fp32.
 
     hidden: (batch, tokens, hidden); labels: (batch, tokens), IGNORE where none. kind: "chunked", or "full" (all logits
     at once, in fp32). Products are in autocast's type, an fp32 head's too.
@@ -107,16 +102,40 @@ def label_loss(
     targets = targets.index_select(0, places)
     if kind == "full":
         logits = finished(torch.nn.functional.linear(rows, head.weight.to(dtype)).float(), how)
-        total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-    else:
-        total = ChunkedLoss.apply(rows, head.weight, targets, how)
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return ChunkedLoss.apply(rows, head.weight, targets, how)
+
+
+def label_loss(
+    hidden: torch.Tensor,
+    head: torch.nn.Linear,
+    labels: torch.Tensor,
+    count: torch.Tensor | float | None,
+    kind: str,
+    how: Logits = PLAIN,
+) -> torch.Tensor:
+    """Cross-entropy of the next token: `label_losses` summed and divided by count (their number when None)."""
+    losses = label_losses(hidden, head, labels, kind, how)
     # count is of the whole optimizer step: micro-batches then add up to the loss of one large batch.
-    return total / (max(len(targets), 1) if count is None else count)
+    return losses.sum() / (max(len(losses), 1) if count is None else count)
 
 
-def install(model: torch.nn.Module, kind: str) -> None:
-    """Let a causal LM compute its loss by `label_loss`, without logits; without labels it answers as before."""
+def log_probabilities(losses: torch.Tensor, label_counts: torch.Tensor) -> torch.Tensor:
+    """log p of each sequence's labels together, from -log p of each label: (labels,), (sequences,) -> (sequences,)."""
+    sequences = torch.arange(len(label_counts), device=losses.device)
+    # the output's size is said, or the GPU would be waited for
+    sequence = sequences.repeat_interleave(label_counts, output_size=len(losses))
+    return losses.new_zeros(len(label_counts)).index_add(0, sequence, -losses)
+
+
+def install(model: torch.nn.Module, kind: str, objective: Callable | None = None) -> None:
+    """Let a causal LM compute its loss by `label_loss`, without logits; without labels it answers as before.
+
+    objective: what makes an output with a loss of sequences' log-probabilities, when label_counts (labels of each
+    sequence, (sequences,)) come with the labels: finetune/preferences.py.
+    """
     from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers.utils import ModelOutput
 
     original, how = model.forward, families.of(model.config.to_dict()).logits
 
@@ -126,13 +145,18 @@ def install(model: torch.nn.Module, kind: str) -> None:
         *args: Any,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | float | None = None,
+        label_counts: torch.Tensor | None = None,
+        reference: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> ModelOutput:
         if labels is None:
             return original(*args, **kwargs)
         hidden = self.model(*args, **kwargs).last_hidden_state
-        loss = label_loss(hidden, self.lm_head, labels, num_items_in_batch, kind, how)
-        return CausalLMOutputWithPast(loss=loss)
+        if label_counts is None:
+            loss = label_loss(hidden, self.lm_head, labels, num_items_in_batch, kind, how)
+            return CausalLMOutputWithPast(loss=loss)
+        sums = log_probabilities(label_losses(hidden, self.lm_head, labels, kind, how), label_counts)
+        return objective(sums, label_counts, reference, num_items_in_batch)
 
     model.forward = types.MethodType(forward, model)
 
