@@ -73,7 +73,7 @@ def work(step: Step, seq_len: int | None = None) -> Work:
     """
     config, shape = step.config, step.shape
     seq_len = seq_len or config.data.seq_len
-    tokens = config.train.batch_size * seq_len
+    tokens = config.train.batch_size * config.train.sides * seq_len
     # the share of all layers' forward work that is done twice
     again = scores_again = step.checkpointed / shape.layers
     own = step.backend == "own"
@@ -152,6 +152,7 @@ def stage_hours(
         count, mean = steps(config, tokens_in_dataset)
         each = step_s(Step.of(config, shape), machine, mean)
         parts |= {"loading": gigabytes * READ_S_PER_GB / 3600, "training": count * each / 3600}
+        parts |= {"reference": reference_s(config, shape, machine, count, mean) / 3600}
     elif stage == "merge":
         parts |= {"merging": gigabytes * 8 / 3600}
     elif stage == "quantize":
@@ -163,6 +164,19 @@ def stage_hours(
         seconds = sum(sum(evaluation_s(config, shape, machine, one).values()) for one in found)
         parts |= {"loading": read * READ_S_PER_GB / 3600, "evaluation": seconds / 3600}
     return {name: hours for name, hours in parts.items() if hours}
+
+
+def reference_s(config: RunConfig, shape: ModelShape, machine: Machine, count: int, mean_tokens: int) -> float:
+    """Seconds of DPO's reference: every pair that training meets once through the model, forward only.
+
+    count: optimizer steps; mean_tokens: of a row. A forward pass is half of a micro-batch without recomputation: one
+    product of two for each frozen weight, and of attention less.
+    """
+    if config.train.method != "dpo":
+        return 0.0
+    bare = Step.of(config.with_values(checkpointing="none", offload_activations=False), shape)
+    pairs = min(count * config.train.batch_size * config.train.accumulation, host.conversations(config))
+    return math.ceil(pairs / config.train.batch_size) * micro_batch_s(bare, machine, mean_tokens) / 2
 
 
 def gptq_s(config: RunConfig, shape: ModelShape, machine: Machine) -> float:

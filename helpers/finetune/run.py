@@ -37,7 +37,9 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
         trainer.origin = checkpoints.origin(checkpoint, folder, lasting)
     if checkpoint is not None:
         print(f"continuing from {checkpoint.name}")
+    began = time.perf_counter()
     trainer.begin(checkpoint)
+    reference_s = time.perf_counter() - began
     watch, on_gpu = trainer.watch, torch.cuda.is_available()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -77,6 +79,7 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
         "before_allocated_gib": round(before_gib, 3),
         "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3) if on_gpu else 0.0,
         "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3) if on_gpu else 0.0,
+        "reference_s": round(reference_s, 2) if trainer.reference else None,
         **heldout_figures(trainer),
         "resumed_from_step": checkpoints.step_of(checkpoint) if checkpoint else 0,
         "run": trainer.origin["run"],

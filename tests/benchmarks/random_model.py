@@ -189,6 +189,22 @@ def write_prepared(folder: Path, model: Path, sequences: int, seq: int, distinct
     return folder
 
 
+def write_pairs(folder: Path, model: Path, pairs: int, seq: int) -> Path:
+    """A prepared folder of pairs of random tokens: a prompt of a fourth of seq, two answers that fill it."""
+    import torch
+    from datasets import Dataset
+
+    words = json.loads((model / "config.json").read_text())["vocab_size"]
+    ids = torch.randint(300, words, (2, pairs, seq), generator=torch.Generator().manual_seed(0))
+    ids[1, :, : seq // 4] = ids[0, :, : seq // 4]
+    mask = [0] * (seq // 4) + [1] * (seq - seq // 4)
+    sides = {f"{side}_ids": ids[place].tolist() for place, side in enumerate(("chosen", "rejected"))}
+    rows = sides | dict.fromkeys(("chosen_masks", "rejected_masks"), [mask] * pairs)
+    Dataset.from_dict(rows).save_to_disk(str(folder / "train"))
+    Dataset.from_dict({name: values[:1] for name, values in rows.items()}).save_to_disk(str(folder / "heldout"))
+    return folder
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
