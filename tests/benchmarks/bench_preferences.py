@@ -5,7 +5,8 @@
 Three processes on the same random weights, pairs of 2 × seq tokens, one a step, r = 16 on all linear layers, fp16, no
 flash, paged 8-bit AdamW, the same loss (DPO + 1.0 · SFT): ours, as helpers.budget plans it for a T4; trl over
 transformers' own layers, all of them checkpointed, with its reference (a second adapter) computed at each step, and
-beforehand; and ours at the longest pair that the budget lets through. A row's figures are bench_finetune's: median seconds of a step by the clock, GPU time, the allocator's peak.
+beforehand; and ours at the longest pair that the budget lets through. A row's figures are bench_finetune's: median
+seconds of a step by the clock, the GPU's own time, the allocator's peak.
 """
 
 import argparse
