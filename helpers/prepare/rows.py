@@ -59,6 +59,8 @@ class Rows:
         # One number a row; plain text may take several.
         self.numbers = array("Q")
         self.owner, self.tokens, self.trained, self.full = array("Q"), array("I"), array("I"), array("I")
+        self.worse = array("I")
+        """Trained tokens of a pair's rejected side."""
         self.misfits = array("I")
         """Tokens of the conversations that do not fit the context at all."""
         self.digest = hashlib.sha256()
@@ -166,6 +168,8 @@ class Rows:
                 self.owner.append(len(self.hashes))
                 self.tokens.append(len(row.input_ids))
                 self.trained.append(sum(row.assistant_masks))
+                if worse:
+                    self.worse.append(sum(worse.assistant_masks))
                 self.full.append(row.full_tokens)
             name, _, number = talk.place.rpartition(" ")
             if not self.files or self.files[-1] != name:
@@ -277,6 +281,15 @@ class Rows:
             "length_counts": counts.tolist(),
             "length_edges": edges.tolist(),
             "findings": self.found.table(),
+        } | (self.lengths(kept[owner]) if self.pairs else {})
+
+    def lengths(self, kept: np.ndarray) -> dict[str, float]:
+        """Of the pairs kept: mean tokens of both answers, and the share whose better one is the longer."""
+        chosen, rejected = (np.array(numbers, dtype=np.int64)[kept] for numbers in (self.trained, self.worse))
+        return {
+            "chosen_answer_tokens": float(chosen.mean()),
+            "rejected_answer_tokens": float(rejected.mean()),
+            "chosen_longer_share": float((chosen > rejected).mean()),
         }
 
 
