@@ -23,7 +23,7 @@ def load_split(prepared: Path, name: str, pairs: bool = False) -> Dataset:
     if not any(folder.glob("*.arrow")):  # an empty one has no file, and load_from_disk cannot read it
         return Dataset.from_dict({"input_ids": [], "assistant_masks": []})
     rows = load_from_disk(str(folder))
-    found = "chosen_ids" in rows.column_names
+    found = "rejected_ids" in rows.column_names
     if found and not pairs:
         raise ValueError(
             f"{prepared} holds pairs for a preference method: train with method=dpo, or prepare again with use=chosen "
@@ -39,14 +39,11 @@ def load_split(prepared: Path, name: str, pairs: bool = False) -> Dataset:
 
 def in_rows(pairs: Dataset) -> Dataset:
     """Pairs as rows, still on disk: all chosen ones, then all rejected ones in the same order."""
-    columns = {"ids": "input_ids", "masks": "assistant_masks"}
-    sides = (
-        pairs.select_columns([f"{side}_{old}" for old in columns]).rename_columns(
-            {f"{side}_{old}": new for old, new in columns.items()}
-        )
-        for side in ("chosen", "rejected")
+    better = pairs.select_columns(["input_ids", "assistant_masks"])
+    worse = pairs.select_columns(["rejected_ids", "rejected_masks"])
+    return concatenate_datasets(
+        [better, worse.rename_columns({"rejected_ids": "input_ids", "rejected_masks": "assistant_masks"})]
     )
-    return concatenate_datasets(list(sides))
 
 
 def check_tokenizer(prepared: Path, config: RunConfig) -> None:

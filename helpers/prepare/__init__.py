@@ -51,10 +51,10 @@ class Reading:
 def prepare(config: RunConfig, output: Path, source: str | None = None) -> dict:
     """Write output/train and output/heldout, and return what was counted.
 
-    They are Arrow datasets: id, messages, input_ids, assistant_masks (1: trained) and full_tokens (before the cut);
-    with use=pairs prompt, chosen and rejected, their ids and masks. source: a file, a folder, or a hub dataset, instead
-    of config.data.source. Every row read is kept or dropped for a reason that is counted: in = kept + dropped. The same
-    source and configuration give the same bytes.
+    They are Arrow datasets: id, messages, input_ids, assistant_masks (1: trained) and full_tokens (before the cut); of
+    pairs these hold the better answer, and rejected, rejected_ids and rejected_masks the worse. source: a file, a
+    folder, or a hub dataset, instead of config.data.source. Every row read is kept or dropped for a reason that is
+    counted: in = kept + dropped. The same source and configuration give the same bytes.
     Raises ValueError with one sentence when the source cannot be read or nothing in it can be trained on.
     """
     source, heldout_source = str(source or config.data.source), config.data.heldout_source

@@ -73,8 +73,7 @@ class Rows:
         ids, masks = pa.list_(pa.int32()), pa.list_(pa.int8())
         fields = {"id": pa.string(), "messages": messages, "input_ids": ids, "assistant_masks": masks}
         if self.pairs:
-            fields = {"id": pa.string(), "prompt": messages, "chosen": messages, "rejected": messages}
-            fields |= {"chosen_ids": ids, "chosen_masks": masks, "rejected_ids": ids, "rejected_masks": masks}
+            fields |= {"rejected": messages, "rejected_ids": ids, "rejected_masks": masks}
         self.schema = pa.schema(list((fields | {"full_tokens": pa.int32()}).items()))
         self.writer = pa.ipc.new_stream(str(self.path), self.schema)
         return self
@@ -227,8 +226,7 @@ class Rows:
         def windows_of(i: int) -> np.ndarray:
             start, end = np.searchsorted(owner, [i, i + 1]).tolist()
             rows = table.slice(start, end - start)
-            names = ("prompt", "chosen") if self.pairs else ("messages",)
-            turns = [turn for row in rows.select(names).to_pylist() for name in names for turn in row[name]]
+            turns = [turn for row in rows.select(["messages"]).to_pylist() for turn in row["messages"]]
             return windows("\n".join(turn["content"] for turn in turns))
 
         return lambda i, k: jaccard(windows_of(i), windows_of(k))
@@ -340,13 +338,9 @@ def row_columns(row: Encoded) -> dict[str, Any]:
 
 
 def pair_columns(row: Encoded, worse: Encoded) -> dict[str, Any]:
-    """A pair's cells: what both sides share is the prompt."""
-    return {
-        "prompt": row.messages[:-1],
-        "chosen": row.messages[-1:],
-        "rejected": worse.messages[len(row.messages) - 1 :],
-        "chosen_ids": row.input_ids,
-        "chosen_masks": row.assistant_masks,
+    """A pair's cells: the conversation with the better answer as any row has it, and the worse answer beside it."""
+    return row_columns(row) | {
+        "rejected": worse.messages[-1:],
         "rejected_ids": worse.input_ids,
         "rejected_masks": worse.assistant_masks,
         "full_tokens": max(row.full_tokens, worse.full_tokens),

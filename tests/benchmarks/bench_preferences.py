@@ -160,10 +160,9 @@ def rival(model: Path, out: Path, seq: int) -> None:
             base, tokenizer = recipes.load(model, row)
             adapted = recipes.adapt(base, row)
             pairs = load_from_disk(str(random_model.write_pairs(scratch / "prepared", model, steps, seq) / "train"))
-            columns = {"prompt_ids": [ids[:prompt] for ids in pairs["chosen_ids"]]}
-            columns |= {
-                f"{side}_ids": [ids[prompt:] for ids in pairs[f"{side}_ids"]] for side in ("chosen", "rejected")
-            }
+            columns = {"prompt_ids": [ids[:prompt] for ids in pairs["input_ids"]]}
+            for side, name in (("chosen_ids", "input_ids"), ("rejected_ids", "rejected_ids")):
+                columns[side] = [ids[prompt:] for ids in pairs[name]]
             arguments = DPOConfig(
                 output_dir=str(scratch), per_device_train_batch_size=1, gradient_accumulation_steps=1, max_steps=steps,
                 learning_rate=2e-4, optim="paged_adamw_8bit" if on_gpu else "adamw_torch", fp16=on_gpu, bf16=False,

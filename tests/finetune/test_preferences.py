@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, Features, List, Value, load_from_disk
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -54,13 +54,12 @@ def write_pairs(folder: Path, count: int, heldout: int = 5) -> Path:
     rows = []
     for _ in range(count):
         prompt, sides = [1, *tokens(draw.randrange(3, 9))], {}
-        for side in ("chosen", "rejected"):
+        for ids, masks in (("input_ids", "assistant_masks"), ("rejected_ids", "rejected_masks")):
             answer = tokens(draw.randrange(2, 12))
-            sides[f"{side}_ids"] = prompt + answer
-            sides[f"{side}_masks"] = [0] * len(prompt) + [1] * len(answer)
+            sides[ids], sides[masks] = prompt + answer, [0] * len(prompt) + [1] * len(answer)
         rows.append(sides)
     for name, part in (("train", rows), ("heldout", rows[:heldout])):
-        Dataset.from_list(part).save_to_disk(str(folder / name))
+        Dataset.from_list(part, Features(dict.fromkeys(part[0], List(Value("int32"))))).save_to_disk(str(folder / name))
     return folder
 
 
@@ -103,8 +102,8 @@ def trl_trainer(config, prepared: Path, folder: Path, plan: list[list[int]], own
     order = [row for batch in plan for row in batch[: len(batch) // 2]]
     made = [
         {
-            "prompt_ids": row["chosen_ids"][: row["chosen_masks"].index(1)],
-            "chosen_ids": row["chosen_ids"][row["chosen_masks"].index(1) :],
+            "prompt_ids": row["input_ids"][: row["assistant_masks"].index(1)],
+            "chosen_ids": row["input_ids"][row["assistant_masks"].index(1) :],
             "rejected_ids": row["rejected_ids"][row["rejected_masks"].index(1) :],
         }
         for row in (rows[place] for place in order)

@@ -59,8 +59,9 @@ def test_every_shape_of_a_pair_is_the_same_pair(name, tmp_path):
     made, folder = prepared(tmp_path, [SHAPES[name]])
     (row,) = load_prepared(folder)["train"]
     before = [FIRST, QUESTION] if SYSTEM in json.dumps(SHAPES[name]) else [QUESTION]
-    assert (row["prompt"], row["chosen"], row["rejected"]) == (before, [answer(BETTER)], [answer(WORSE)])
-    prompts = [row[f"{side}_ids"][: row[f"{side}_masks"].index(1)] for side in ("chosen", "rejected")]
+    assert (row["messages"], row["rejected"]) == ([*before, answer(BETTER)], [answer(WORSE)])
+    sides = (("input_ids", "assistant_masks"), ("rejected_ids", "rejected_masks"))
+    prompts = [row[ids][: row[masks].index(1)] for ids, masks in sides]
     assert prompts[0] == prompts[1] and made["kept"] == 1 and made["use"] == "pairs"
 
 
@@ -101,4 +102,4 @@ def test_pairs_are_kept_only_where_the_method_learns_from_them(tmp_path):
     with pytest.raises(ValueError, match="use=pairs keeps both"):
         prepared(tmp_path, [SHAPES["trl, texts"]], method="sft")
     made, folder = prepared(tmp_path, [SHAPES["trl, texts"]], use="chosen")
-    assert made["use"] == "chosen" and "messages" in load_prepared(folder)["train"].column_names
+    assert made["use"] == "chosen" and "rejected" not in load_prepared(folder)["train"].column_names
