@@ -18,7 +18,7 @@ from pathlib import Path
 
 from helpers import budget, hardware, models
 from helpers.config import RunConfig, explained, field_parts, flat, load_yaml, values_in_words
-from helpers.models import hub
+from helpers.models import gpu, hub
 from helpers.models.methods import METHODS
 from helpers.show import tables, troubleshooting
 from helpers.sources.formats import FORMATS
@@ -79,7 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
             known = troubleshooting.remedy(error)
             print(f"What to do: {known}" if known else "", end="\n" if known else "", file=sys.stderr)
             return FAILED
-        print(json.dumps(result, indent=1, default=str) if options.json else text, file=result_stream, flush=True)
+        if gpu.is_first():
+            print(json.dumps(result, indent=1, default=str) if options.json else text, file=result_stream, flush=True)
     return status
 
 
@@ -364,6 +365,25 @@ EXTRA_FLAGS: dict[str, dict[str, dict]] = {
             "help": told("What clients must send", "a text", "$RECIPES_API_KEY, which ps does not show, or none"),
         },
         "--page": {"action": "store_true", "help": told("A chat page at / too", "on or off", "off")},
+        "--batch": {
+            "type": Path,
+            "metavar": "FILE",
+            "help": told(
+                "Answer a file of prompts and end, instead of listening; goes on where it was stopped",
+                "JSONL of messages, prompt or question a line, or OpenAI's batch",
+                "none",
+            ),
+        },
+        "--max-tokens": {
+            "type": int,
+            "metavar": "TOKENS",
+            "help": told("Of an answer of --batch whose line names none", "a number", "512, at most a quarter context"),
+        },
+        "--output": {
+            "type": Path,
+            "metavar": "FILE",
+            "help": told("Answers of --batch", "a file that is not there", "beside the prompts, NAME.answers.jsonl"),
+        },
     },
     "run": GPU_FLAG | RESUME_FLAG,
 }
@@ -480,17 +500,20 @@ def run_prepare(options: argparse.Namespace, config: RunConfig) -> Outcome:
 
 
 def run_finetune(options: argparse.Namespace, config: RunConfig) -> Outcome:
+    gpu.claim_card()
     from helpers import finetune
 
     run = workspace_of(options, config)
-    shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
     output = options.output or run.folder("finetune")
+    prepared = options.prepared or run.folder("prepare")
+    if options.output is None and gpu.is_first():
+        choices.keep(run, config, "by python -m helpers finetune")
+    if config.train.gpus != 1 or finetune.ranks.expected() > 1:  # planned where it runs, on each GPU
+        return done("finetune", output, finetune.finetune(config, prepared, output, resume=options.resume))
+    shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
     settled = budget.settle(config, shape, machine, finetune.plan(config, output, machine, options.resume))
     if not settled.budget.fits:
         return DOES_NOT_FIT, budget.to_json(settled), "\n".join(settled.budget.reasons)
-    prepared = options.prepared or run.folder("prepare")
-    if options.output is None:
-        choices.keep(run, config, "by python -m helpers finetune")
     return done("finetune", output, finetune.finetune(settled.config, prepared, output, resume=options.resume))
 
 
@@ -559,8 +582,23 @@ def run_serve(options: argparse.Namespace, config: RunConfig) -> Outcome:
     from helpers import serve
 
     chosen = options.served or [str(serve.default_model(workspace_of(options, config)))]
+    if options.batch:
+        return run_batch(options, config, chosen)
     result = serve.serve(chosen, config, options.host, options.port, options.api_key, options.page)
     return DONE, result, f"serve: stopped after {result['requests']} requests"
+
+
+def run_batch(options: argparse.Namespace, config: RunConfig, chosen: list[str]) -> Outcome:
+    """A file of prompts answered by one model, without a server."""
+    from helpers.serve import batch, names
+
+    if len(chosen) > 1:
+        raise ValueError(f"--batch is answered by one model, and --model names {len(chosen)}: run it once for each")
+    if options.max_tokens is not None and options.max_tokens < 1:
+        raise ValueError(f"--max-tokens {options.max_tokens} leaves nothing to answer with: take at least 1")
+    output = options.output or options.batch.with_suffix(".answers.jsonl")
+    (model,) = names(chosen).values()
+    return done("serve", output, batch.answer(str(model), config, options.batch, output, options.max_tokens))
 
 
 def run_share(options: argparse.Namespace, run: Workspace) -> Outcome:
@@ -611,6 +649,8 @@ def name_and_folder(pair: str) -> tuple[str, str]:
 
 def run_all(options: argparse.Namespace, config: RunConfig) -> Outcome:
     """Every stage in order, each from the folder that the last one wrote."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("run is started once, and finetune takes its GPUs itself: python -m helpers run --gpus all")
     absent = dict.fromkeys(("input", "output", "prepared", "base", "adapter", "merged", "models", "data", "judge"))
     options = argparse.Namespace(**(absent | vars(options)))
     if config.quantize.calibration not in ("own", "general", "both"):

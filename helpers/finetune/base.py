@@ -8,12 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from helpers.config import RunConfig
 from helpers.models import families, loading, shape
@@ -31,7 +26,7 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     families.refuse(sizes.family, sizes.name, config.adapter.target_modules)
     refuse_without_gpu(config)
     dtype = precision().dtype
-    model = AutoModelForCausalLM.from_pretrained(
+    model = loading.causal_lm(
         config.model.model,
         revision=config.model.revision,
         quantization_config=loading.base_quantization(config, dtype),

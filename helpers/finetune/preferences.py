@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers.utils import ModelOutput
 
 from helpers.config import TrainConfig
-from helpers.finetune import base, batches
+from helpers.finetune import base, batches, ranks
 from helpers.finetune.data import gather
 from helpers.finetune.trainer import FineTuner
 
@@ -155,23 +155,26 @@ class PreferenceTuner(FineTuner):
                 self.reference[split] = self.answers(split, plan["rows"])
 
     def answers(self, split: str, plan: Iterable[list[int]]) -> torch.Tensor:
-        """log p of the answer of every row that a plan has, by this model as it stands: (rows,), 0 for others."""
-        rows = len(self.data_collator.keywords["splits"][split])
-        found, done, device = torch.zeros(rows), set(), self.model.device
-        dtype, was_training = base.precision().dtype, self.model.training
+        """log p of the answer of every row that a plan has, by this model as it stands: (rows,), 0 for others.
+
+        Each is read once, whatever the number of epochs, and by one rank.
+        """
+        rows, device = self.data_collator.keywords["splits"][split], self.model.device
+        lengths, size = [len(ids) for ids in rows["input_ids"]], 2 * self.recipe.train.batch_size
+        met = sorted({row for batch in plan for row in batch}, key=lambda row: -lengths[row])
+        found, dtype, was_training = torch.zeros(len(rows)), base.precision().dtype, self.model.training
         self.model.eval()
+        starts = range(size * ranks.rank(), len(met), size * ranks.count())
         try:
             with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                for batch in tqdm(plan, desc=f"reference, {split}", unit=" batches", disable=None):
-                    if done.issuperset(batch):  # of an earlier epoch
-                        continue
+                for start in tqdm(starts, desc=f"reference, {split}", unit=" batches", disable=None):
+                    batch = met[start : start + size]
                     made = self.data_collator([{"split": split, "rows": batch}])
                     made = {name: part.to(device) if torch.is_tensor(part) else part for name, part in made.items()}
                     found[batch] = self.model(**made).sums.float().cpu()
-                    done.update(batch)
         finally:
             self.model.train(was_training)
-        return found
+        return torch.stack(ranks.gathered(found)).sum(0)
 
     def keep_with(self, checkpoint: Path) -> None:
         """The reference into a checkpoint that is being written."""

@@ -48,7 +48,7 @@ MARKER = "whole.json"
 BESIDE = "writing"
 ANY_TIME = (
     *("save_steps", "keep_checkpoints", "eval_steps", "patience", "report_to"),
-    *("checkpointing", "keep_attention", "offload_activations", "offload_gib"),
+    *("checkpointing", "keep_attention", "offload_activations", "offload_gib", "gpus", "sharding"),
 )
 """Settings that may change between a run and its continuation: they do not decide what is learned."""
 SPLIT = ("batch_size", "accumulation")
