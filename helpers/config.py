@@ -245,6 +245,8 @@ class EvaluateConfig:
 
     questions: str | None = None
     """JSONL of question and answer; without it there is no exact match."""
+    preferences: str | None = None
+    """A folder of pairs that prepare wrote, to ask which answer is liked and said; none: the data's own, if pairs."""
     max_questions: Count | None = None
     """Questions that are asked, at most; none asks all."""
     max_heldout: Count | None = 200

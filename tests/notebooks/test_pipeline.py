@@ -16,6 +16,7 @@ NOTEBOOKS = (
     "05_evaluation.ipynb",
     "06_export.ipynb",
     "07_mixture.ipynb",
+    "08_preferences.ipynb",
 )
 
 
