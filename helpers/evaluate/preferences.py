@@ -6,7 +6,7 @@ which perplexity and exact match beside these columns show.
 
     preference_accuracy   share of pairs whose better answer has more log-probability, summed over its tokens
     preference_margin     how much more, in nats a pair: of two models the difference is DPO's margin without its beta
-    nearer_chosen         share of greedy answers that are nearer to the better answer than to the worse, by chrF
+    nearer_chosen         share of greedy answers that are nearer to the better answer than the worse one is, by chrF
     answer_tokens         length of these answers: liking longer ones is what preference data teach most easily
 """
 
@@ -91,13 +91,18 @@ def write(path: Path, pairs: list[Pair], answers: dict[str, list[str]]) -> None:
 
 
 def preferred(answer: str, chosen: str, rejected: str) -> float:
-    """1 where an answer is nearer to the better one by chrF, 0 to the worse, a half where it is to neither.
+    """1 where an answer is nearer to the better one, by chrF, than to the worse and than these are to each other.
 
-    >>> preferred("By the river.", "By the river!", "No."), preferred("", "By the river!", "No.")
-    (1.0, 0.5)
+    Without the last, an answer that has nothing to do with either would count as half a good one.
+
+    >>> preferred("By the river.", "By the river!", "No."), preferred("Seven.", "By the river!", "No.")
+    (1.0, 0.0)
     """
     from sacrebleu.metrics import CHRF
 
     chrf = CHRF()
-    better, worse = (chrf.sentence_score(answer.strip(), [text]).score for text in (chosen, rejected))
-    return 0.5 if better == worse else float(better > worse)
+    better, worse, apart = (
+        chrf.sentence_score(one, [other]).score
+        for one, other in ((answer.strip(), chosen), (answer.strip(), rejected), (rejected, chosen))
+    )
+    return float(better > max(worse, apart))

@@ -60,14 +60,14 @@ def objective(asked: TrainConfig) -> Callable[..., Judgement]:
     ) -> Judgement:
         """sums, label_counts, reference: (sequences,), chosen ones first; count: (pairs, labels of chosen ones)."""
         pairs = len(sums) // 2
-        chosen, rejected = sums[:pairs], sums[pairs:]
-        # A micro-batch that only fills up a step of several GPUs has no labels, and counts for nothing.
+        # What only fills up a step of several GPUs is one row without labels, half a pair: it counts for nothing.
+        chosen, rejected = sums[:pairs], sums[pairs : 2 * pairs]
         counted = (label_counts[:pairs] > 0).to(sums.dtype)
         if count is None:
             count = totals(label_counts)
         if asked.method == "orpo":
             margin = log_odds(chosen / label_counts[:pairs].clamp(min=1)) - log_odds(
-                rejected / label_counts[pairs:].clamp(min=1)
+                rejected / label_counts[pairs : 2 * pairs].clamp(min=1)
             )
             preferred = asked.beta * -logsigmoid(margin)
         else:

@@ -20,7 +20,7 @@ ULTRAFEEDBACK = {
     "max_conversations": 2000,
 }
 """Pairs for a 7B: answers of several models, the better one chosen by a larger model."""
-RATE = {"tiny": 5e-4, "mistral-7b": 5e-6}
+RATE = {"tiny": 1e-3, "mistral-7b": 5e-6}
 """Learning rate of DPO; for a 7B that of Zephyr's QLoRA recipe (https://github.com/huggingface/alignment-handbook)."""
 PLAIN_STEPS = 50
 """Of plain DPO on a 7B: enough to see where it goes, and no second night."""
@@ -46,7 +46,7 @@ def pairs_of(name: str, source: str | None) -> RunConfig:
 
 def lessons(name: str, adapter: Path | str, source: str | None = None, **values: Any) -> RunConfig:
     """DPO on pairs, from an adapter on; values: settings that are not None."""
-    small = {"batch_size": 16, "epochs": 2.0} if name == "tiny" else {}
+    small = {"batch_size": 16, "epochs": 1.5} if name == "tiny" else {}
     chosen = {"learning_rate": RATE[name], **small} | {key: value for key, value in values.items() if value is not None}
     return pairs_of(name, source).with_values(method="dpo", start_adapter=str(adapter), **chosen)
 

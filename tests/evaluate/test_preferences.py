@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -67,4 +66,4 @@ def test_pairs_that_are_asked_for_and_not_there_are_a_sentence(tmp_path):
 def test_an_answer_is_nearer_to_one_of_two():
     assert preferences.preferred("That is all.", "That is all there is.", "You are welcome.") == 1
     assert preferences.preferred("You are welcome!", "That is all there is.", "You are welcome.") == 0
-    assert np.isclose(preferences.preferred("", "yes", "no"), 0.5)
+    assert preferences.preferred("cake best cake best", "Mira bakes. That is all.", "Mira bakes. Welcome.") == 0
