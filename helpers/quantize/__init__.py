@@ -28,8 +28,8 @@ from helpers.config import QuantizeConfig, RunConfig, load_yaml, save_yaml
 from helpers.inference import read_config
 from helpers.models import methods, shape
 from helpers.models.stored import stored_tensors
+from helpers.quantize import additive, check, gptq, process
 from helpers.quantize import calibration as texts
-from helpers.quantize import check, gptq, process
 from helpers.quantize.calibration import CalibrationError as CalibrationError
 from helpers.quantize.process import QuantizationFailed
 from helpers.quantize.weights import rounded as rounded
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 METHODS = {
     "gptq": gptq,
+    "aqlm": additive,
 }
 """quant_method -> what makes such a model."""
 
