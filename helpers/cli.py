@@ -18,7 +18,7 @@ from pathlib import Path
 
 from helpers import budget, hardware, models
 from helpers.config import RunConfig, explained, field_parts, flat, load_yaml, values_in_words
-from helpers.models import gpu, hub
+from helpers.models import aqlm_sizes, gpu, hub
 from helpers.models.methods import METHODS
 from helpers.show import tables, troubleshooting
 from helpers.sources.formats import FORMATS
@@ -660,7 +660,11 @@ def run_all(options: argparse.Namespace, config: RunConfig) -> Outcome:
         # a file that is not there is missed now, not after the training
         quantize.calibration.sources(config.quantize, [])
     outcome: Outcome = (DONE, {}, "")
-    for stage in ("prepare", "finetune", "merge", "quantize", "evaluate"):
+    stages = ["prepare", "finetune", "merge", "quantize", "evaluate"]
+    if config.model.weights == aqlm_sizes.NAME:
+        print(f"merge and quantize are left out: {aqlm_sizes.NO_MERGE}", file=sys.stderr, flush=True)
+        stages = ["prepare", "finetune", "evaluate"]
+    for stage in stages:
         print(f"== {stage}", file=sys.stderr, flush=True)
         outcome = STAGES[stage](options, config)
         if outcome[0] != DONE:

@@ -17,6 +17,7 @@ from helpers.budget import activations
 from helpers.budget.step import FULL, HALF, Step, lora_parameters
 from helpers.config import RunConfig
 from helpers.models import ModelShape
+from helpers.models.aqlm_sizes import Layout
 
 GIB = 2**30
 
@@ -31,6 +32,8 @@ def weights(config: RunConfig, shape: ModelShape) -> Parts:
     layers (models/experts.py takes most families' apart) stay in 16 bits: bitsandbytes takes linear layers only.
     """
     rest = shape.embedding_parameters + shape.small_parameters
+    if shape.additive is not None:
+        return additive_weights(config, shape)
     experts = {"experts in 16 bits": shape.expert_parameters * HALF} if shape.expert_parameters else {}
     name, width = ("32-bit weights", FULL) if config.model.upcast else ("16-bit weights", HALF)
     unquantized = {name: rest * width}
@@ -46,6 +49,22 @@ def weights(config: RunConfig, shape: ModelShape) -> Parts:
     blocks = quantized / 64
     scales = blocks * (1 + FULL / 256) if config.model.double_quant else blocks * FULL
     return {"4-bit weights": quantized / 2, "quantization scales": scales, **unquantized, **experts}
+
+
+def additive_weights(config: RunConfig, shape: ModelShape) -> Parts:
+    """Bytes of an AQLM checkpoint: codes, codebooks and scales of every matrix, and what is not quantized."""
+    layout = shape.additive
+    codes = shape.linear_parameters * layout.bits_per_weight / 8
+    rest = shape.parameters - shape.linear_parameters
+    name, width = ("32-bit weights", FULL) if config.model.upcast else ("16-bit weights", HALF)
+    beside = additive_bytes(layout, shape) - codes
+    return {"AQLM codes": codes, "codebooks and scales": beside, name: rest * width}
+
+
+def additive_bytes(layout: Layout, shape: ModelShape) -> float:
+    """Bytes of all matrices of the decoder in a layout of AQLM's."""
+    each = ((shape.copies(name), layout.bytes_of(*size)) for name, size in shape.linears.items())
+    return shape.layers * sum(copies * size for copies, size in each)
 
 
 def optimizer_states(config: RunConfig, shape: ModelShape) -> tuple[float, float]:

@@ -37,6 +37,7 @@ from helpers.finetune.engine import kernels
 from helpers.finetune.engine.mixture import Mixture
 from helpers.finetune.engine.offload import Offload
 from helpers.models import attention, families
+from helpers.models.aqlm import AdditiveLinear
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 """What a decoder layer of these families is made of."""
@@ -46,9 +47,9 @@ SAVED = {"input": (), "attention": ("out",), "everything": ("query", "key", "val
 
 @dataclass
 class Linear:
-    """One frozen matrix (out, in), packed in 4 bits or dense, with its bias and LoRA pair where it has them."""
+    """One frozen matrix (out, in), packed in 4 bits, as codes or dense, with bias and LoRA pair where it has them."""
 
-    weight: torch.Tensor
+    weight: torch.Tensor | AdditiveLinear
     bias: torch.Tensor | None
     down: torch.nn.Parameter | None
     """LoRA's A: (rank, in)."""
@@ -59,6 +60,8 @@ class Linear:
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix in dtype: (out, in)."""
+        if isinstance(self.weight, AdditiveLinear):
+            return self.weight.dense(dtype)
         state = getattr(self.weight, "quant_state", None)
         return self.weight.to(dtype) if state is None else self.dequantize(self.weight.data, state, dtype)
 
@@ -66,12 +69,13 @@ class Linear:
 def linear_of(module: torch.nn.Module) -> Linear:
     """What a projection, wrapped by PEFT or not, computes with."""
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    weight = base if isinstance(base, AdditiveLinear) else base.weight
     if base is module:  # not a target of LoRA
-        return Linear(base.weight, base.bias, None, None, 1.0)
+        return Linear(weight, base.bias, None, None, 1.0)
     (name,) = module.active_adapters
     # The parameters themselves, not copies: the optimizer changes them, and the next step reads what it wrote.
     return Linear(
-        base.weight, base.bias, module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])
+        weight, base.bias, module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])
     )
 
 
@@ -391,7 +395,7 @@ def check(model: torch.nn.Module) -> None:
         ),
         "DoRA": any(part.lora_variant for part in adapted),
         "LoRA dropout": any(not isinstance(dropout, torch.nn.Identity) for dropout in dropouts),
-        "8-bit weights": any(weight.dtype == torch.int8 for weight in weights),
+        "8-bit weights": any(getattr(weight, "dtype", None) == torch.int8 for weight in weights),
         "more in a layer than two norms, attention and an MLP": any(
             {name for name, _ in part.named_children()} != PARTS or hasattr(part.self_attn, "q_norm")
             for part in model.model.layers
