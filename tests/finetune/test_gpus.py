@@ -98,7 +98,7 @@ def two_ranks(inputs, tmp_path_factory) -> tuple[Path, list[dict]]:
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=400)[0] for process in processes]
+        said = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:  # one that waits for the other for ever
             process.kill()
