@@ -268,6 +268,8 @@ def choose_layers(model: PeftModel, config: RunConfig) -> tuple[bool, str]:
     count = {"all": len(layers), "auto": len(layers), "none": 0}.get(wanted, wanted)  # auto: nobody planned
     if count > len(layers):
         raise ValueError(f"checkpointing={count} layers, but this model has {len(layers)}: choose 0 to {len(layers)}")
+    for layer in layers:  # as an earlier run on this base may have left them: ours would be recomputed a second time
+        layer.gradient_checkpointing = False
     decided = families.layers(families.of(causal_lm.config.to_dict()), config)
     if decided.computes == "own":
         decoder.check(causal_lm)
