@@ -43,6 +43,7 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
     with interrupts(watch), checkpoints.sending(lasting, keep) as trainer.send:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     train_s = time.perf_counter() - started
+    ranks.from_first(lambda: None)  # nobody goes before rank 0 has written and sent the last checkpoint
     if watch.interrupted is not None:
         raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}; run again to continue from there")
     # fp16 skips the first steps while it looks for its scale: a short run can end without one update and raise nothing.

@@ -98,7 +98,7 @@ def two_ranks(inputs, tmp_path_factory) -> tuple[Path, list[dict]]:
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=400)[0] for process in processes]
+        said = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:  # one that waits for the other for ever
             process.kill()
@@ -157,6 +157,7 @@ def test_a_stop_that_reaches_one_rank_stops_all_at_the_same_step_with_a_checkpoi
     saved = two_ranks[0] / STOPPED / "finetune.partial" / "checkpoints"
     assert checkpoints.newest(saved).name == "checkpoint-3"
     assert (saved / "checkpoint-3" / "rng_state_1.pth").is_file()
+    assert two_ranks[1][0]["left before the checkpoint was whole"] is False, "its launcher ends who stays behind"
 
 
 # ---- started and ended -----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ PyTorch's DistributedDataParallel was told.
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +23,7 @@ from helpers import finetune  # noqa: E402
 from helpers.config import from_tree  # noqa: E402
 from helpers.finetune import ranks  # noqa: E402
 from helpers.finetune.watch import Watch  # noqa: E402
+from helpers.workspace import checkpoints  # noqa: E402
 
 
 def main(folder: Path) -> None:
@@ -42,6 +44,15 @@ def main(folder: Path) -> None:
             watch.interrupted = 15
         return on_step_end(watch, args, state, control, **kwargs)
 
+    def sealed(beside, *rest):
+        """Rank 0 takes its time over the last checkpoint of a stopped run: does rank 1 go before it is whole?"""
+        until = time.monotonic() + 2
+        while stop_at and not (folder / "left").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        facts["left before the checkpoint was whole"] = (folder / "left").exists()
+        return seal(beside, *rest)
+
+    seal, checkpoints.seal = checkpoints.seal, sealed
     finetune.train, DistributedDataParallel.no_sync, Watch.on_step_end = kept, counted, stopped
     with ranks.joined():
         for name, case in json.loads((folder / "cases.json").read_text(encoding="utf-8")).items():
@@ -52,6 +63,7 @@ def main(folder: Path) -> None:
                 finetune.finetune(from_tree(case["config"]), Path(case["prepared"]), output)
             except KeyboardInterrupt as stop:
                 facts[name] = {"stopped": str(stop)}
+                (folder / "left").touch()
                 continue
             (trainer,) = trainers
             ddp = trainer.model_wrapped
