@@ -506,15 +506,16 @@ def run_finetune(options: argparse.Namespace, config: RunConfig) -> Outcome:
     run = workspace_of(options, config)
     output = options.output or run.folder("finetune")
     prepared = options.prepared or run.folder("prepare")
+    runs = config
+    if config.train.gpus == 1 and finetune.ranks.expected() == 1:  # several are planned where they run, on each GPU
+        shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
+        settled = budget.settle(config, shape, machine, finetune.plan(config, output, machine, options.resume))
+        if not settled.budget.fits:
+            return DOES_NOT_FIT, budget.to_json(settled), "\n".join(settled.budget.reasons)
+        runs = settled.config
     if options.output is None and gpu.is_first():
         choices.keep(run, config, "by python -m helpers finetune")
-    if config.train.gpus != 1 or finetune.ranks.expected() > 1:  # planned where it runs, on each GPU
-        return done("finetune", output, finetune.finetune(config, prepared, output, resume=options.resume))
-    shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
-    settled = budget.settle(config, shape, machine, finetune.plan(config, output, machine, options.resume))
-    if not settled.budget.fits:
-        return DOES_NOT_FIT, budget.to_json(settled), "\n".join(settled.budget.reasons)
-    return done("finetune", output, finetune.finetune(settled.config, prepared, output, resume=options.resume))
+    return done("finetune", output, finetune.finetune(runs, prepared, output, resume=options.resume))
 
 
 def run_merge(options: argparse.Namespace, config: RunConfig) -> Outcome:

@@ -223,7 +223,12 @@ def describe(machine: Machine) -> list[tuple[str, str]]:
         major, minor = gpu.capability
         bf16 = "bf16" if gpu.bf16_tflops else "fp16, which needs loss scaling: no bf16 hardware"
         rows = [
-            ("GPU", gpu.name if gpu.count == 1 else f"{gpu.count} × {gpu.name}, of which a run uses one"),
+            (
+                "GPU",
+                gpu.name
+                if gpu.count == 1
+                else f"{gpu.count} × {gpu.name}, of which a run uses one unless gpus says more",
+            ),
             *([("of no use here", machine.unusable)] if machine.unusable else []),
             ("VRAM", f"{machine.vram_gib:.2f} of {gpu.vram_gib:.2f} GiB free"),
             ("of which CUDA itself takes", f"{gpu.context_gib:.2f} GiB"),

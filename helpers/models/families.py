@@ -19,7 +19,8 @@ without biases, SiLU) and what its configuration class takes where a config.json
     "qwen3": Kind(head_norms="each", biases={"attention_bias": QKVO}, defaults={"num_key_value_heads": 32})
 
 tests/models/test_families.py then compares it with transformers' own model by itself: weights, loss, perplexity, and
-that what is budgeted is what runs. A family that is not in KINDS is refused: nobody has made that comparison.
+that what is budgeted is what runs. A family that is not in KINDS is refused: nobody has made that comparison. A mixture
+says experts=True, and apart=True where transformers holds a layer's experts in gate_up_proj and down_proj, as most do.
 """
 
 from collections.abc import Mapping

@@ -31,7 +31,7 @@ MIXTURES = {
 """Mixture -> what its adapters can change, the one to prefer first: in 4 bits before 2."""
 CARDS = ("t4", "l4", "rtx5090", "a100-40", "l40s", "a100-80")
 CONTEXTS = (4096, 2048, 1024, 512)
-TINY_STEPS = 45
+TINY_STEPS = 40
 
 
 def settings(model: str, **values: Any) -> RunConfig:
@@ -80,7 +80,7 @@ def start(name: str, machine: Machine, folder: Path, model: str | None = None) -
         rows = ", ".join(Path(one).name for one in MIXTURES)
         say(f"<p role='alert'><b>DEMO: a toy of four experts</b>, because none of {rows} fits this {machine.name}.</p>")
     made = experts.tiny_mixture(folder / "tiny-mixture")
-    return profile("tiny", model=str(made), max_steps=TINY_STEPS, learning_rate=1e-3, max_questions=16)
+    return profile("tiny", model=str(made), max_steps=TINY_STEPS, learning_rate=1e-3, max_questions=16, max_heldout=24)
 
 
 def open_run(name: str, folder: str | Path | None = None) -> workspace.Workspace:
