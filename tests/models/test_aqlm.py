@@ -146,7 +146,9 @@ def test_a_t4_is_told_which_contexts_of_mixtral_fit():
     everywhere = config.with_values(targets="all-linear", seq_len=512)
     assert not budget.settle(everywhere, sizes, t4).budget.fits
     run = budget.budget(config, sizes, t4, "run")
-    assert set(run.time.parts) == {"download", "loading", "training", "evaluation"}
+    assert {"download", "training", "evaluation"} <= set(run.time.parts) and not {"merging", "GPTQ"} & set(
+        run.time.parts
+    )
     assert run.disk.parts["base, AQLM 1x16"] == pytest.approx(12.194, abs=0.001)
     assert "merged model" not in run.disk.parts
 
