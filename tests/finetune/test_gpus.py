@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, Features, load_from_disk
 from kill_and_resume import make_inputs
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -36,6 +36,7 @@ CASES = {
     "odd": {"accumulation": 2, "batch_size": 3, "eval_steps": 2},
     "an accumulation that two do not divide": {"accumulation": 3, "checkpointing": "all"},
     "one micro-batch a step": {"accumulation": 1, "batch_size": 6, "loss": "full"},
+    "pairs": {"accumulation": 3, "method": "dpo", "eval_steps": 2},
     "packing": {"accumulation": 2, "batch_size": 1, "packing": True, "seq_len": 48},
     "patience": {"accumulation": 2, "learning_rate": 0.02, "eval_steps": 1, "patience": 1, "epochs": 4.0},
     "a mixture": {"accumulation": 2, "model": "mixture"},
@@ -58,6 +59,10 @@ def inputs(tmp_path_factory) -> tuple[Path, Path]:
     for split, count in (("train", 25), ("heldout", 5)):
         rows = load_from_disk(str(folder / "prepared" / split)).select(range(count))
         Dataset.from_dict(rows.to_dict()).save_to_disk(str(folder / "few" / split))
+        columns, kinds = rows.to_dict(), dict(rows.features)
+        for name, other in (("rejected_ids", "input_ids"), ("rejected_masks", "assistant_masks")):
+            columns[name], kinds[name] = columns[other][::-1], kinds[other]
+        Dataset.from_dict(columns, Features(kinds)).save_to_disk(str(folder / "pairs" / split))
     mixture(model, folder / "mixture")
     return model, folder / "few"
 
@@ -82,7 +87,7 @@ def two_ranks(inputs, tmp_path_factory) -> tuple[Path, list[dict]]:
     folder, (model, prepared) = tmp_path_factory.mktemp("two"), inputs
     cases = {name: {"config": asdict(settings(model, **values))} for name, values in CASES.items()}
     cases[STOPPED] = {"config": asdict(settings(model, **ROAD)), "stop_at": 3}
-    cases = {name: case | {"prepared": str(prepared)} for name, case in cases.items()}
+    cases = {name: case | {"prepared": str(data_of(name, prepared))} for name, case in cases.items()}
     (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -106,6 +111,11 @@ def two_ranks(inputs, tmp_path_factory) -> tuple[Path, list[dict]]:
     return folder, json.loads((folder / "facts.json").read_text(encoding="utf-8"))
 
 
+def data_of(case: str, prepared: Path) -> Path:
+    """What a case trains on: the rows, or pairs of them."""
+    return prepared.with_name("pairs") if case == "pairs" else prepared
+
+
 def by_hand(rank: int, port: int) -> dict[str, str]:
     """The environment that torchrun and others give."""
     names = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
@@ -126,7 +136,7 @@ def same_run(one: Path, two: Path) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_make_the_run_of_one(name, two_ranks, inputs, tmp_path):
     model, prepared = inputs
-    measured = finetune.finetune(settings(model, **CASES[name]), prepared, tmp_path / "finetune")
+    measured = finetune.finetune(settings(model, **CASES[name]), data_of(name, prepared), tmp_path / "finetune")
     same_run(tmp_path / "finetune", two_ranks[0] / name / "finetune")
     made = json.loads((two_ranks[0] / name / "finetune" / "manifest.json").read_text())["measurements"]
     assert made["gpus"] == 2
