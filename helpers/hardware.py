@@ -39,8 +39,11 @@ class GPU:
     """Share of the matrix rate that a 7B's products reach. Measured for T4 and H200 (budget/hours.py), else a guess."""
     bandwidth_share: float = 0.60
     """Share of the bandwidth that elementwise kernels and dequantization reach; measured where efficiency is."""
+    link_gb_s: float = 10.0
+    """10^9 bytes a second from one GPU of a machine to another. Through PCIe and host memory it is a guess; NVLink's is
+    about two thirds of what the makers give for one direction, as NCCL reaches."""
     count: int = 1
-    """GPUs of this kind in the machine; a run uses one."""
+    """GPUs of this kind in the machine; a run uses as many as `gpus` says."""
     has_kernels: bool = True
     """Whether PyTorch has kernels for it: the wheels that people get by default in the tables, the installed one's own
     list in a probe."""
@@ -114,26 +117,45 @@ OLDEST_KERNELS = (7, 5)
 # whose "FP16 with FP32 accumulate" is what cuBLAS uses). Total memory: torch.cuda.get_device_properties on each.
 # T4 memory and context: measured, fitcheck's rows and GPTQModel#1486. H200's context: our rows.
 GPUS = {
-    "t4": GPU("Tesla T4", 14.56, (7, 5), 65.0, 0.0, 320, context_gib=0.14, efficiency=0.21),
+    "t4": GPU("Tesla T4", 14.56, (7, 5), 65.0, 0.0, 320, context_gib=0.14, efficiency=0.21, link_gb_s=5.5),
     "p100": GPU("Tesla P100", 15.89, (6, 0), 18.7, 0.0, 732, context_gib=0.25, efficiency=0.50, has_kernels=False),
     "v100": GPU("Tesla V100", 15.77, (7, 0), 112.0, 0.0, 900, context_gib=0.30, has_kernels=False),
     "l4": GPU("NVIDIA L4", 22.03, (8, 9), 121.0, 121.0, 300, context_gib=0.25),
     "a10g": GPU("NVIDIA A10G", 22.06, (8, 6), 70.0, 70.0, 600, context_gib=0.25),
-    "a100-40": GPU("NVIDIA A100 40 GB", 39.39, (8, 0), 312.0, 312.0, 1555),
-    "a100-80": GPU("NVIDIA A100 80 GB", 79.15, (8, 0), 312.0, 312.0, 2039),
+    "a100-40": GPU("NVIDIA A100 40 GB", 39.39, (8, 0), 312.0, 312.0, 1555, link_gb_s=200.0),
+    "a100-80": GPU("NVIDIA A100 80 GB", 79.15, (8, 0), 312.0, 312.0, 2039, link_gb_s=200.0),
     "rtx3060": GPU("GeForce RTX 3060", 11.75, (8, 6), 51.2, 51.2, 360, context_gib=0.25),
     "rtx3080": GPU("GeForce RTX 3080", 9.77, (8, 6), 59.5, 59.5, 760, context_gib=0.25),
     "rtx3090": GPU("GeForce RTX 3090", 23.68, (8, 6), 71.0, 71.0, 936, context_gib=0.25),
     "rtx4070": GPU("GeForce RTX 4070", 11.72, (8, 9), 58.3, 58.3, 504, context_gib=0.25),
     "rtx4090": GPU("GeForce RTX 4090", 23.64, (8, 9), 165.2, 165.2, 1008, context_gib=0.35),
     "h100": GPU(
-        "NVIDIA H100 80 GB", 79.10, (9, 0), 989.0, 989.0, 3350, context_gib=0.81, efficiency=0.60, bandwidth_share=0.33
+        "NVIDIA H100 80 GB",
+        79.10,
+        (9, 0),
+        989.0,
+        989.0,
+        3350,
+        context_gib=0.81,
+        efficiency=0.60,
+        bandwidth_share=0.33,
+        link_gb_s=300.0,
     ),
     "h200": GPU(
-        "NVIDIA H200", 139.72, (9, 0), 989.0, 989.0, 4800, context_gib=0.81, efficiency=0.60, bandwidth_share=0.33
+        "NVIDIA H200",
+        139.72,
+        (9, 0),
+        989.0,
+        989.0,
+        4800,
+        context_gib=0.81,
+        efficiency=0.60,
+        bandwidth_share=0.33,
+        link_gb_s=300.0,
     ),
 }
-GPUS["2xt4"] = replace(GPUS["t4"], count=2)
+SEVERAL = {"2xt4": (2, "t4"), "2xrtx3090": (2, "rtx3090"), "8xh100": (8, "h100")}
+GPUS |= {name: replace(GPUS[one], count=count) for name, (count, one) in SEVERAL.items()}
 ALIASES = {"a100": "a100-40", "kaggle": "2xt4", "colab": "t4", "3060": "rtx3060", "3080": "rtx3080"}
 ALIASES |= {"a100-40gb": "a100-40", "a100-80gb": "a100-80"}
 ALIASES |= {"3090": "rtx3090", "4070": "rtx4070", "4090": "rtx4090"}
@@ -150,10 +172,13 @@ HOSTS = {
 }
 USUAL_HOST = {"t4": "colab", "2xt4": "kaggle", "p100": "kaggle", "l4": "colab-pro", "a100-40": "colab-pro"}
 USUAL_HOST |= {"v100": "server", "a10g": "server", "a100-80": "server", "h100": "server", "h200": "server"}
+USUAL_HOST |= {"8xh100": "server"}
 
 
 def machine(gpu: str, host: str | None = None) -> Machine:
     """A machine from the tables; without a host, the one where people meet this GPU. "cpu" and "none" have no GPU.
+
+    With a number in front it has several: 2xt4, 4xa100-80.
 
     Raises ValueError naming what there is.
 
@@ -161,6 +186,12 @@ def machine(gpu: str, host: str | None = None) -> Machine:
     ('workstation', 0.0)
     """
     name = gpu.lower().replace(" ", "").replace("_", "-")
+    count, times, one = name.replace("×", "x").partition("x")
+    if times and count.isdigit() and int(count) > 0:
+        one = ALIASES.get(one, one)
+        name = f"{count}x{one}"
+        if one in GPUS and name not in GPUS:
+            return replace(machine(one, host), gpu=replace(GPUS[one], count=int(count)))
     name = ALIASES.get(name, name)
     if name not in GPUS and name not in ("cpu", "none"):
         raise ValueError(f"gpu must be auto, none, {', '.join(GPUS)}, not {gpu!r}")
@@ -209,7 +240,12 @@ def describe(machine: Machine) -> list[tuple[str, str]]:
         major, minor = gpu.capability
         bf16 = "bf16" if gpu.bf16_tflops else "fp16, which needs loss scaling: no bf16 hardware"
         rows = [
-            ("GPU", gpu.name if gpu.count == 1 else f"{gpu.count} × {gpu.name}, of which a run uses one"),
+            (
+                "GPU",
+                gpu.name
+                if gpu.count == 1
+                else f"{gpu.count} × {gpu.name}, of which a run uses one unless gpus says more",
+            ),
             *([("of no use here", machine.unusable)] if machine.unusable else []),
             ("VRAM", f"{machine.vram_gib:.2f} of {gpu.vram_gib:.2f} GiB free"),
             ("of which CUDA itself takes", f"{gpu.context_gib:.2f} GiB"),

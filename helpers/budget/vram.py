@@ -14,7 +14,7 @@ derivatives.yaml, bitsandbytes' MatMul4Bit, PEFT's LoRA layers, Liger's kernels 
 """
 
 from helpers.budget import activations
-from helpers.budget.step import FULL, HALF, Step, lora_parameters
+from helpers.budget.step import FULL, HALF, Step, lora_parameters, trained_parameters
 from helpers.config import RunConfig
 from helpers.models import ModelShape
 
@@ -25,11 +25,14 @@ Parts = dict[str, float]
 
 
 def weights(config: RunConfig, shape: ModelShape) -> Parts:
-    """Bytes of the frozen base. NF4: half a byte a weight, and a scale for each block of 64 (QLoRA, section 3).
+    """Bytes of the frozen base, or in full fine-tuning of all weights, which are trained in fp32.
 
+    NF4: half a byte a weight, and a scale for each block of 64 (QLoRA, section 3).
     The scale is 4 bytes; with double quantization 1 byte, and 4 bytes for each 256 of those. The experts of a mixture
     stay in 16 bits: transformers 5 holds a layer's in one tensor, and bitsandbytes takes linear layers only.
     """
+    if config.train.trains == "all":
+        return {"32-bit weights": FULL * shape.parameters}
     rest = shape.embedding_parameters + shape.small_parameters
     experts = {"experts in 16 bits": shape.expert_parameters * HALF} if shape.experts > 1 else {}
     name, width = ("32-bit weights", FULL) if config.model.upcast else ("16-bit weights", HALF)
@@ -48,14 +51,27 @@ def weights(config: RunConfig, shape: ModelShape) -> Parts:
     return {"4-bit weights": quantized / 2, "quantization scales": scales, **unquantized, **experts}
 
 
+def fused(config: RunConfig) -> bool:
+    """Whether it is PyTorch's fused AdamW in fp32 that updates, whatever is configured.
+
+    bitsandbytes' is given the adapters' matrices joined to one tensor, which divided or fully trained weights are not.
+    """
+    return config.train.trains == "all" or config.train.sharding != "none"
+
+
+def optimizer(config: RunConfig) -> str:
+    """The optimizer by what its states take."""
+    return "adamw_torch" if fused(config) else config.train.optimizer
+
+
 def optimizer_states(config: RunConfig, shape: ModelShape) -> tuple[float, float]:
     """Bytes of Adam's two moments: (in the allocator, paged: in managed memory beside it).
 
     8-bit states take a byte and an fp32 scale each 256 (https://arxiv.org/abs/2110.02861). bitsandbytes pages only
     tensors of at least 100,000 values, and keeps those under 4,096 in fp32 (bitsandbytes/optim/optimizer.py).
     """
-    if config.train.optimizer == "adamw_torch":
-        return 2 * FULL * lora_parameters(config, shape), 0.0
+    if optimizer(config) == "adamw_torch":
+        return 2 * FULL * trained_parameters(config, shape), 0.0
     here = paged = 0.0
     for name in config.adapter.target_modules:
         for features in shape.linears[name]:  # A is rank × in, B is out × rank
@@ -84,7 +100,7 @@ def phases(step: Step, capability: tuple[int, int] = (7, 5)) -> dict[str, Parts]
     """
     config, layers, checkpointed = step.config, step.shape.layers, step.checkpointed
     full = layers - checkpointed  # layers that save everything
-    lora = FULL * lora_parameters(config, step.shape)
+    trained, lora = (FULL * count(config, step.shape) for count in (trained_parameters, lora_parameters))
     always = weights(config, step.shape) | {
         "LoRA weights": lora,
         "optimizer states": optimizer_states(config, step.shape)[0],
@@ -96,7 +112,7 @@ def phases(step: Step, capability: tuple[int, int] = (7, 5)) -> dict[str, Parts]
     def phase(checkpoints: int, saving: int, gradients: float, beside: Parts) -> Parts:
         # gradients: share of the adapters' that is there; all of them all along when micro-batches accumulate
         return always | {
-            "LoRA gradients": lora if config.train.accumulation > 1 else lora * gradients,
+            gradients_name(config): trained if config.train.accumulation > 1 else trained * gradients,
             "checkpointed activations": checkpoints * one_checkpoint + (moving if checkpoints else 0.0),
             "saved activations": saving * one_saved,
             **beside,
@@ -106,6 +122,8 @@ def phases(step: Step, capability: tuple[int, int] = (7, 5)) -> dict[str, Parts]
     # are among what these saved
     casts = 0.0 if step.backend == "own" else activations.adapter_casts(step)
     cached = {"adapters in 16 bits": casts * checkpointed / layers}
+    if config.train.trains == "all":  # of every weight, and in the backward pass of those that are recomputed
+        cached = {"weights in 16 bits": HALF * step.shape.parameters}
     loss_forward, loss_backward = activations.loss_buffers(step)
     gradients = {"layer gradients": activations.backward_buffers(step)}
     found = {
@@ -128,8 +146,15 @@ def phases(step: Step, capability: tuple[int, int] = (7, 5)) -> dict[str, Parts]
     return found
 
 
+def gradients_name(config: RunConfig) -> str:
+    """What a budget calls the gradients of what is trained."""
+    return "gradients" if config.train.trains == "all" else "LoRA gradients"
+
+
 def optimizer_buffers(config: RunConfig, shape: ModelShape) -> float:
     """Bytes that an optimizer step needs: torch's AdamW takes all roots at once, bitsandbytes needs none."""
+    if fused(config):  # a tensor at a time, in place
+        return 0.0
     return FULL * lora_parameters(config, shape) if config.train.optimizer == "adamw_torch" else 0.0
 
 

@@ -27,6 +27,8 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     sizes = shape(config.model.model, config.model.revision)
     families.refuse(sizes.family, sizes.name, config.adapter.target_modules)
     refuse_without_gpu(config)
+    if config.train.trains == "all":
+        raise ValueError("trains=all is budgeted but not there yet: leave it at adapter")
     dtype = precision().dtype
     model = AutoModelForCausalLM.from_pretrained(
         config.model.model,

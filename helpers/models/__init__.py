@@ -214,6 +214,9 @@ KNOWN = {
     "mistralai/Mistral-7B-Instruct-v0.2": V02,
     "mistralai/Mistral-7B-v0.3": V03,
     "mistralai/Mistral-7B-Instruct-v0.3": V03,
+    "mistralai/Mistral-Small-24B-Base-2501": known(
+        "mistral-small-24b", "mistral", (40, 5120, 32768, 32, 8, 128, 131072, 32768)
+    ),
     "mistralai/Mixtral-8x7B-v0.1": known("mixtral-8x7b", "mixtral", (32, 4096, 14336, 32, 8, 128, 32000, 32768)),
     "meta-llama/Llama-2-7b-hf": known("llama-2-7b", "llama", (32, 4096, 11008, 32, 32, 128, 32000, 4096)),
     "meta-llama/Llama-3.1-8B": known("llama-3.1-8b", "llama", (32, 4096, 14336, 32, 8, 128, 128256, 131072)),
