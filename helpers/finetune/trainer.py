@@ -205,7 +205,7 @@ def eight_bit_optimizer(model: PeftModel, config: RunConfig) -> FlatOptimizer:
 
 def choose_layers(model: PeftModel, config: RunConfig) -> tuple[bool, str]:
     """Checkpoint exactly as many decoder layers as configured: (whether the custom layers compute, that in words)."""
-    causal_lm = model.get_base_model()
+    causal_lm = getattr(model, "get_base_model", lambda: model)()  # itself in full fine-tuning
     layers, wanted = causal_lm.model.layers, config.train.checkpointing
     count = {"all": len(layers), "auto": len(layers), "none": 0}.get(wanted, wanted)  # auto: nobody planned
     if count > len(layers):
