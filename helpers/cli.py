@@ -19,7 +19,7 @@ from pathlib import Path
 from helpers import budget, hardware, models
 from helpers.budget import sharding, ways
 from helpers.config import RunConfig, explained, field_parts, flat, load_yaml, values_in_words
-from helpers.models import hub
+from helpers.models import gpu, hub
 from helpers.models.methods import METHODS
 from helpers.show import tables, troubleshooting
 from helpers.sources.formats import FORMATS
@@ -80,7 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
             known = troubleshooting.remedy(error)
             print(f"What to do: {known}" if known else "", end="\n" if known else "", file=sys.stderr)
             return FAILED
-        print(json.dumps(result, indent=1, default=str) if options.json else text, file=result_stream, flush=True)
+        if gpu.is_first():
+            print(json.dumps(result, indent=1, default=str) if options.json else text, file=result_stream, flush=True)
     return status
 
 
@@ -482,17 +483,20 @@ def run_prepare(options: argparse.Namespace, config: RunConfig) -> Outcome:
 
 
 def run_finetune(options: argparse.Namespace, config: RunConfig) -> Outcome:
+    gpu.claim_card()
     from helpers import finetune
 
     run = workspace_of(options, config)
-    shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
     output = options.output or run.folder("finetune")
+    prepared = options.prepared or run.folder("prepare")
+    if options.output is None and gpu.is_first():
+        choices.keep(run, config, "by python -m helpers finetune")
+    if config.train.gpus != 1 or finetune.ranks.expected() > 1:  # planned where it runs, on each GPU
+        return done("finetune", output, finetune.finetune(config, prepared, output, resume=options.resume))
+    shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
     settled = budget.settle(config, shape, machine, finetune.plan(config, output, machine, options.resume))
     if not settled.budget.fits:
         return DOES_NOT_FIT, budget.to_json(settled), "\n".join(settled.budget.reasons)
-    prepared = options.prepared or run.folder("prepare")
-    if options.output is None:
-        choices.keep(run, config, "by python -m helpers finetune")
     return done("finetune", output, finetune.finetune(settled.config, prepared, output, resume=options.resume))
 
 
@@ -613,6 +617,8 @@ def name_and_folder(pair: str) -> tuple[str, str]:
 
 def run_all(options: argparse.Namespace, config: RunConfig) -> Outcome:
     """Every stage in order, each from the folder that the last one wrote."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("run is started once, and finetune takes its GPUs itself: python -m helpers run --gpus all")
     absent = dict.fromkeys(("input", "output", "prepared", "base", "adapter", "merged", "models", "data", "judge"))
     options = argparse.Namespace(**(absent | vars(options)))
     if config.quantize.calibration not in ("own", "general", "both"):

@@ -24,7 +24,7 @@ from helpers.hardware import Machine
 from helpers.models import ModelShape, families, gguf_header, hub_config, loading, methods, offload, shape_from_config
 from helpers.models.gpu import gives_back
 from helpers.models.hub import snapshot
-from helpers.models.opening import Opening
+from helpers.models.opening import Opening, Say
 from helpers.models.quiet import quiet
 from helpers.models.templates import Template, ends, load_tokenizer
 from helpers.workspace.versions import forget_old_torchao
@@ -142,14 +142,21 @@ def pinned(name: str | Path, config: RunConfig) -> str:
 
 
 @gives_back
-def load(name: str | Path, config: RunConfig | None = None, machine: Machine | None = None) -> Loaded:
+def load(
+    name: str | Path,
+    config: RunConfig | None = None,
+    machine: Machine | None = None,
+    dtype: Any = None,
+    say: Say = print,
+) -> Loaded:
     """Open a base or merged model, an adapter on its base, or a GPTQ model, on the GPU when there is one.
 
     On a CPU everything computes in float32. On a GPU below compute capability 8 in fp16, else in bf16; a GPTQ model
     that is stored in fp16 computes in fp16 (models/gptq_kernels.py), and `how` names its kernel. A 16-bit model
     stays one: layers that do not fit the VRAM beside a batch's keys and values wait in host memory or on disk, and
     `how` says so. An adapter gets the base as its training saw it (config.model.weights, double_quant).
-    machine: whose VRAM and RAM decide that; default this one, as free as it is now.
+    machine: whose VRAM and RAM decide that; default this one, as free as it is now. dtype: to compute in, another than
+    the GPU's own. say: what hears that a kernel is being built.
     Raises ValueError with one sentence for what is not a model, or does not fit in any way.
     """
     import torch
@@ -166,12 +173,12 @@ def load(name: str | Path, config: RunConfig | None = None, machine: Machine | N
     place = placement.place(what, config, shape, machine)
     if place.problem:
         raise ValueError(f"{name} cannot be opened: {place.problem}")
-    dtype, placed = loading.precision().dtype, loading.device()
+    dtype, placed = dtype or loading.precision().dtype, loading.device()
     how = Opening(dtype)  # an explicit quantization of None would make from_pretrained forget a quantized model's own
     if what == "adapter" and config.model.weights != "fp16":
         how = Opening(dtype, {"quantization_config": loading.base_quantization(config, dtype)})
     elif what in methods.METHODS:
-        how = methods.METHODS[what].opening(read_config(source), dtype, placed)
+        how = methods.METHODS[what].opening(read_config(source), dtype, placed, say)
     started = time.perf_counter()  # a kernel's build, once a machine, is not the model's loading
     with quiet():
         where = offload.device_map(source, place.away, placed) if place.away else {"": placed}

@@ -1,6 +1,7 @@
 """Fine-tuning: a RunConfig becomes a model, an adapter, a trainer, and after training an adapter on disk.
 
-All at once: `finetune(config, prepared, output)`. Step by step, a file each:
+All at once: `finetune(config, prepared, output)`, on as many GPUs as config says (workers.py starts a process each, and
+ranks.py is how those talk). Step by step, a file each:
 
     model, tokenizer = load_base(config)                                   # base.py
     model = attach_adapter(model, config)                                  # base.py
@@ -10,13 +11,15 @@ All at once: `finetune(config, prepared, output)`. Step by step, a file each:
 """
 
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from helpers import budget, hardware, workspace
 from helpers.budget import planning
 from helpers.config import RunConfig
-from helpers.finetune import workers
+from helpers.finetune import ranks, workers
 from helpers.finetune.base import attach_adapter, load_base, refuse_without_gpu
 from helpers.finetune.data import check_tokenizer, load_split
 from helpers.finetune.notices import into_file
@@ -24,47 +27,73 @@ from helpers.finetune.run import save, train
 from helpers.finetune.trainer import build_trainer, refuse_without_tracker
 from helpers.finetune.watch import NotTrained
 from helpers.models import gpu, shape
+from helpers.show import live
 from helpers.workspace import checkpoints
 
 __all__ = ["NotTrained", "attach_adapter", "build_trainer", "finetune", "load_base", "plan", "save", "train"]
 
 
 @gpu.gives_back
-def finetune(config: RunConfig, prepared: Path, output: Path, resume: str = "auto") -> dict[str, Any]:
+def finetune(
+    config: RunConfig,
+    prepared: Path,
+    output: Path,
+    resume: str = "auto",
+    begin: Callable[..., live.Progress] = live.begin,
+) -> dict[str, Any]:
     """Train an adapter on a prepared dataset: output/adapter and output/log.json; returns what was measured.
 
-    resume: "auto" continues from the newest whole checkpoint in <output>.partial, "never" starts anew. Raises
-    ValueError for what can be mended by the reader: an empty dataset, a rank too large, a model that needs a GPU.
+    resume: "auto" continues from the newest whole checkpoint in <output>.partial, "never" starts anew. begin: shows
+    the training. With config.train.gpus above 1 the training runs in workers and is shown here. Raises ValueError for
+    what can be mended by the reader: an empty dataset, a rank too large, a model that needs a GPU.
     """
     prepared, output = Path(prepared), Path(output)
     if resume not in ("auto", "never"):
         raise ValueError(f"resume must be auto or never, not {resume!r}")
     workers.refuse(config)
-    workspace.fetch(prepared)
-    load_split(prepared, "train")  # a dataset that is not there is said before anything is loaded or written
-    refuse_without_tracker(config.train.report_to)
-    refuse_without_gpu(config)  # before a tokenizer is asked for on the hub
-    check_tokenizer(prepared, config)
-    with workspace.building(output, "finetune", config, {"prepared": prepared}, keep=True) as stage:
-        for file in stage.folder.iterdir():  # of an end that failed
-            if file.name != workspace.SCRATCH:
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
-        saves = stage.folder / workspace.SCRATCH
-        found = look(config, prepared, saves) if resume == "auto" else checkpoints.Found("none")
-        config = stage.config = planned(config, found.to_continue())
-        with into_file(stage.folder / "libraries.log"):
-            model, tokenizer = load_base(config)
-            model = attach_adapter(model, config)
-            trainer = build_trainer(config, model, tokenizer, prepared, saves)
-            stage.measurements.update(train(trainer, resume))
-            save(trainer, stage.folder)
-    return stage.measurements
+    cards = workers.cards(config)
+    with ranks.joined():
+        ranks.from_first(lambda: workspace.fetch(prepared))
+        load_split(prepared, "train")  # a dataset that is not there is said before anything is loaded or written
+        refuse_without_tracker(config.train.report_to)
+        refuse_without_gpu(config)  # before a tokenizer is asked for on the hub
+        check_tokenizer(prepared, config)
+        if cards > 1:
+            return workers.launch(config, prepared, output, resume, cards)
+        with built(config, prepared, output) as stage:
+            saves = stage.folder / workspace.SCRATCH
+            found = ranks.from_first(lambda: look(config, prepared, saves, resume))
+            config = stage.config = planned(config, found)
+            with into_file(stage.folder / "libraries.log") if ranks.is_first() else nullcontext():
+                model, tokenizer = load_base(config)
+                model = attach_adapter(model, config)
+                trainer = build_trainer(config, model, tokenizer, prepared, saves)
+                trainer.watch.begin = begin if ranks.is_first() else live.unseen
+                stage.measurements.update(train(trainer, resume))
+                if ranks.is_first():
+                    save(trainer, stage.folder)
+        return stage.measurements
 
 
-def look(config: RunConfig, prepared: Path, saves: Path) -> checkpoints.Found:
-    """The checkpoint that training goes on from, fetched. Raises checkpoints.ChangedRun for other settings or data."""
-    wanted = checkpoints.identity(config, workspace.identify(Path(prepared))["sha256"])
-    return checkpoints.fetch(checkpoints.lasting(saves), saves, wanted)
+def built(config: RunConfig, prepared: Path, output: Path) -> AbstractContextManager[workspace.Building]:
+    """The stage under way, which rank 0 makes; the others know where it lies, and write nothing."""
+    if not ranks.is_first():
+        return nullcontext(workspace.Building(workspace.beside(output, "partial"), config))
+    return workspace.building(output, "finetune", config, {"prepared": prepared}, keep=True)
+
+
+def look(config: RunConfig, prepared: Path, saves: Path, resume: str) -> Path | None:
+    """The checkpoint that training goes on from, fetched; what else an end that failed has left here is deleted.
+
+    Raises checkpoints.ChangedRun for other settings or data, StorageError where that cannot be known.
+    """
+    for file in saves.parent.iterdir():
+        if file != saves:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+    if resume == "never":
+        return None
+    wanted = checkpoints.identity(config, workspace.identify(prepared)["sha256"])
+    return checkpoints.fetch(checkpoints.lasting(saves), saves, wanted).to_continue()
 
 
 def plan(config: RunConfig, output: Path, machine: hardware.Machine | None = None, resume: str = "auto") -> budget.Plan:
@@ -94,7 +123,7 @@ def planned(config: RunConfig, checkpoint: Path | None = None) -> RunConfig:
     so when the micro-batches are others than the configuration's. Raises budget.DoesNotFit (a ValueError) when they do
     not fit this machine however much is recomputed, or when no way of training fits.
     """
-    machine = hardware.probe()
+    machine = ranks.smallest(hardware.probe())
     if machine.unusable:
         raise ValueError(machine.unusable)
     made = checkpoints.split_of(checkpoint) if checkpoint else {}
@@ -104,6 +133,6 @@ def planned(config: RunConfig, checkpoint: Path | None = None) -> RunConfig:
     sizes = shape(config.model.model, config.model.revision)
     settled = budget.settle(config, sizes, machine, plan_from(config, checkpoint, machine))
     budget.check(settled.budget)
-    if not same:
+    if not same and ranks.is_first():
         print("; ".join(settled.plan.reasons))
     return settled.config

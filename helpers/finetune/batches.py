@@ -9,6 +9,7 @@ or several are packed into one row, so that little is computed for padding.
 [0, 1, 2, 3]
 """
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -83,6 +84,36 @@ def packed(
                 bins.append((room - lengths[row], [row]))
         batches += [rows for _, rows in bins]
     return batches
+
+
+NOTHING = {"input_ids": [0, 0], "assistant_masks": [0, 0]}
+"""A conversation without a label: a micro-batch of it has no loss, and gradients of zero."""
+
+
+def dealt(plan: list[list[int]], accumulation: int, ranks: int) -> tuple[list[list[int]], int]:
+    """A plan for several ranks that makes the very same steps, and the micro-batches of a step that each rank gets.
+
+    Micro-batch i goes to rank i mod ranks, as accelerate deals them. A step's accumulation micro-batches that do not
+    divide by the ranks are cut into as many parts as that takes, row by row; the step's loss is a sum over tokens
+    divided by their number, so where a row is computed does not matter. Steps of fewer parts are filled up with empty
+    ones: accelerate would fill up with rows from the start, which would be trained on twice.
+
+    >>> dealt([[0], [1], [2], [3], [4]], accumulation=2, ranks=2)
+    ([[0], [1], [2], [3], [4], []], 1)
+    >>> dealt([[0, 1], [2, 3]], accumulation=1, ranks=2)
+    ([[0], [1], [2], [3]], 1)
+    >>> dealt([[0], [1], [2]], accumulation=3, ranks=2)
+    ([[0], [1], [2], []], 2)
+    """
+    if ranks == 1:
+        return plan, accumulation
+    cuts = ranks // math.gcd(accumulation, ranks)
+    steps = [
+        [part for rows in plan[start : start + accumulation] for place in range(cuts) if (part := rows[place::cuts])]
+        for start in range(0, len(plan), accumulation)
+    ]
+    each = -(-max(map(len, steps)) // ranks)
+    return [part for parts in steps for part in (parts + [[]] * (ranks * each - len(parts)))], each
 
 
 def collate(rows: list[dict[str, Any]], pad_id: int, packing: bool = False, by_bounds: bool = True) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def label_count(rows: Dataset) -> int:
 def gather(
     items: list[dict], splits: dict[str, Dataset], pad_id: int, packing: bool, by_bounds: bool
 ) -> dict[str, Any]:
-    """The tensors of one planned micro-batch."""
+    """The tensors of one planned micro-batch; an empty one has a row without labels."""
     (item,) = items
     rows = splits[item["split"]]
-    return batches.collate([rows[row] for row in item["rows"]], pad_id, packing, by_bounds)
+    return batches.collate([rows[row] for row in item["rows"]] or [batches.NOTHING], pad_id, packing, by_bounds)

@@ -10,7 +10,7 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from helpers import workspace
-from helpers.finetune import base
+from helpers.finetune import base, ranks
 from helpers.finetune.base import adapters
 from helpers.finetune.trainer import FineTuner
 from helpers.finetune.watch import NotTrained, interrupts
@@ -30,13 +30,8 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
     """
     # Where to go on from, and whose checkpoints lie there: asked before anything is written.
     folder, keep = Path(trainer.args.output_dir), trainer.recipe.train.keep_checkpoints
-    lasting = checkpoints.lasting(folder)
-    found = checkpoints.fetch(lasting, folder, trainer.identity) if resume == "auto" else checkpoints.Found("none")
-    checkpoint = found.to_continue()
-    with files.reached(lasting or folder, "nothing was changed or deleted"):
-        trainer.origin = checkpoints.origin(checkpoint, folder, lasting)
-    if checkpoint is not None:
-        print(f"continuing from {checkpoint.name}")
+    lasting = checkpoints.lasting(folder) if ranks.is_first() else None
+    checkpoint, trainer.origin = ranks.from_first(lambda: where_from(trainer, folder, lasting, resume))
     watch, on_gpu = trainer.watch, torch.cuda.is_available()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -55,6 +50,8 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
             "from their start: raise learning_rate or max_steps (fp16 skips the first steps while it finds its scale)"
         )
     load_best(trainer)
+    heldout_loss = trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None
+    peaks_gib = ranks.gathered(peak_gib())
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     # Tokens a second are of this session's steps only: the share of all steps that it made.
     busy_s = sum(watch.step_s)
@@ -74,13 +71,35 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
         "train_s": round(train_s, 2),
         "step_s": round(sorted(watch.step_s)[len(watch.step_s) // 2], 4) if watch.step_s else None,
         "before_allocated_gib": round(before_gib, 3),
-        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3) if on_gpu else 0.0,
-        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3) if on_gpu else 0.0,
-        "heldout_loss": trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None,
+        "peak_allocated_gib": max(allocated for allocated, _ in peaks_gib),
+        "peak_reserved_gib": max(reserved for _, reserved in peaks_gib),
+        **({"gpus": ranks.count()} if ranks.count() > 1 else {}),
+        "heldout_loss": heldout_loss,
         "resumed_from_step": checkpoints.step_of(checkpoint) if checkpoint else 0,
         "run": trainer.origin["run"],
-        **checkpoints.summary(folder),
+        **(checkpoints.summary(folder) if ranks.is_first() else {}),
     }
+
+
+def where_from(
+    trainer: FineTuner, folder: Path, lasting: Path | None, resume: str
+) -> tuple[Path | None, checkpoints.Origin]:
+    """(the checkpoint to go on from, fetched, whose the next ones are). Raises StorageError where that is not known."""
+    found = checkpoints.fetch(lasting, folder, trainer.identity) if resume == "auto" else checkpoints.Found("none")
+    checkpoint = found.to_continue()
+    with files.reached(lasting or folder, "nothing was changed or deleted"):
+        origin = checkpoints.origin(checkpoint, folder, lasting)
+    if checkpoint is not None:
+        print(f"continuing from {checkpoint.name}")
+    return checkpoint, origin
+
+
+def peak_gib() -> tuple[float, float]:
+    """Most that this process's allocator has held at once: allocated, reserved."""
+    if not torch.cuda.is_available():
+        return 0.0, 0.0
+    peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return tuple(round(peak / GIB, 3) for peak in peaks)
 
 
 def load_best(trainer: FineTuner) -> None:
@@ -88,9 +107,10 @@ def load_best(trainer: FineTuner) -> None:
     best = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.best_global_step}"
     if not trainer.recipe.train.patience or trainer.state.best_global_step is None:
         return
-    if best.is_dir():
+    # Rank 0 has written it before it answers here
+    if ranks.from_first(best.is_dir):
         set_peft_model_state_dict(trainer.model, load_file(str(best / "adapter_model.safetensors")))
-    else:
+    elif ranks.is_first():
         print(f"{best.name}, the best on held-out conversations, is no longer there: the last adapter is kept instead")
 
 

@@ -1,21 +1,30 @@
-"""trl's trainer as it is used here: its arguments, its loss, its layers, its optimizer and its checkpoints."""
+"""trl's trainer as it is used here: its arguments, its loss, its layers, its optimizer and its checkpoints.
+
+With several ranks it trains through PyTorch's DistributedDataParallel (DDP, https://arxiv.org/abs/2006.15704), which
+averages gradients over GPUs once a step, while the backward pass of the step's last micro-batch still runs: in buckets
+of 25 MiB, each sent when the last of its gradients is there. LayerFunction hands over the adapter gradients of one
+decoder layer at a time, the last layer first, so a bucket leaves every few layers. What cannot overlap is the bucket
+of the first layers, for nothing is computed after it; a 7B's adapters of rank 16 are 160 MiB in fp32, seven buckets.
+"""
 
 import importlib.util
 import math
 import os
+import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from helpers import workspace
 from helpers.budget.step import host_room
 from helpers.config import RunConfig
-from helpers.finetune import base, batches
+from helpers.finetune import base, batches, ranks
 from helpers.finetune.base import adapters, trainable_to_fp32
 from helpers.finetune.data import check_rows, gather, label_count, load_split
 from helpers.finetune.engine import layers as decoder
@@ -37,18 +46,41 @@ class FineTuner(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss, summed over labels and divided by those of the whole step (held out: of the mean batch)."""
         if not model.training:
-            num_items_in_batch = self.heldout_labels_per_batch
+            # transformers multiplies by the number of ranks, because DDP averages gradients; this is no gradient
+            num_items_in_batch = self.heldout_labels_per_batch * ranks.count()
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     def floating_point_ops(self, inputs):
         """0: counting them walks all modules at every step."""
         return 0
 
+    def store_flos(self):
+        """Nothing: there are none to sum over ranks, which transformers would do at every step and in a checkpoint."""
+
+    def _wrap_model(self, model, training=True, dataloader=None):
+        """With several ranks: gradients lie in DDP's buckets, not beside them, and frozen weights are not sent about.
+
+        Each rank has read those from disk itself; for a 7B in NF4 it would be 3.9 GB. What is trained is made equal.
+        """
+        wrapped = super()._wrap_model(
+            model, training, dataloader
+        )  # older versions of transformers make ddp_handler there
+        if ranks.count() > 1 and training:
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
+            frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
+            own = [*frozen, *(name for name, _ in model.named_buffers())]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own)
+        return wrapped
+
     def _save_checkpoint(self, model, trial):
         """Whole or not there: transformers writes straight into the final place, where a killed write would be found.
 
-        https://github.com/huggingface/transformers/issues/35782
+        https://github.com/huggingface/transformers/issues/35782. Rank 0 writes all of it, the others' random states
+        too, and meets them at no barrier meanwhile: when its disk is full they would wait there for ever.
         """
+        states = ranks.gathered(None if ranks.is_first() else self.random_state())
+        if not ranks.is_first():
+            return
         folder, best = Path(self.args.output_dir), self.state.best_global_step
         keep, spared = self.recipe.train.keep_checkpoints, [best] if best else []
         with checkpoints.writing(
@@ -56,9 +88,20 @@ class FineTuner(SFTTrainer):
         ) as beside:
             self._beside = beside.parent
             try:
+                self.state.best_global_step = None  # which would have transformers wait at a barrier
                 Trainer._save_checkpoint(self, model, trial)
             finally:
-                self._beside = None
+                self._beside, self.state.best_global_step = None, best
+            self.state.save_to_json(str(beside / "trainer_state.json"))
+            for rank, state in enumerate(states[1:], start=1):
+                (beside / f"rng_state_{rank}.pth").write_bytes(state)
+
+    def random_state(self) -> bytes:
+        """Of this rank's generators, as the file that transformers reads."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_rng_state(folder)
+            (file,) = Path(folder).iterdir()
+            return file.read_bytes()
 
     def _get_output_dir(self, trial):
         return str(getattr(self, "_beside", None) or self.args.output_dir)
@@ -83,7 +126,9 @@ def build_trainer(
         packing=asked.packing,
         micro_batch_limit=asked.max_steps and asked.max_steps * asked.accumulation,
     )
+    shared, accumulation = batches.dealt(plan, asked.accumulation, ranks.count())
     heldout_plan = batches.grouped(list(range(len(heldout))), [0] * len(heldout), asked.batch_size)
+    heldout_plan += [[]] * (-len(heldout_plan) % ranks.count())  # else the first ones would count twice
     evaluates = asked.eval_steps is not None and len(heldout) > 0
     if asked.patience and not evaluates:
         raise ValueError("patience needs eval_steps and held-out conversations: set eval_steps, or leave patience out")
@@ -94,12 +139,12 @@ def build_trainer(
         theirs = losses.forward_loss(causal_lm, sample, dtype)
     losses.install(causal_lm, asked.loss)
     custom_layers, layers_reason = choose_layers(model, config)
-    arguments = training_arguments(config, saves, math.ceil(len(plan) / asked.accumulation), evaluates)
+    arguments = training_arguments(config, saves, math.ceil(len(plan) / asked.accumulation), accumulation, evaluates)
     arguments.activation_offloading = asked.offload_activations and not custom_layers and torch.cuda.is_available()
     trainer = FineTuner(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_dict({"split": ["train"] * len(plan), "rows": plan}),
+        train_dataset=Dataset.from_dict({"split": ["train"] * len(shared), "rows": shared}),
         eval_dataset=Dataset.from_dict({"split": ["heldout"] * len(heldout_plan), "rows": heldout_plan})
         if heldout_plan
         else None,
@@ -143,14 +188,14 @@ def tracker(name: str, saves: Path) -> str:
     return name
 
 
-def training_arguments(config: RunConfig, saves: Path, steps: int, evaluates: bool) -> SFTConfig:
-    """The trainer's arguments for so many optimizer steps."""
+def training_arguments(config: RunConfig, saves: Path, steps: int, accumulation: int, evaluates: bool) -> SFTConfig:
+    """The trainer's arguments for so many optimizer steps of so many micro-batches a rank."""
     asked, dtype, on_gpu = config.train, base.precision().dtype, torch.cuda.is_available()
     arguments = SFTConfig(
         output_dir=str(saves),
         per_device_train_batch_size=1,  # an item of the dataset is a micro-batch already
         per_device_eval_batch_size=1,
-        gradient_accumulation_steps=asked.accumulation,
+        gradient_accumulation_steps=accumulation,
         num_train_epochs=1,  # the plan holds all epochs
         max_steps=steps,
         learning_rate=asked.learning_rate,
@@ -171,7 +216,7 @@ def training_arguments(config: RunConfig, saves: Path, steps: int, evaluates: bo
         eval_strategy="steps" if evaluates else "no",
         eval_steps=asked.eval_steps,
         prediction_loss_only=True,
-        seed=config.seed,
+        seed=config.seed + ranks.rank(),  # of dropout: ranks must not leave out the same values of other rows
         data_seed=config.seed,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
@@ -180,6 +225,11 @@ def training_arguments(config: RunConfig, saves: Path, steps: int, evaluates: bo
         disable_tqdm=True,
         report_to=tracker(asked.report_to, saves),
         max_length=None,
+        # Several ranks: every adapter gets a gradient in every micro-batch, so nobody needs to look for those without.
+        # A static graph would break where gradients are averaged only once in several micro-batches.
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        average_tokens_across_devices=True,  # the loss is divided by the tokens of the whole step
     )
     # A process trains on one GPU, however many it sees: with more the Trainer would split batches over all of them
     # (nn.DataParallel), which trl refuses. Setting CUDA_VISIBLE_DEVICES here would be too late in a notebook.

@@ -11,6 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from helpers.config import RunConfig
+from helpers.finetune import ranks
 from helpers.finetune.base import adapters
 from helpers.show import live
 
@@ -24,6 +25,8 @@ class NotTrained(ValueError):
 class Watch(TrainerCallback):
     """Looks on while it trains: shows progress, counts updates that were applied, stops what goes wrong."""
 
+    begin = staticmethod(live.begin)
+    """Shows the training."""
     patience_for_overflow = 20
     """Optimizer steps in a row that fp16's loss scaling may skip; from 65,536 down to 1 takes 16."""
 
@@ -38,7 +41,7 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         limit_gib = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else None
-        self.progress = live.begin(state.max_steps, limit_gib, state.log_history)
+        self.progress = self.begin(state.max_steps, limit_gib, state.log_history)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.began = time.perf_counter()
@@ -55,6 +58,7 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.step_s.append(time.perf_counter() - self.began)
+        self.interrupted = ranks.agreed(self.interrupted)  # else one would stop, and the others wait for it
         if self.interrupted is not None:  # between two steps, where a checkpoint is whole
             control.should_save = control.should_training_stop = True
 

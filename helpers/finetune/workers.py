@@ -1,6 +1,68 @@
-"""Several GPUs: a worker process each, started, joined and ended here."""
+"""Several GPUs: a worker process each, started, followed and ended here; and what such a worker does.
 
-from helpers.config import RunConfig
+    measured = launch(config, prepared, output, resume, cards=2)
+
+The process that starts them trains nothing and uses no GPU. It shows what rank 0 reports (progress, prints, the
+result) as if that ran here, in a terminal as in a notebook, and raises a worker's error as its own. One that dies ends
+the others; when the launcher itself is gone, its workers finish the step, save and end, within eight seconds. Ctrl-C, a
+notebook's stop button or SIGTERM let the step finish and save; twice is at once.
+
+torchrun's workers outlive a killed agent, accelerate's notebook launcher forks a process that has imported what must
+not be forked: so a worker here is a plain new process, with a pipe of JSON lines in each direction. Where torchrun,
+accelerate launch or Slurm have started several processes already, they join as they are (ranks.py).
+"""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
+from dataclasses import asdict, dataclass, field
+from io import TextIOBase
+from multiprocessing.pool import RemoteTraceback
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from helpers import budget
+from helpers.config import RunConfig, from_tree
+from helpers.finetune import ranks
+from helpers.finetune.watch import NotTrained, interrupts
+from helpers.models import gpu
+from helpers.profiles import ROOT
+from helpers.show import live
+from helpers.workspace import DamagedArtifact, MissingArtifact, StaleArtifact, StorageError
+from helpers.workspace.checkpoints import ChangedRun
+
+ON_CPU = "RECIPES_WORKERS_ON_CPU"
+"""Set to 1, workers train on the CPU and meet through gloo: to try this out, and for the tests. It is slower than one
+process."""
+GRACE_S = 3.0
+"""After the first worker failed, the others, which wait for it, get so long to say something themselves."""
+ORPHAN_S = 8
+"""A worker whose launcher is gone ends after so many seconds, whatever it does."""
+KNOWN = {
+    kind.__name__: kind
+    for kind in (
+        *(ValueError, StorageError, KeyboardInterrupt, NotTrained, budget.DoesNotFit, ChangedRun),
+        *(MissingArtifact, DamagedArtifact, StaleArtifact),
+    )
+}
+"""Errors that are raised here as in the worker: their message is a sentence for whoever started the training."""
+Report = Callable[[dict[str, Any]], None]
+
+
+class WorkerLost(StorageError):
+    """A worker ended early, for want of memory or killed; the message is a sentence."""
 
 
 def refuse(config: RunConfig) -> None:
@@ -9,3 +71,262 @@ def refuse(config: RunConfig) -> None:
         raise ValueError(
             f"sharding={config.train.sharding} is not there yet: with sharding=none each GPU holds the whole model"
         )
+
+
+def cards(config: RunConfig) -> int:
+    """How many workers to start: 1 where one process trains, or this one was started with others already.
+
+    Raises ValueError for more GPUs than there are, or than a step has sequences.
+    """
+    asked, there = config.train.gpus, torch.cuda.device_count()
+    if ranks.expected() > 1:
+        return 1
+    if asked == "all":
+        asked = max(there, 1)
+    if asked == 1:
+        return 1
+    if os.environ.get(ON_CPU) != "1" and asked > there:
+        seen = f"{there} GPU{'s' if there > 1 else ''}" if there else "no GPU"
+        remedy = f"choose at most {there}, or all" if there else "leave gpus out, and one process trains on the CPU"
+        raise ValueError(f"gpus={asked}, and PyTorch sees {seen} here: {remedy}")
+    return asked
+
+
+@dataclass
+class Worker:
+    """One rank's process, as its launcher sees it."""
+
+    rank: int
+    process: subprocess.Popen
+    log: Path
+    """Its standard error."""
+    failure: dict[str, Any] | None = field(default=None)
+    killed: bool = False
+    """Ended by the launcher."""
+
+
+def launch(config: RunConfig, prepared: Path, output: Path, resume: str, cards: int) -> dict[str, Any]:
+    """Train in a process a GPU; returns what rank 0 measured. Raises what one raised, WorkerLost for a dead one.
+
+    Frees this process's own GPU memory first. Leaves no process behind, whatever happens.
+    """
+    gpu.free_memory()
+    # The store by which ranks find each other lies here, on a port that is free because it is held already.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    job = {"config": asdict(config), "prepared": str(prepared), "output": str(output), "resume": resume}
+    workers: list[Worker] = []
+    with TemporaryDirectory(prefix="workers-") as logs:
+        try:
+            for rank in range(cards):
+                workers.append(started(rank, cards, store.port, Path(logs)))
+                workers[-1].process.stdin.write(json.dumps(job, default=str) + "\n")
+                workers[-1].process.stdin.flush()
+            return followed(workers)
+        finally:
+            for worker in workers:
+                kill(worker)
+                worker.process.wait()
+
+
+def started(rank: int, cards: int, port: int, logs: Path) -> Worker:
+    """A worker's process, which waits for its job on standard input."""
+    on_gpu = os.environ.get(ON_CPU) != "1"
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **{"RANK": str(rank), "WORLD_SIZE": str(cards), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(cards)},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        # torch.distributed's word for: the store is there, be its client
+        **{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"},
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+    if not on_gpu:
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
+        environment |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cards))}
+    log = logs / f"{rank}.log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "helpers.finetune"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stream,
+            env=os.environ | environment,
+            start_new_session=True,  # a Ctrl-C of the terminal reaches the launcher alone, which passes it on
+            text=True,
+        )
+    return Worker(rank, process, log)
+
+
+def followed(workers: list[Worker]) -> dict[str, Any]:
+    """Show what workers report until all have ended; returns rank 0's result. Raises the first failure."""
+    messages: queue.Queue = queue.Queue()
+    for worker in workers:
+        threading.Thread(target=listen, args=(worker, messages), daemon=True).start()
+    shown, stop = Shown(), SimpleNamespace(interrupted=None)
+    failed: list[Worker] = []
+    ended, deadline, passed_on = 0, None, False
+    with interrupts(stop):
+        while ended < len(workers):
+            if stop.interrupted is not None and not passed_on:
+                passed_on = True
+                for worker in workers:
+                    with suppress(ProcessLookupError):
+                        worker.process.terminate()
+            if deadline is not None and time.monotonic() > deadline:
+                for worker in workers:
+                    kill(worker)
+            with suppress(queue.Empty):
+                worker, message = messages.get(timeout=0.1)
+                shown.take(message or {})
+                ended += message is None
+                if message is None and worker.process.returncode and not worker.failure and not worker.killed:
+                    message = {"died": worker.process.returncode, "said": ""}
+                if message and ("error" in message or "died" in message):
+                    worker.failure = message
+                    failed.append(worker)
+                    deadline = deadline or time.monotonic() + GRACE_S
+    if stop.interrupted is not None and failed:
+        said = [worker.failure["text"] for worker in failed if worker.failure.get("error") == "KeyboardInterrupt"]
+        raise KeyboardInterrupt(next(filter(None, said), "stopped"))
+    if failed:
+        # Who waits for a killed process fails too, and may be heard first.
+        raise error_of(min(failed, key=lambda worker: worker.failure.get("died", 0)), len(workers))
+    return shown.result
+
+
+def listen(worker: Worker, messages: queue.Queue) -> None:
+    """Put a worker's messages into the queue, and None when it has ended."""
+    for line in worker.process.stdout:
+        with suppress(ValueError):  # cut off by its death
+            messages.put((worker, json.loads(line)))
+    worker.process.wait()
+    messages.put((worker, None))
+
+
+def kill(worker: Worker) -> None:
+    """End a worker that still runs, at once."""
+    if worker.process.poll() is None:
+        worker.killed = True
+        worker.process.kill()
+
+
+class Shown:
+    """What is made of rank 0's messages: prints, progress in the form that fits this process, the result."""
+
+    def __init__(self) -> None:
+        self.progress: live.Progress | None = None
+        self.result: dict[str, Any] = {}
+
+    def take(self, message: dict[str, Any]) -> None:
+        """One message."""
+        if "said" in message:
+            print(message["said"], end="", flush=True)
+        if "begin" in message:
+            self.progress = live.begin(*message["begin"])
+        if "call" in message and self.progress is not None:
+            getattr(self.progress, message["call"])(*message["with"])
+        self.result = message.get("result", self.result)
+
+
+def error_of(worker: Worker, count: int) -> BaseException:
+    """A worker's failure as the error that is raised in its place."""
+    name, failure = f"GPU {worker.rank} of {count}", worker.failure
+    if "died" in failure:
+        last = worker.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        how = f"signal {-failure['died']}" if failure["died"] < 0 else f"status {failure['died']}"
+        why = "most often because host memory ran out" if failure["died"] == -signal.SIGKILL else " ".join(last)
+        return WorkerLost(
+            f"the process of {name} ended with {how}{', ' * bool(why)}{why}: all have been ended; the newest "
+            "checkpoint is kept, and the same command goes on from it"
+        )
+    if failure["error"] in KNOWN:
+        return KNOWN[failure["error"]](failure["text"])
+    if "out of memory" in failure["text"]:
+        what = ". ".join(failure["text"].split(". ")[:2])
+        return WorkerLost(
+            f"{name} ran out of memory ({what}): end what else uses it (nvidia-smi shows that), or set "
+            "checkpointing=all or a shorter seq_len; checkpoints are kept"
+        )
+    error = RuntimeError(f"{name}: {failure['error']}: {failure['text']}")
+    error.__cause__ = RemoteTraceback(failure["trace"])
+    return error
+
+
+# ---- in a worker -----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Do the job, a line of JSON on standard input; messages, JSON too, go to standard output."""
+    channel = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)  # libraries print where they like: that is the log's
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    line = sys.stdin.readline()
+    if not line:  # the launcher is gone already
+        os._exit(1)
+    job = json.loads(line)
+    threading.Thread(target=end_with_launcher, daemon=True).start()
+
+    def report(message: dict[str, Any]) -> None:
+        with suppress(OSError):  # a launcher that is gone is no reason not to save
+            channel.write(json.dumps(message, default=str) + "\n")
+
+    status = 0
+    try:
+        from helpers import finetune
+
+        config = from_tree(job["config"])
+        first = int(os.environ["RANK"]) == 0
+        with redirect_stdout(Said(report) if first else sys.stderr):
+            measured = finetune.finetune(
+                config, Path(job["prepared"]), Path(job["output"]), job["resume"], begin=relay(report)
+            )
+        if first:
+            report({"result": measured})
+    except BaseException as error:
+        trace = "".join(traceback.format_exception(error))
+        report({"error": kind_of(error), "text": str(error), "trace": trace})
+        status = 1
+    sys.stderr.flush()
+    os._exit(status)  # libraries wait for peers that may be gone
+
+
+def kind_of(error: BaseException) -> str:
+    """The name by which the launcher knows an error: its own, or that of the nearest kind in KNOWN.
+
+    >>> kind_of(UnicodeError()), kind_of(ZeroDivisionError())
+    ('ValueError', 'ZeroDivisionError')
+    """
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return next((name for name in names if name in KNOWN), names[0])
+
+
+def end_with_launcher() -> None:
+    """When standard input ends, the launcher is gone: ask for a checkpoint, and end in ORPHAN_S in any case."""
+    os.read(0, 1)
+    signal.alarm(ORPHAN_S)  # the kernel's, whatever holds Python's lock by then
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Said(TextIOBase):
+    """A text stream whose text goes to the launcher."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+
+    def write(self, text: str) -> int:
+        """Send it."""
+        self.report({"said": text})
+        return len(text)
+
+
+def relay(report: Report) -> Callable[..., Any]:
+    """`live.begin` for a worker: the figure or the bar is the launcher's."""
+
+    def begin(total_steps: int, limit_gib: float | None = None, history: Any = ()) -> SimpleNamespace:
+        report({"begin": [total_steps, limit_gib, list(history)]})
+
+        def call(name: str) -> Callable[..., None]:
+            return lambda *values: report({"call": name, "with": values})
+
+        return SimpleNamespace(step=call("step"), heldout=call("heldout"), close=call("close"))
+
+    return begin

@@ -109,3 +109,28 @@ def seeing(cards: int = 1) -> dict[str, str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(card) for card in range(cards)] if visible is None else visible.split(",")[:cards]
     return {"CUDA_VISIBLE_DEVICES": ",".join(names)}
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all that were started together, by a launcher's environment variables."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def claim_card() -> None:
+    """Where a launcher started several processes on this machine, have this one see its own card alone, as card 0.
+
+    So all that says "the GPU" means the right one, and no process makes a CUDA context on another's. To be called
+    before CUDA is used.
+
+    >>> os.environ |= {"WORLD_SIZE": "4", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "3,2"}
+    >>> claim_card()
+    >>> os.environ["CUDA_VISIBLE_DEVICES"], os.environ["LOCAL_RANK"]
+    ('2', '0')
+    >>> for name in ("WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES"):
+    ...     del os.environ[name]
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "LOCAL_RANK" not in os.environ:
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    names = seeing(local + 1)["CUDA_VISIBLE_DEVICES"].split(",")
+    os.environ |= {"CUDA_VISIBLE_DEVICES": names[-1], "LOCAL_RANK": "0"}

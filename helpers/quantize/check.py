@@ -5,19 +5,17 @@
 """
 
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from helpers.budget import placement
-from helpers.config import QuantizeConfig
-from helpers.inference import read_config
-from helpers.models import loading, methods
+from helpers import inference
+from helpers.config import EvaluateConfig, QuantizeConfig, RunConfig
+from helpers.hardware import Machine
+from helpers.models import loading
 from helpers.models.gpu import free_memory
-from helpers.models.opening import Say, plainly
+from helpers.models.opening import Say
 
-GIB = 2**30
 PERPLEXITY_BOUND = {8: 1.005, 4: 1.03, 3: 1.15, 2: 2.0}
 """Bits -> how many times the merged model's perplexity is usual; above, a sentence says what to try.
 
@@ -80,25 +78,22 @@ def standing_out(modules: list[dict]) -> list[str]:
 def measure(job: dict, report: Callable[[dict], object]) -> None:
     """Perplexity of the merged and of the quantized model on other rows, and an answer of the quantized one."""
     import torch
-    from transformers import AutoTokenizer
 
     free_memory()  # what GPTQ left
-    merged = open_model(Path(job["model"]), Path(job["output"]) / "offload")
-    before = perplexity(merged, job["check_rows"])
+    merged = opened(Path(job["model"]))
+    before = perplexity(merged.model, job["check_rows"])
     del merged
-    free_memory()  # hooks that fetch layers from disk make cycles: without a collection all of it stays on the GPU
-    model = open_model(
-        Path(job["output"]), Path(job["output"]) / "offload", say=lambda sentence: report({"said": sentence})
-    )
+    free_memory()  # hooks that fetch waiting layers make cycles: without a collection all of it stays on the GPU
+    quantized = opened(Path(job["output"]), say=lambda sentence: report({"said": sentence}))
+    model, tokenizer = quantized.model, quantized.tokenizer
     after = perplexity(model, job["check_rows"])
-    tokenizer, question = AutoTokenizer.from_pretrained(job["output"]), [{"role": "user", "content": "Who are you?"}]
+    question = [{"role": "user", "content": "Who are you?"}]
     if tokenizer.chat_template:
         ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
     else:
         ids = tokenizer(question[0]["content"])["input_ids"]
     batch = torch.tensor([ids], device=model.device)
     answer = model.generate(batch, attention_mask=torch.ones_like(batch), max_new_tokens=16, do_sample=False)
-    shutil.rmtree(Path(job["output"]) / "offload", ignore_errors=True)
     report(
         {
             "perplexity_merged": before,
@@ -110,24 +105,16 @@ def measure(job: dict, report: Callable[[dict], object]) -> None:
     )
 
 
-def open_model(folder: Path, offload: Path, gpu_gib: float | None = None, say: Say = print):
-    """A model as its users open it; layers that do not fit the GPU (gpu_gib, else what is free) stay on disk."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def opened(folder: Path, machine: Machine | None = None, say: Say = print) -> inference.Loaded:
+    """A model as its users open it, for one row at a time; layers that do not fit the GPU wait in host memory.
 
-    place, config = loading.device(), read_config(folder)
-    # fp16 whatever the card knows: both models are stored in it, and 8 bits of bf16's mantissa would blur the ratio
-    dtype = torch.float16 if place == "cuda" else torch.float32
-    method = methods.of(config)
-    how = (method.opening if method else plainly)(config, dtype, place, say)
-    where = {}
-    if place == "cuda":
-        where = {"device_map": "cuda"}
-        room = placement.weights_room(int((gpu_gib or torch.cuda.mem_get_info()[0] / GIB) * GIB))
-        if sum(file.stat().st_size for file in folder.glob("*.safetensors")) > room:
-            # "cpu": 0 sends the others to disk: 14.5 GB of a merged 7B do not fit the host's 12.7 either
-            where = {"device_map": "auto", "max_memory": {0: room, "cpu": 0}, "offload_folder": str(offload)}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=how.dtype, **where, **how.options)
+    In fp16 whatever the GPU knows: both models are stored in it, and 8 bits of bf16's mantissa would blur the ratio.
+    """
+    import torch
+
+    one_row = RunConfig(evaluate=EvaluateConfig(eval_batch_size=1))
+    dtype = torch.float16 if loading.device() == "cuda" else torch.float32
+    return inference.load(folder, one_row, machine, dtype, say)
 
 
 def perplexity(model, rows: list[list[int]]) -> float:

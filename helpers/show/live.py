@@ -126,6 +126,11 @@ def begin(
     return Progress(curves, terminal(curves), 0.0, clock)  # tqdm itself writes seldom enough
 
 
+def unseen(total_steps: int, limit_gib: float | None = None, history: Sequence[Mapping[str, Any]] = ()) -> Progress:
+    """Shows nothing: the training is one of several processes', and another one shows it."""
+    return Progress(Curves(total_steps, limit_gib), lambda curves, last: None, 0.0, time.monotonic)
+
+
 def page() -> Callable[[Curves, bool], None]:
     """Draws into one output of a notebook's cell, over what was there."""
     handle: list[Any] = []

@@ -126,7 +126,7 @@ def main() -> None:
         for types in options.types:
             output = Path(scratch) / "out.gguf"
             command = [sys.executable, __file__, "--one", str(folder), types, str(output)]
-            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+            said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
             files = [gguf_types.file_type(name) for name in types.split(",")]
             predicted = {
                 "predicted_core_s": budget.core_seconds(seven, files, rates=found) + budget.FIXED_S,

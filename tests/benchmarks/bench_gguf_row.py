@@ -54,7 +54,9 @@ def main() -> None:
         for types in options.types:
             file = folder / f"seven-{types}.gguf"  # beside its tokenizer
             command = [sys.executable, str(ROOT / "tests/benchmarks/bench_export.py"), "--one"]
-            said = subprocess.run([*command, str(folder), types, str(file)], capture_output=True, text=True, check=True)
+            said = subprocess.run(
+                [*command, str(folder), types, str(file)], stdout=subprocess.PIPE, text=True, check=True
+            )
             print(
                 json.dumps({"what": "export", "types": types, **json.loads(said.stdout.splitlines()[-1])}), flush=True
             )

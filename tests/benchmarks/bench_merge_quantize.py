@@ -256,10 +256,11 @@ def random_rows(count: int, vocab: int) -> list[list[int]]:
 
 def run_check(job: dict) -> dict:
     """Open the merged model in less VRAM than it needs; perplexity on random tokens, beside the quantized one's."""
-    from helpers.quantize.check import open_model, perplexity
+    from helpers import hardware
+    from helpers.quantize.check import opened, perplexity
 
     start = time.monotonic()
-    model = open_model(Path(job["model"]), Path(job["output"]) / "offload", gpu_gib=t4.ALLOCATOR_GIB)
+    model = opened(Path(job["model"]), hardware.machine("t4")).model
     result = {"open_s": round(time.monotonic() - start, 1)}
     result |= {"perplexity": perplexity(model, random_rows(4, job["vocab"]))}
     return result | {"seconds": round(time.monotonic() - start, 1)}

@@ -62,12 +62,13 @@ def main() -> int:
     limited = t4.host_limit()
     for stage, flags in stages.items():
         arguments = [part for part in common if stage != "quantize" or part not in ("--model", str(base))]
-        row = {"stage": stage} | in_colab([stage, "--json", *arguments, *flags], options.output, limited)
+        row = t4.about("torch", "transformers", "peft", "bitsandbytes", "gptqmodel") | {"stage": stage}
+        row |= in_colab([stage, "--json", *arguments, *flags], options.output, limited)
         if stage in BUDGETS:
             row |= predicted([*common, "--gpu", "t4", "--stage", BUDGETS[stage]])
         with (options.output / "whole_way.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
-        print({name: value for name, value in row.items() if name != "result" or row["status"]}, flush=True)
+        print(row, flush=True)
         if row["status"]:
             return 1
     return 0 if (run / "report.json").is_file() else 1
@@ -126,7 +127,14 @@ def in_colab(arguments: list[str], output: Path, limited: str) -> dict:
     row |= {name: count - before[name] for name, count in t4.events(limited).items()}
     text = printed.read_text(encoding="utf-8")
     printed.unlink()
-    return row | {"result": json.loads(text) if row["status"] == 0 else text}
+    return row | ({"said": text} if row["status"] else figures(json.loads(text)))
+
+
+def figures(result: dict) -> dict:
+    """A stage's figures by name; of an evaluation those of each model, which is a dictionary of them."""
+    kept = {name: value for name, value in result.items() if isinstance(value, str | int | float)}
+    opened = {name: value for name, value in result.items() if isinstance(value, dict) and "kind" in value}
+    return kept | {name: figures(row) for name, row in opened.items()}
 
 
 def anonymous_bytes(process: int, limited: str) -> int:

@@ -450,20 +450,20 @@ def test_killed_at_counted_moments_the_next_run_finishes(one_layer, tmp_path):
 
 
 def test_the_check_frees_the_merged_model_before_it_opens_the_quantized_one(gptq_model, monkeypatch):
-    """On a small card layers of the merged model are fetched from disk, by hooks that make cycles of it."""
+    """On a small card layers of the merged model wait in host memory, and hooks that fetch them make cycles of it."""
     import weakref
 
     opened, alive = [], []
-    real = check.open_model
+    real = check.opened
 
-    def in_a_cycle(folder, offload, **options):
+    def in_a_cycle(folder, **options):
         alive.append(sum(model() is not None for model in opened))
-        model = real(folder, offload, **options)
-        object.__setattr__(model, "cycle", [model])  # as accelerate's hooks leave one in each module they wrap
-        opened.append(weakref.ref(model))
-        return model
+        loaded = real(folder, **options)
+        object.__setattr__(loaded.model, "cycle", [loaded.model])  # as hooks leave one in each module they wrap
+        opened.append(weakref.ref(loaded.model))
+        return loaded
 
-    monkeypatch.setattr(check, "open_model", in_a_cycle)
+    monkeypatch.setattr(check, "opened", in_a_cycle)
     said = []
     rows = [list(range(5, 40))]
     job = {"model": str(TINY), "output": str(gptq_model), "config": {"quant_method": "gptq"}, "check_rows": rows}

@@ -1,0 +1,317 @@
+"""Several GPUs, as two processes that meet through gloo on a CPU: the same run as one process's, whatever ends it.
+
+On two GPUs: tests/benchmarks/bench_gpus.py.
+"""
+
+import doctest
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, load_from_disk
+from kill_and_resume import make_inputs
+from safetensors.torch import load_file
+
+from helpers import finetune, hardware
+from helpers.finetune import batches, ranks, workers
+from helpers.finetune.trainer import FineTuner
+from helpers.finetune.watch import Watch
+from helpers.models import profile
+from helpers.workspace import checkpoints
+
+ROOT = Path(__file__).resolve().parents[2]
+QUIET = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+CASES = {
+    "even": {"accumulation": 4},
+    "odd": {"accumulation": 2, "batch_size": 3, "eval_steps": 2},
+    "an accumulation that two do not divide": {"accumulation": 3, "checkpointing": "all"},
+    "one micro-batch a step": {"accumulation": 1, "batch_size": 6, "loss": "full"},
+    "packing": {"accumulation": 2, "batch_size": 1, "packing": True, "seq_len": 48},
+    "patience": {"accumulation": 2, "learning_rate": 0.02, "eval_steps": 1, "patience": 1, "epochs": 4.0},
+}
+ROAD = {"accumulation": 2, "max_steps": 14, "epochs": 9.0, "save_steps": 2, "keep_checkpoints": 3}
+STOPPED = "asked to stop at different steps"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> tuple[Path, Path]:
+    """A model of two layers, and 25 rows to train and 5 held out: odd numbers of micro-batches of most sizes."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model, _ = make_inputs(folder)
+    for split, count in (("train", 25), ("heldout", 5)):
+        rows = load_from_disk(str(folder / "prepared" / split)).select(range(count))
+        Dataset.from_dict(rows.to_dict()).save_to_disk(str(folder / "few" / split))
+    return model, folder / "few"
+
+
+def settings(model: Path, **values):
+    usual = {"rank": 4, "seq_len": 32, "batch_size": 2, "epochs": 1.0, "learning_rate": 2e-3, "save_steps": 1000}
+    return profile("tiny", model=str(model), **(usual | values))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(inputs, tmp_path_factory) -> tuple[Path, list[dict]]:
+    """Every case trained by two ranks: (the folder of the cases, each rank's facts)."""
+    folder, (model, prepared) = tmp_path_factory.mktemp("two"), inputs
+    cases = {name: {"config": asdict(settings(model, **values))} for name, values in CASES.items()}
+    cases[STOPPED] = {"config": asdict(settings(model, **ROAD)), "stop_at": 3}
+    cases = {name: case | {"prepared": str(prepared)} for name, case in cases.items()}
+    (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("two_ranks.py")), str(folder)],
+            env=os.environ | QUIET | by_hand(rank, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    return folder, json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+
+
+def by_hand(rank: int, port: int) -> dict[str, str]:
+    """The environment that torchrun and others give."""
+    names = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    return {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+
+def same_run(one: Path, two: Path) -> None:
+    """The same loss at each step, the same held-out losses, the same adapter."""
+    logs = [json.loads((folder / "log.json").read_text(encoding="utf-8")) for folder in (one, two)]
+    for name, apart in (("loss", 1e-6), ("eval_loss", 1e-6)):
+        first, second = ({entry["step"]: entry[name] for entry in log if name in entry} for log in logs)
+        assert first == pytest.approx(second, abs=apart) and len(first) >= (name == "loss")
+    first, second = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two))
+    assert first.keys() == second.keys()
+    assert max((first[name] - second[name]).abs().max().item() for name in first) <= 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_make_the_run_of_one(name, two_ranks, inputs, tmp_path):
+    model, prepared = inputs
+    measured = finetune.finetune(settings(model, **CASES[name]), prepared, tmp_path / "finetune")
+    same_run(tmp_path / "finetune", two_ranks[0] / name / "finetune")
+    made = json.loads((two_ranks[0] / name / "finetune" / "manifest.json").read_text())["measurements"]
+    assert made["gpus"] == 2
+    assert made["heldout_loss"] == pytest.approx(measured["heldout_loss"], abs=1e-6)
+    assert [made[what] for what in ("steps", "steps_applied", "text_tokens")] == [
+        measured[what] for what in ("steps", "steps_applied", "text_tokens")
+    ]
+    if name == "patience":
+        assert measured["steps"] < 4 * 7, "it ended early, or this says nothing of patience"
+
+
+def test_gradients_are_averaged_once_a_step_in_their_buckets_and_frozen_weights_are_not_sent(two_ranks):
+    for facts in two_ranks[1]:
+        even = facts["even"]
+        assert even["ddp"] == "DistributedDataParallel" and even["bucket_view"] and not even["find_unused"]
+        assert even["sent"] == even["trained"] and even["sent"]
+        # 13 micro-batches of two rows are four steps of four, the last one filled up: two a rank, one without a sum
+        assert (even["steps"], even["micro_batches"], even["unsynced"]) == (4, 2, 4)
+
+
+def test_dropout_differs_from_rank_to_rank(two_ranks):
+    assert [facts["even"]["seed"] for facts in two_ranks[1]] == [0, 1]
+
+
+def test_a_stop_that_reaches_one_rank_stops_all_at_the_same_step_with_a_checkpoint(two_ranks):
+    for facts in two_ranks[1]:
+        assert facts[STOPPED]["stopped"] == "stopped after step 3; run again to continue from there"
+    saved = two_ranks[0] / STOPPED / "finetune.partial" / "checkpoints"
+    assert checkpoints.newest(saved).name == "checkpoint-3"
+    assert (saved / "checkpoint-3" / "rng_state_1.pth").is_file()
+
+
+# ---- started and ended -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_a_step(monkeypatch, tmp_path):
+    """Have a worker do something at a step; returns what gives the workers that were started."""
+    (tmp_path / "pids").mkdir()
+    paths = [str(Path(__file__).with_name("at_a_step")), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    monkeypatch.setenv("AT_A_STEP_PIDS", str(tmp_path / "pids"))
+    monkeypatch.setenv(workers.ON_CPU, "1")
+
+    def at(rank: int, step: int, what: str) -> None:
+        for file in (tmp_path / "pids").iterdir():
+            file.unlink()
+        monkeypatch.setenv("AT_A_STEP", f"{rank} {step} {what}")
+
+    at.workers = lambda: [int(file.name) for file in (tmp_path / "pids").iterdir()]
+    return at
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs; one that has ended and is not yet buried does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def ended(processes: list[int], within_s: float) -> bool:
+    until = time.monotonic() + within_s
+    while any(map(alive, processes)) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not any(map(alive, processes))
+
+
+def command(config, prepared: Path, output: Path, *more: str) -> subprocess.Popen:
+    """`python -m helpers finetune --gpus 2`."""
+    file = output.parent / "settings.yaml"
+    file.write_text(json.dumps(asdict(config)), encoding="utf-8")
+    flags = ["--config", str(file), "--prepared", str(prepared), "--output", str(output), "--gpus", "2", *more]
+    return subprocess.Popen(
+        [sys.executable, "-m", "helpers", "finetune", "--json", *flags],
+        env=os.environ | QUIET,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_one_two_one_processes_and_every_way_to_end_make_the_run_of_one(at_a_step, inputs, tmp_path, monkeypatch):
+    model, prepared = inputs
+    config, output = settings(model, **ROAD), tmp_path / "finetune"
+    finetune.finetune(config, prepared, tmp_path / "calm" / "finetune")
+    # Two, until one is killed between two checkpoints
+    at_a_step(1, 5, "die")
+    with pytest.raises(workers.WorkerLost, match=r"process of GPU 1 of 2 ended with signal 9, .* goes on from it"):
+        finetune.finetune(config.with_values(gpus=2), prepared, output)
+    assert len(at_a_step.workers()) == 2 and not any(map(alive, at_a_step.workers()))
+    # One, until it is stopped
+    on_step_end = Watch.on_step_end
+
+    def stop_at_7(watch, args, state, control, **kwargs):
+        watch.interrupted = 2 if state.global_step == 7 else None
+        on_step_end(watch, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match="stopped after step 7"):
+        patched.setattr(Watch, "on_step_end", stop_at_7)
+        finetune.finetune(config, prepared, output)
+    # Two, until their launcher is asked to stop
+    at_a_step(1, 9, "interrupt")
+    launcher = command(config, prepared, output)
+    result, said = launcher.communicate()
+    assert launcher.returncode == 1 and result == "" and "Traceback" not in said
+    assert "continuing from checkpoint-7" in said and "stopped; the same command continues" in said
+    stopped = checkpoints.step_of(checkpoints.newest(output.with_name("finetune.partial") / "checkpoints"))
+    assert stopped >= 9 and not any(map(alive, at_a_step.workers()))
+    # Two, until their launcher is killed
+    at_a_step(0, stopped + 1, "orphan")
+    launcher = command(config, prepared, output)
+    launcher.communicate()
+    assert launcher.returncode == -signal.SIGKILL
+    assert len(at_a_step.workers()) == 2 and ended(at_a_step.workers(), within_s=60)
+    assert checkpoints.step_of(checkpoints.newest(output.with_name("finetune.partial") / "checkpoints")) > stopped
+    # One
+    assert finetune.finetune(config, prepared, output)["resumed_from_step"] > stopped
+    same_run(tmp_path / "calm" / "finetune", output)
+    assert {path.name for path in tmp_path.iterdir()} == {"calm", "finetune", "pids", "settings.yaml"}
+
+
+def test_a_rank_out_of_memory_is_a_sentence_and_progress_and_words_of_rank_0_are_shown_here(
+    at_a_step, inputs, tmp_path, capsys
+):
+    model, prepared = inputs
+    at_a_step(1, 3, "out of memory")
+    with pytest.raises(workers.WorkerLost) as caught:
+        finetune.finetune(settings(model, gpus=2, max_steps=4, accumulation=2), prepared, tmp_path / "finetune")
+    assert str(caught.value).startswith("GPU 1 of 2 ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB)")
+    assert "\n" not in str(caught.value) and not any(map(alive, at_a_step.workers()))
+    assert "/4" in capsys.readouterr().err, "a bar"
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "sentence"),
+    [
+        (0, 2, "gpus=2, and PyTorch sees no GPU here: leave gpus out, and one process trains on the CPU"),
+        (1, 2, "gpus=2, and PyTorch sees 1 GPU here: choose at most 1, or all"),
+        (2, 3, "gpus=3, and PyTorch sees 2 GPUs here: choose at most 2, or all"),
+    ],
+)
+def test_more_gpus_than_there_are(there, asked, sentence, inputs, tmp_path, monkeypatch):
+    model, prepared = inputs
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    with pytest.raises(ValueError) as caught:
+        finetune.finetune(settings(model, gpus=asked), prepared, tmp_path / "finetune")
+    assert str(caught.value) == sentence
+    assert workers.cards(settings(model, gpus="all")) == max(there, 1)
+
+
+def test_sharding_that_is_not_there(inputs, tmp_path):
+    with pytest.raises(ValueError, match="sharding=zero3 is not there yet"):
+        finetune.finetune(settings(inputs[0], sharding="zero3"), inputs[1], tmp_path / "finetune")
+
+
+def test_a_port_in_use(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in by_hand(0, taken.getsockname()[1]).items():
+            monkeypatch.setenv(name, value)
+        with (
+            pytest.raises(ValueError, match=r"could not meet at .* \(the port is in use\): choose another") as caught,
+            ranks.joined(),
+        ):
+            pass
+    assert "\n" not in str(caught.value)
+
+
+def test_gpus_of_unequal_memory_are_planned_for_the_smallest_and_of_other_kinds_refused(monkeypatch, capsys):
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    t4 = hardware.machine("t4")
+    fuller = replace(t4, free_vram_gib=9.0)
+    monkeypatch.setattr(ranks, "gathered", lambda mine: [mine, replace(fuller, host=mine.host)])
+    planned = ranks.smallest(t4)
+    assert planned.vram_gib == 9.0
+    assert planned.host.ram_gib == t4.host.ram_gib / 2, "two processes share it"
+    said = capsys.readouterr().out
+    assert said == "GPU 1 has 9.0 GiB free and GPU 0 14.6: the run is planned for the smaller one\n"
+    monkeypatch.setattr(ranks, "gathered", lambda mine: [mine, hardware.machine("3090")])
+    with pytest.raises(
+        ValueError, match="GPU 0 is a Tesla T4 and GPU 1 a GeForce RTX 3090, which compute in different"
+    ):
+        ranks.smallest(t4)
+
+
+def test_a_full_disk_while_two_train_costs_a_checkpoint_and_nobody_waits(monkeypatch):
+    """The others meet rank 0 at no barrier while it writes."""
+    calls = []
+    monkeypatch.setattr(ranks, "is_first", lambda: False)
+    monkeypatch.setattr(ranks, "gathered", lambda state: calls.append(type(state)) or [None, state])
+    monkeypatch.setattr(torch.distributed, "barrier", lambda *group: calls.append("barrier"))
+    trainer = object.__new__(FineTuner)
+    trainer.random_state = lambda: b"state"
+    FineTuner._save_checkpoint(trainer, None, None)
+    assert calls == [bytes]
+
+
+@pytest.mark.parametrize("module", [ranks, workers, batches], ids=lambda module: module.__name__)
+def test_examples_in_docstrings(module):
+    assert doctest.testmod(module).failed == 0
