@@ -1,5 +1,5 @@
-# make setup · run · test · lint — all without a GPU and without reaching a model hub.
-# Settings: PYTHON=python3.12  TORCH="torch==2.13.0"  REPO=owner/name (for `make badges`; default: git's origin)
+# All without a GPU and without reaching a model hub.
+# Settings: PYTHON=python3.12  TORCH="torch==2.13.0"  PROFILE=tiny  RUN=runs/tiny  REPO=owner/name (default: git's origin)
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell command -v $(p)),$(p))))
 TORCH ?= torch==2.13.0
@@ -11,13 +11,14 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 REQUIREMENTS := requirements.txt requirements/pins.txt
 NO_DEPS := requirements/trl.txt requirements/gptq.txt requirements/gguf.txt
 
-.PHONY: setup environment run test lint format badges clean colab-check test-colab-versions
+.PHONY: setup environment run test lint format badges clean lab help colab-check test-colab-versions
 .DEFAULT_GOAL := help
 
-help:
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-20s %s\n", $$1, $$2}' Makefile
 	@sed -n '1,2s/^# //p' Makefile
 
-setup: $(VENV)/ready
+setup: $(VENV)/ready  ## build .venv where something is missing: a few minutes, once
 
 # An environment that has already what the files list stays as it is
 $(VENV)/ready: $(REQUIREMENTS) $(NO_DEPS)
@@ -43,35 +44,38 @@ $(VENV)/reference: tests/models/reference.txt tests/finetune/triton.txt $(VENV)/
 	@$(PIP) install --no-deps --upgrade --target $(VENV)/triton -r tests/finetune/triton.txt
 	@touch $@
 
-run: setup
+run: setup  ## the notebooks in order on the tiny Mistral; everything lands in runs/tiny
 	@$(BIN)/python notebooks/run_all.py --profile $(PROFILE) --workspace $(RUN)
 
-test: setup $(VENV)/reference
+lab: setup  ## JupyterLab on notebook 1, in your browser
+	@$(BIN)/jupyter lab notebooks/01_environment_setup.ipynb
+
+test: setup $(VENV)/reference  ## lint, and all tests
 	@echo "== lint"
 	@$(MAKE) --no-print-directory lint
-	@echo "== tests (the six notebooks among them)"
+	@echo "== tests (the seven notebooks among them)"
 	@$(BIN)/python -m pytest
 
-lint: setup
+lint: setup  ## style, and whether badges are current
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/python notebooks/badges.py --check
 
-format: setup
+format: setup  ## mend what lint finds, as far as that can be done by itself
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 	@$(BIN)/python notebooks/badges.py
 
-badges: setup
+badges: setup  ## write the notebooks' Colab badges: REPO=owner/name
 	@$(BIN)/python notebooks/badges.py --repo $(or $(REPO),origin)
 
 # Would pip leave Colab's image as it is? PACKAGES=LIST for another image than tests/notebooks/colab_packages.txt
-colab-check: setup
+colab-check: setup  ## would pip leave Colab's image as it is? PACKAGES=LIST for another image
 	@$(BIN)/python tests/notebooks/colab_check.py $(if $(PACKAGES),--packages $(PACKAGES))
 
 # The notebooks' tests with the versions of Colab's image, in a second environment
-test-colab-versions: setup
+test-colab-versions: setup  ## the notebooks' tests with the versions of Colab's image, in .venv-colab
 	@$(BIN)/python tests/notebooks/colab_versions.py --torch "$(TORCH)"
 
-clean:
+clean:  ## delete .venv, .venv-colab, runs/ and caches
 	rm -rf $(VENV) .venv-colab runs .pytest_cache .ruff_cache .hypothesis

@@ -366,6 +366,25 @@ EXTRA_FLAGS: dict[str, dict[str, dict]] = {
             "help": told("What clients must send", "a text", "$RECIPES_API_KEY, which ps does not show, or none"),
         },
         "--page": {"action": "store_true", "help": told("A chat page at / too", "on or off", "off")},
+        "--batch": {
+            "type": Path,
+            "metavar": "FILE",
+            "help": told(
+                "Answer a file of prompts and end, instead of listening; goes on where it was stopped",
+                "JSONL of messages, prompt or question a line, or OpenAI's batch",
+                "none",
+            ),
+        },
+        "--max-tokens": {
+            "type": int,
+            "metavar": "TOKENS",
+            "help": told("Of an answer of --batch whose line names none", "a number", "512, at most a quarter context"),
+        },
+        "--output": {
+            "type": Path,
+            "metavar": "FILE",
+            "help": told("Answers of --batch", "a file that is not there", "beside the prompts, NAME.answers.jsonl"),
+        },
     },
     "run": GPU_FLAG | RESUME_FLAG,
 }
@@ -565,8 +584,23 @@ def run_serve(options: argparse.Namespace, config: RunConfig) -> Outcome:
     from helpers import serve
 
     chosen = options.served or [str(serve.default_model(workspace_of(options, config)))]
+    if options.batch:
+        return run_batch(options, config, chosen)
     result = serve.serve(chosen, config, options.host, options.port, options.api_key, options.page)
     return DONE, result, f"serve: stopped after {result['requests']} requests"
+
+
+def run_batch(options: argparse.Namespace, config: RunConfig, chosen: list[str]) -> Outcome:
+    """A file of prompts answered by one model, without a server."""
+    from helpers.serve import batch, names
+
+    if len(chosen) > 1:
+        raise ValueError(f"--batch is answered by one model, and --model names {len(chosen)}: run it once for each")
+    if options.max_tokens is not None and options.max_tokens < 1:
+        raise ValueError(f"--max-tokens {options.max_tokens} leaves nothing to answer with: take at least 1")
+    output = options.output or options.batch.with_suffix(".answers.jsonl")
+    (model,) = names(chosen).values()
+    return done("serve", output, batch.answer(str(model), config, options.batch, output, options.max_tokens))
 
 
 def run_share(options: argparse.Namespace, run: Workspace) -> Outcome:

@@ -66,7 +66,7 @@ class AdapterConfig:
     dropout: Fraction = 0.0
     """Share of an adapter's inputs that are zeroed while it trains."""
     targets: str = "all-linear"
-    """Which linear layers get an adapter: all-linear, attention, or module names with commas between."""
+    """Which linear layers get an adapter: all-linear, attention, experts, or module names with commas between."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (https://arxiv.org/abs/2312.03732)."""
     dora: bool = False
@@ -84,7 +84,11 @@ class AdapterConfig:
         >>> AdapterConfig(targets="q_proj,v_proj").target_modules
         ('q_proj', 'v_proj')
         """
-        named = {"all-linear": ATTENTION_TARGETS + MLP_TARGETS, "attention": ATTENTION_TARGETS}
+        named = {
+            "all-linear": ATTENTION_TARGETS + MLP_TARGETS,
+            "attention": ATTENTION_TARGETS,
+            "experts": MLP_TARGETS,  # of a model without a mixture, its one MLP
+        }
         return named.get(self.targets) or tuple(name.strip() for name in self.targets.split(","))
 
 

@@ -113,15 +113,19 @@ class Machine:
 # CUDA 12.6 still had both then (pytorch#172352). Colab's torch 2.11 is built for 12.8.
 OLDEST_KERNELS = (7, 5)
 
-# Rates and bandwidths: the makers' data sheets (NVIDIA T4, P100, L4, A100, H100, H200; GA102 and AD102 white papers,
+# Rates and bandwidths: the makers' data sheets (NVIDIA T4, P100, L4, L40S, A6000, A100, H100, H200; GA102, AD102 and
+# GB202 white papers,
 # whose "FP16 with FP32 accumulate" is what cuBLAS uses). Total memory: torch.cuda.get_device_properties on each.
 # T4 memory and context: measured, fitcheck's rows and GPTQModel#1486. H200's context: our rows.
 GPUS = {
     "t4": GPU("Tesla T4", 14.56, (7, 5), 65.0, 0.0, 320, context_gib=0.14, efficiency=0.21, link_gb_s=5.5),
     "p100": GPU("Tesla P100", 15.89, (6, 0), 18.7, 0.0, 732, context_gib=0.25, efficiency=0.50, has_kernels=False),
     "v100": GPU("Tesla V100", 15.77, (7, 0), 112.0, 0.0, 900, context_gib=0.30, has_kernels=False),
+    "v100-32": GPU("Tesla V100 32 GB", 31.74, (7, 0), 112.0, 0.0, 900, context_gib=0.30, has_kernels=False),
     "l4": GPU("NVIDIA L4", 22.03, (8, 9), 121.0, 121.0, 300, context_gib=0.25),
     "a10g": GPU("NVIDIA A10G", 22.06, (8, 6), 70.0, 70.0, 600, context_gib=0.25),
+    "a6000": GPU("RTX A6000", 47.53, (8, 6), 154.8, 154.8, 768, context_gib=0.25),
+    "l40s": GPU("NVIDIA L40S", 44.39, (8, 9), 362.1, 362.1, 864, context_gib=0.35),
     "a100-40": GPU("NVIDIA A100 40 GB", 39.39, (8, 0), 312.0, 312.0, 1555, link_gb_s=200.0),
     "a100-80": GPU("NVIDIA A100 80 GB", 79.15, (8, 0), 312.0, 312.0, 2039, link_gb_s=200.0),
     "rtx3060": GPU("GeForce RTX 3060", 11.75, (8, 6), 51.2, 51.2, 360, context_gib=0.25),
@@ -129,6 +133,7 @@ GPUS = {
     "rtx3090": GPU("GeForce RTX 3090", 23.68, (8, 6), 71.0, 71.0, 936, context_gib=0.25),
     "rtx4070": GPU("GeForce RTX 4070", 11.72, (8, 9), 58.3, 58.3, 504, context_gib=0.25),
     "rtx4090": GPU("GeForce RTX 4090", 23.64, (8, 9), 165.2, 165.2, 1008, context_gib=0.35),
+    "rtx5090": GPU("GeForce RTX 5090", 31.36, (12, 0), 209.5, 209.5, 1792),
     "h100": GPU(
         "NVIDIA H100 80 GB",
         79.10,
@@ -158,7 +163,8 @@ SEVERAL = {"2xt4": (2, "t4"), "2xrtx3090": (2, "rtx3090"), "8xh100": (8, "h100")
 GPUS |= {name: replace(GPUS[one], count=count) for name, (count, one) in SEVERAL.items()}
 ALIASES = {"a100": "a100-40", "kaggle": "2xt4", "colab": "t4", "3060": "rtx3060", "3080": "rtx3080"}
 ALIASES |= {"a100-40gb": "a100-40", "a100-80gb": "a100-80"}
-ALIASES |= {"3090": "rtx3090", "4070": "rtx4070", "4090": "rtx4090"}
+ALIASES |= {"3090": "rtx3090", "4070": "rtx4070", "4090": "rtx4090", "5090": "rtx5090", "rtxa6000": "a6000"}
+ALIASES |= {"v100-16": "v100", "v100-32gb": "v100-32"}
 
 # Colab: colabtools#4134 (2 cores, 12.7 GB) and Colab's FAQ (12 h); its disk differs, so the figure is on the safe side.
 # Kaggle: its documentation (30 GB RAM, 12 h a session, about 57 GiB free in /kaggle/temp, where runs lie).
@@ -171,7 +177,15 @@ HOSTS = {
     "server": Host("server", 256.0, 1000.0, 32, download_mb_s=200.0),
 }
 USUAL_HOST = {"t4": "colab", "2xt4": "kaggle", "p100": "kaggle", "l4": "colab-pro", "a100-40": "colab-pro"}
-USUAL_HOST |= {"v100": "server", "a10g": "server", "a100-80": "server", "h100": "server", "h200": "server"}
+USUAL_HOST |= {
+    "v100": "server",
+    "v100-32": "server",
+    "l40s": "server",
+    "a10g": "server",
+    "a100-80": "server",
+    "h100": "server",
+    "h200": "server",
+}
 USUAL_HOST |= {"8xh100": "server"}
 
 

@@ -11,7 +11,7 @@ quantization (models/methods.py) is a model of that method; any other config.jso
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,12 @@ def kinds(models: dict[str, str | Path]) -> dict[str, str]:
     return {name: kind(path) for name, path in models.items()}
 
 
+def shape_of(name: str | Path, config: RunConfig) -> ModelShape:
+    """The shape of a model, of an adapter its base's."""
+    source = base_of(Path(name), config) if kind(name) == "adapter" else name
+    return shape_from_config(read_config(source), str(source))
+
+
 def read_config(name: str | Path) -> dict:
     """config.json of a folder or a hub model. Raises ValueError with one sentence."""
     folder = Path(name)
@@ -160,7 +166,6 @@ def load(
     Raises ValueError with one sentence for what is not a model, or does not fit in any way.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = config or RunConfig()
     if gguf_header.is_gguf(name):
@@ -182,7 +187,7 @@ def load(
     started = time.perf_counter()  # a kernel's build, once a machine, is not the model's loading
     with quiet():
         where = offload.device_map(source, place.away, placed) if place.away else {"": placed}
-        model = AutoModelForCausalLM.from_pretrained(
+        model = loading.causal_lm(
             source,
             dtype=how.dtype,
             device_map=where,
@@ -273,8 +278,11 @@ def batch_generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    each: Callable[[int], Any] = lambda rows: None,
 ) -> list[Generation]:
     """Answers to prompts, in their order. Greedy at temperature 0, else sampled from the top_p nucleus.
+
+    each: called after every batch with how many were answered in it.
 
     Padded on the left, so that every prompt ends where its answer begins; prompts of like length share a batch.
     Raises ValueError for no prompt, and for a prompt that with its answer is longer than the model's context.
@@ -305,6 +313,7 @@ def batch_generate(
                 text = loaded.tokenizer.decode(tokens[:end], skip_special_tokens=True)
                 count = len(tokens) if end is None else end + 1
                 answers[i] = Generation(text, count, len(ids[i]), ended=end is not None)
+            each(len(rows))
     return [answers[i] for i in range(len(ids))]
 
 

@@ -11,24 +11,40 @@ import re
 import shutil
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.config import MergeConfig, RunConfig, load_yaml
-from helpers.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARTS, PREFIX, Adapter, read_adapter
+from helpers.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARTS, Adapter, read_adapter
 from helpers.models.gpu import gives_back
 from helpers.models.hub import snapshot
-from helpers.models.stored import SafetensorsWriter, Stored, UnusableModel, for_all_readers, read_config, stored_tensors
+from helpers.models.stored import (
+    SafetensorsWriter,
+    Stored,
+    UnusableModel,
+    for_all_readers,
+    stored_tensors,
+    unquantized_config,
+)
 from helpers.models.templates import brings_tokenizer, ends, hand_on
+from helpers.show import bars
 from helpers.workspace import (
+    FINISHED,
     MANIFEST,
     SCRATCH,
+    DamagedArtifact,
     Workspace,
     building,
+    check_outputs,
     checksum,
     empty_folder,
     exclusive,
     existing,
+    fetch,
+    identify,
+    read_manifest,
+    recover,
     refuse_output,
     write_text,
 )
@@ -50,6 +66,8 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, re
     before anything is written, for an adapter of another kind or for another base, a missing shard, a truncated file,
     too little disk, or an output folder that is in use.
     """
+    from helpers.models.experts import stored_name
+
     start = time.monotonic()
     adapter, output = Path(adapter), Path(output)
     work, progress = output.with_name(output.name + ".partial"), progress_file(output)
@@ -58,6 +76,7 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, re
     config = replace(config, merge_base=base_to_merge(adapter, config.merge_base))
     revision = base_revision(base, adapter, revision)
     base_folder = find_base(base, revision)
+    loaded = loaded.as_stored(partial(stored_name, model_type=unquantized_config(base_folder).get("model_type", "")))
     refuse_output(output, [base_folder, adapter], "merge")
     # Two merges into one folder would each count the other's shards as finished, so the lock comes before any look.
     with exclusive(work):
@@ -105,12 +124,45 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, re
     return stage.measurements
 
 
-def merged(run: Workspace, config: RunConfig) -> Path:
-    """The folder of a run's merged model, which is made where it is not: only the machine that made it has it."""
-    output = run.folder("merge")
+def merged(run: Workspace, config: RunConfig) -> dict:
+    """The measurements of a run's merge: of the one that lies there finished, else of one that is made now.
+
+    Only the machine that made it has it. Found again is a merge of the adapter that lies there now, with the same
+    settings, every byte as it was written; anything else is made anew, and what is found says so.
+    """
+    output, adapter = run.folder("merge"), run.folder("finetune") / "adapter"
+    fetch(adapter.parent)
+    found = finished(output, adapter, config)
+    if found is None:
+        return merge(config.model.model, adapter, output, config.merge, config.model.revision)
+    print(f"{output} is this adapter's finished merge, every byte checked: used as it is")
+    return found["measurements"]
+
+
+def finished(output: Path, adapter: Path, config: RunConfig) -> dict | None:
+    """The manifest of a finished merge of a run's adapter with these settings; None when there is none, or not whole.
+
+    Its base is not read: it may have been deleted shard by shard (free_base).
+    """
+    recover(output)
     if not (output / MANIFEST).is_file():
-        merge(config.model.model, run.folder("finetune") / "adapter", output, config.merge, config.model.revision)
-    return output
+        return None
+    try:
+        manifest = read_manifest(output)
+        now = identify(source_of(adapter))
+        made, wanted = manifest["config"], asdict(config)
+        asked = wanted["merge"] | {"merge_base": base_to_merge(adapter, config.merge.merge_base)}
+        same = (
+            manifest["inputs"]["adapter"]["sha256"] == now["sha256"]
+            and now["of"] == FINISHED  # names and sizes do not tell an adapter that was trained again
+            and made["model"]["model"] == wanted["model"]["model"]
+            and made["model"]["revision"] == base_revision(config.model.model, adapter, config.model.revision)
+            and made["merge"] | {"free_base": None} == asked | {"free_base": None}  # how it was made, not what
+        )
+        return check_outputs(output) if same else None
+    except (DamagedArtifact, KeyError) as error:
+        print(f"merged again: {error}")
+        return None
 
 
 def source_of(adapter: Path) -> Path:
@@ -166,7 +218,7 @@ def check_fits_base(adapter: Adapter, tensors: list[Stored], base: str | Path) -
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     for module in adapter.modules:
         shape = shapes.get(f"{module}.weight")
-        (_, inputs), (outputs, _) = (adapter.shapes[PREFIX + module + part] for part in PARTS[:2])
+        (_, inputs), (outputs, _) = (adapter.shapes[adapter.key(module, part)] for part in PARTS[:2])
         if shape is None:
             raise UnusableModel(f"{adapter.folder} is for another base: {base} has no {module}.weight")
         if shape != (outputs, inputs):
@@ -277,19 +329,19 @@ def write_shards(
     """Write the shards that are not finished, each under another name until it is whole; returns measurements."""
     import torch
     from safetensors import safe_open
-    from tqdm.auto import tqdm
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     last_use = {tensor.file: name for name, shard in plan.items() for tensor in shard}
     largest_change, peak_bytes = 0.0, 0
     # In memory: a few fp32 copies of one tensor, 224 MiB each for a matrix of a 7B's MLP (4096 × 14336), not the model.
-    bar = tqdm(total=sum(2 * tensor.values for shard in plan.values() for tensor in shard), unit="B", unit_scale=True)
+    total = sum(2 * tensor.values for shard in plan.values() for tensor in shard)
+    bar = bars.bar("merging", total, unit="B", unit_scale=True)
     with bar, safe_open(adapter.folder / ADAPTER_WEIGHTS, "pt") as factors, torch.inference_mode():
         for name, shard in plan.items():
             if name in state["finished"]:
                 bar.update(sum(2 * tensor.values for tensor in shard))
             else:
-                bar.set_description(name)
+                bar.set_postfix_str(name)
                 with SafetensorsWriter(work / name, {tensor.name: tensor.shape for tensor in shard}) as writer:
                     for tensor in shard:
                         merged, change = merged_tensor(
@@ -333,7 +385,7 @@ def merged_tensor(
     if adapted:
         weight = weight.float()
         a, b, *magnitude = (
-            factors.get_tensor(PREFIX + module + part).to(device, torch.float32)
+            factors.get_tensor(adapter.key(module, part)).to(device, torch.float32)
             for part in PARTS[: 3 if adapter.dora else 2]
         )
         # The product in fp32: in fp16 its sum over the rank would be rounded before it meets the weight.
@@ -352,8 +404,12 @@ def merged_tensor(
 
 
 def is_quantized_in_training(tensor: Stored) -> bool:
-    """QLoRA quantizes the linear layers of the decoder, with or without an adapter; not embedding, head and norms."""
-    return len(tensor.shape) == 2 and ".layers." in tensor.name and tensor.name.endswith(".weight")
+    """QLoRA quantizes the linear layers of the decoder, with or without an adapter; not embedding, head and norms.
+
+    Nor a mixture's router, whose module is called gate.
+    """
+    matrix = len(tensor.shape) == 2 and ".layers." in tensor.name and tensor.name.endswith(".weight")
+    return matrix and not tensor.name.endswith(".gate.weight")
 
 
 def through_nf4(weight: "torch.Tensor", double_quant: bool) -> "torch.Tensor":
@@ -372,7 +428,7 @@ def write_rest(work: Path, base: Path, adapter: Path, plan: dict[str, list[Store
     Training pads with a token of its own, and a template may end answers with another token than eos: servers and
     transformers read both from these files.
     """
-    settings = read_config(base)
+    settings = unquantized_config(base)
     if len(plan) > 1:
         total = sum(2 * tensor.values for shard in plan.values() for tensor in shard)
         place = {tensor.name: name for name, shard in plan.items() for tensor in shard}

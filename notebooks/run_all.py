@@ -1,4 +1,4 @@
-"""Runs the six notebooks in order, each in a kernel of its own, sharing nothing but the run's folder.
+"""Runs the seven notebooks in order, each in a kernel of its own, sharing nothing but the run's folder.
 
 usage: python notebooks/run_all.py --profile tiny --workspace runs/tiny
 """
@@ -51,7 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="tiny", choices=("tiny", "mistral-7b"))
     parser.add_argument("--workspace", type=Path, default=Path("runs/tiny"))
-    parser.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="names of notebooks to run, of the six")
+    parser.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="names of notebooks to run, of the seven")
     options = parser.parse_args()
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:

@@ -20,11 +20,11 @@ import helpers.merge
 import helpers.models.adapters
 import helpers.models.stored
 from helpers.config import MergeConfig, RunConfig, load_yaml, save_yaml
-from helpers.merge import disk_needed_bytes, merge, plan_shards
+from helpers.merge import disk_needed_bytes, merge, merged, plan_shards
 from helpers.models import TINY
 from helpers.models.adapters import PARTS, PREFIX
 from helpers.models.stored import SafetensorsWriter, Stored, stored_tensors
-from helpers.workspace import exclusive, require
+from helpers.workspace import Workspace, building, exclusive, require
 
 SMALL_SHARDS = MergeConfig(shard_gib=0.001, merge_base="original")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -402,3 +402,46 @@ def test_what_an_interrupted_merge_left_is_trusted_only_when_whole(base, adapter
         helpers.merge.progress_file(output).write_text(json.dumps(state))
         assert merge(base, adapters["plain"], output, SMALL_SHARDS)["shards_resumed"] == resumed
         assert contents(output) == contents(whole)
+
+
+# ---- what is there already -------------------------------------------------------------------------------------------
+
+
+def trained(run: Workspace, adapter: Path, config: RunConfig) -> Path:
+    """A run whose training ended in this adapter."""
+    with building(run.folder("finetune"), "finetune", config) as stage:
+        copied(adapter, stage.folder / "adapter")
+    return run.folder("finetune") / "adapter"
+
+
+def test_a_finished_merge_is_found_again_and_any_other_is_made_anew(base, adapters, tmp_path, capsys):
+    run = Workspace(tmp_path / "run")
+    config = RunConfig().with_values(model=str(base), shard_gib=0.001, merge_base="original")
+    trained(run, adapters["plain"], config)
+    first = merged(run, config)
+    made = (run.folder("merge") / "manifest.json").read_bytes()
+    assert merged(run, config) == first, "what the budget is held to is the measurement of the merge itself"
+    assert "used as it is" in capsys.readouterr().out
+    assert (run.folder("merge") / "manifest.json").read_bytes() == made
+
+    def made_anew(now: RunConfig) -> bool:
+        before = (run.folder("merge") / "manifest.json").stat().st_ino
+        merged(run, now)
+        return (run.folder("merge") / "manifest.json").stat().st_ino != before
+
+    assert made_anew(config.with_values(shard_gib=0.002))
+    trained(run, adapters["dora"], config)
+    assert made_anew(config), "another training"
+    shard = next(run.folder("merge").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    assert made_anew(config), "a damaged byte"
+    assert not made_anew(config)
+
+
+def test_a_finished_merge_needs_no_base_any_more(base, adapters, tmp_path):
+    run, copy = Workspace(tmp_path / "run"), copied(base, tmp_path / "base")
+    config = RunConfig().with_values(model=str(copy), merge_base="original", free_base=True)
+    trained(run, adapters["plain"], config)
+    first = merged(run, config)
+    assert not list(copy.glob("*.safetensors"))
+    assert merged(run, config) == first

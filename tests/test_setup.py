@@ -203,6 +203,17 @@ def test_a_pinned_set_is_missing_what_is_absent_or_of_another_version(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed: it is wherever `make test` runs this")
+def test_make_help_has_a_line_for_every_target_and_lab_opens_the_first_notebook():
+    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for target in set(phony.split()) - {"environment"}:
+        assert re.search(rf"^make {target} +\w.{{8,}}", said, re.MULTILINE) or target == "help", target
+    lab = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (command,) = [line for line in lab.splitlines() if "jupyter lab" in line]
+    assert (ROOT / command.split()[-1]).is_file()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed: it is wherever `make test` runs this")
 @pytest.mark.parametrize("lacking", [False, True])
 def test_make_builds_an_environment_only_where_something_is_missing(lacking, tmp_path):
     """Requirements that are newer than the environment say nothing yet: what they list may all be there."""

@@ -39,10 +39,12 @@ from helpers.budget.estimate import (
     vram_of,
 )
 from helpers.budget.guides import figures as guide_figures
+from helpers.budget.hours import LOOKING
 
 __all__ = (
-    "STAGES", "Budget", "Disk", "DoesNotFit", "Plan", "Ram", "Settled", "Time", "Vram", "against_measured", "budget",
-    "check", "guide_figures", "plan", "plan_in", "requested", "settle", "summary", "table", "to_json", "vram_of",
+    "LOOKING", "STAGES", "Budget", "Disk", "DoesNotFit", "Plan", "Ram", "Settled", "Time", "Vram", "against_measured",
+    "budget", "check", "guide_figures", "plan", "plan_in", "requested", "settle", "summary", "table", "to_json",
+    "vram_of",
 )  # fmt: skip
 GIB = 2**30
 
@@ -78,7 +80,7 @@ def against_measured(budget: Budget, measured: dict) -> list[dict]:
         "peak_reserved_gib": ("VRAM reserved, GiB", budget.vram.reserved_gib if on_gpu else 0.0, 1.0),
         "peak_anonymous_gib": ("RAM, GiB", budget.ram.peak_gib, 1.0),
         "step_s": ("step, s", budget.time.step_s, 1.0),
-        "train_s": ("training, s", 3600 * hours.get("training", 0.0), 1.0),
+        "train_s": ("training, s", 3600 * (hours.get("training", 0.0) + hours.get(LOOKING, 0.0)), 1.0),
         "merge_s": ("merging, s", 3600 * hours.get("merging", 0.0), 1.0),
         "total_s": ("GPTQ, s", 3600 * hours.get("GPTQ", 0.0), 1.0),
         "size_bytes": ("result on disk, GiB", budget.disk.parts.get(result, 0.0), 1 / GIB),

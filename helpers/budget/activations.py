@@ -25,6 +25,17 @@ def largest_weight(shape: ModelShape) -> int:
     return HALF * max(inputs * outputs for inputs, outputs in shape.linears.values())
 
 
+def mlp_at_once(step: Step) -> tuple[int, int]:
+    """(tokens that go through our own MLP at once, its intermediate size).
+
+    Of a mixture an expert's: twice an even share, as routers are not even, but no more than there are.
+    """
+    shape, tokens = step.shape, step.tokens
+    if shape.experts > 1:
+        tokens = min(tokens, -(-2 * tokens * shape.experts_per_token // shape.experts))
+    return min(tokens, MLP_TOKENS), shape.intermediate
+
+
 def score_bytes(step: Step) -> float:
     """Bytes of one layer's attention scores in fp32, heads × seq² a sequence; 0 where they are never in memory."""
     config = step.config
@@ -46,7 +57,7 @@ def saved_by_layer(step: Step) -> dict[str, float]:
             "queries, keys, values, output": HALF * (2 * queries + 2 * keys) + statistics,
             "gate and up": HALF * 2 * inner,
         }
-    dense, fused = step.stream_bytes, step.backend == "liger"
+    dense, fused, experts = step.stream_bytes, step.backend == "liger", step.shape.experts_per_token
     # keys and values are repeated for all heads, so all three are as wide as queries; math's are in fp32
     attention = 3 * queries * (FULL if step.attention == "math" else HALF)
     normed = step.shape.family.norms * hidden + (queries + keys if step.shape.family.head_norms else 0)
@@ -58,6 +69,8 @@ def saved_by_layer(step: Step) -> dict[str, float]:
         "queries, keys, values, output": attention + queries * HALF + statistics,
         # SwiGLU: gate, up and silu(gate); Liger's kernel makes the last again
         "SwiGLU": inner * (2 * dense if fused else 3 * dense),
+        # what experts read and answer, a copy for each that a token meets
+        "experts' inputs and answers": 2 * dense * hidden * (experts if experts > 1 else 0),
     }
 
 
@@ -132,8 +145,10 @@ def forward_buffers(step: Step, checkpointed: bool) -> float:
     tokens, dense, weight = step.tokens, step.stream_bytes, largest_weight(step.shape)
     if step.backend == "own":
         # a checkpointed layer holds its queries, keys and values as temporaries, the MLP goes a chunk at a time
-        chunk = min(tokens, MLP_TOKENS)
+        chunk, inner = mlp_at_once(step)
         alive = tokens * HALF * (2 * queries + 2 * keys + 2 * hidden) if checkpointed else tokens * HALF * hidden
+        if step.shape.experts > 1:  # every token's norm, and an expert's tokens gathered and answered
+            alive += HALF * hidden * (tokens + chunk)
         return alive + chunk * HALF * (hidden + (2 * inner if checkpointed else inner)) + weight
     if not checkpointed:  # the last product of the last layer: everything else is saved already
         return weight + tokens * dense * hidden
@@ -172,9 +187,11 @@ def own_backward(step: Step) -> tuple[float, float]:
     result's gradient, keys and values repeated for all heads, three gradients as large, and the memory-efficient
     kernel's fp32 accumulator of the queries' gradient (PyTorch's mem_eff_attention/kernel_backward.h).
     """
-    hidden, queries, inner = step.hidden, step.queries, step.inner
-    tokens, chunk = step.tokens, min(step.tokens, MLP_TOKENS)
+    hidden, queries, tokens = step.hidden, step.queries, step.tokens
+    chunk, inner = mlp_at_once(step)
     mlp = tokens * HALF * 3 * hidden + chunk * HALF * (hidden + 2 * inner) + largest_weight(step.shape)
+    if step.shape.experts > 1:  # the norm and its gradient, an expert's gathered gradient, and its product weighed
+        mlp += tokens * HALF * 2 * hidden + chunk * HALF * (hidden + inner)
     attention = tokens * (HALF * (3 * hidden + 6 * queries) + FULL * queries)
     return mlp, attention
 
@@ -186,12 +203,12 @@ def recomputed(step: Step) -> float:
     """
     if step.backend != "own":
         return saved(step)
-    tokens, chunk = step.tokens, min(step.tokens, MLP_TOKENS)
+    tokens, (chunk, inner) = step.tokens, mlp_at_once(step)
     again = 0 if step.config.train.keep_attention else step.queries  # attention's result
     attending = HALF * tokens * (step.queries + 2 * step.keys + again)
     # MLP and attention are done one after the other: what counts is the larger sum, less the buffers alone
     mlp, attention = own_backward(step)
-    in_mlp = attending + HALF * (tokens * step.hidden + chunk * 2 * step.inner)
+    in_mlp = attending + HALF * (tokens * step.hidden + chunk * 2 * inner)
     return max(in_mlp + mlp, attending + attention) - max(mlp, attention)
 
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 CPU_GFLOPS_PER_CORE = 45.0
 """fp32 products of a training step on one core of a server (the tiny profile's step of 0.17 s on two idle ones)."""
+CPU_GB_S_PER_CORE = 6.0
+"""Bytes that PyTorch's elementwise operators move on one core of a server: GGUF's blocks of the tiny model took 8 to 10
+ns of processor time a weight and pass."""
 CPU_S_PER_LAYER = 0.004
 """Overheads of one layer, forward and backward, on a CPU."""
 PYTHON_S_PER_LAYER = 0.0085
@@ -29,6 +32,10 @@ PYTHON_S_PER_LAYER = 0.0085
 PYTHON_S_PER_RECOMPUTED_LAYER = 0.008
 WIDE = 14336
 """From this MLP size on, products reach a GPU's full share."""
+LOOKING = "held-out loss"
+"""The part of a training's hours that nothing is learned in."""
+MERGE_S = 3.0
+"""Before the first tensor: PyTorch and bitsandbytes are imported, 4.7 s of processor time on a loaded server."""
 READ_S_PER_GB = 6.0
 """Reading a model's files, the safe side of what rented disks do."""
 DEQUANTIZED = 4.5
@@ -95,7 +102,10 @@ def work(step: Step, seq_len: int | None = None) -> Work:
     passes = tokens * shape.layers * sum(activations.saved_by_layer(step).values()) * 2 * (2 + again)
     if config.model.attention != "efficient":
         passes += activations.score_bytes(step) * shape.layers * 2 * (2 + again)
-    python = shape.layers * (PYTHON_S_PER_LAYER + PYTHON_S_PER_RECOMPUTED_LAYER * again) * (0.6 if own else 1.0)
+    # Python's time is that of a layer of seven matrices; a mixture's has three an expert
+    matrices = (4 + 3 * shape.experts) / 7
+    python = shape.layers * (PYTHON_S_PER_LAYER + PYTHON_S_PER_RECOMPUTED_LAYER * again) * matrices
+    python *= 0.6 if own else 1.0
     return Work(matrix, attention, dequantized + passes, python)
 
 
@@ -157,8 +167,9 @@ def stage_hours(
         count, mean = steps(config, tokens_in_dataset)
         each = step_s(Step.of(config, shape), machine, mean)
         parts |= {"loading": gigabytes * READ_S_PER_GB / 3600, "training": count * each / 3600}
+        parts |= {LOOKING: looks(config, count) * look_s(config, shape, machine, mean) / 3600}
     elif stage == "merge":
-        parts |= {"merging": gigabytes * 8 / 3600}
+        parts |= {"merging": (MERGE_S + gigabytes * 8) / 3600}
     elif stage == "quantize":
         parts |= {"GPTQ": gptq_s(config, shape, machine) / 3600}
     else:
@@ -168,6 +179,31 @@ def stage_hours(
         seconds = sum(sum(evaluation_s(config, shape, machine, one).values()) for one in found)
         parts |= {"loading": read * READ_S_PER_GB / 3600, "evaluation": seconds / 3600}
     return {name: hours for name, hours in parts.items() if hours}
+
+
+def looks(config: RunConfig, count: int) -> int:
+    """How often the loss on held-out conversations is measured: on the way, if asked for, and at the end.
+
+    >>> looks(RunConfig().with_values(eval_steps=20), 100), looks(RunConfig(), 100)
+    (6, 1)
+    """
+    if not (config.data.heldout_fraction or config.data.heldout_source):
+        return 0
+    return 1 + (count // config.train.eval_steps if config.train.eval_steps else 0)
+
+
+def look_s(config: RunConfig, shape: ModelShape, machine: Machine, mean: float) -> float:
+    """Seconds of one look: a forward pass over held-out rows of so many tokens on average, in training's batches."""
+    rows = host.heldout_rows(config.with_values(max_heldout=None))  # training leaves none out
+    batches = math.ceil(rows / config.train.batch_size)
+    flops = 2 * rows * mean * shape.parameters
+    if machine.gpu is None:
+        return flops / (1e9 * CPU_GFLOPS_PER_CORE * machine.host.cpus) + batches * shape.layers * CPU_S_PER_LAYER / 3
+    gpu = machine.gpu
+    dequantizing = (DEQUANTIZED if config.model.weights == "nf4" else 2.0) * shape.linear_parameters
+    busy = flops / (1e12 * gpu.fp16_tflops * gpu.efficiency)
+    busy += batches * dequantizing / (1e9 * gpu.bandwidth_share * gpu.bandwidth_gb_s)
+    return max(busy, batches * shape.layers * PYTHON_S_PER_LAYER / 3)  # a third of a step's launches
 
 
 def gptq_s(config: RunConfig, shape: ModelShape, machine: Machine) -> float:
@@ -209,7 +245,14 @@ def evaluation_s(
         writing = 2 * answers * asked.max_new_tokens * shape.parameters / rate
         speed = 2 * (SPEED_TOKENS[0] + 8 * SPEED_TOKENS[1]) * shape.parameters / rate
         speed += sum(SPEED_TOKENS) * shape.layers * CPU_S_PER_LAYER / 2
-        return {"reading": reading / rate, "answers": writing + batches, "speed": speed if answers else 0.0}
+        # a GGUF file's blocks are dequantized for every pass, however many rows it has
+        blocks = GGUF_DEQUANTIZED * shape.linear_parameters if found.precision == "gguf" else 0.0
+        each = blocks / (1e9 * CPU_GB_S_PER_CORE * machine.host.cpus)
+        return {
+            "reading": reading / rate + math.ceil(rows / found.batch_size) * each,
+            "answers": writing + batches + batches * asked.max_new_tokens * each,
+            "speed": speed + sum(SPEED_TOKENS) * each if answers else 0.0,
+        }
     gpu = machine.gpu
     # a batch pays once for what does not grow with its rows: dequantized weights, and layers copied from the host
     moved = {"nf4": DEQUANTIZED, "gptq": DEQUANTIZED, "gguf": GGUF_DEQUANTIZED}.get(found.precision, 0.0)

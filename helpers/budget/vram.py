@@ -28,13 +28,13 @@ def weights(config: RunConfig, shape: ModelShape) -> Parts:
     """Bytes of the frozen base, or in full fine-tuning of all weights, which are trained in fp32.
 
     NF4: half a byte a weight, and a scale for each block of 64 (QLoRA, section 3).
-    The scale is 4 bytes; with double quantization 1 byte, and 4 bytes for each 256 of those. The experts of a mixture
-    stay in 16 bits: transformers 5 holds a layer's in one tensor, and bitsandbytes takes linear layers only.
+    The scale is 4 bytes; with double quantization 1 byte, and 4 bytes for each 256 of those. Experts that are no linear
+    layers (models/experts.py takes most families' apart) stay in 16 bits: bitsandbytes takes linear layers only.
     """
     if config.train.trains == "all":
         return {"32-bit weights": FULL * shape.parameters}
     rest = shape.embedding_parameters + shape.small_parameters
-    experts = {"experts in 16 bits": shape.expert_parameters * HALF} if shape.experts > 1 else {}
+    experts = {"experts in 16 bits": shape.expert_parameters * HALF} if shape.expert_parameters else {}
     name, width = ("32-bit weights", FULL) if config.model.upcast else ("16-bit weights", HALF)
     unquantized = {name: rest * width}
     if config.model.weights == "fp16":
@@ -43,8 +43,8 @@ def weights(config: RunConfig, shape: ModelShape) -> Parts:
         return {"16-bit weights": shape.parameters * HALF}
     quantized = shape.linear_parameters - shape.expert_parameters
     if config.model.weights == "int8":  # a scale a row (LLM.int8(), https://arxiv.org/abs/2208.07339)
-        taken = [name for name in shape.linears if shape.copies(name) == 1]
-        rows = shape.layers * sum(shape.linears[name][1] for name in taken)
+        taken = [name for name in shape.linears if shape.copies(name) == 1 or shape.family.apart]
+        rows = shape.layers * sum(shape.linears[name][1] * shape.copies(name) for name in taken)
         return {"8-bit weights": quantized, "quantization scales": rows * FULL, **unquantized, **experts}
     blocks = quantized / 64
     scales = blocks * (1 + FULL / 256) if config.model.double_quant else blocks * FULL

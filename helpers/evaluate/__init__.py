@@ -10,13 +10,13 @@ small GPU (budget/placement.py). What cannot be opened so has no figures and no 
 
 import json
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from helpers import hardware
 from helpers.budget import host, placement
@@ -24,24 +24,23 @@ from helpers.budget.placement import Evaluation, Placement
 from helpers.config import RunConfig
 from helpers.evaluate import cost, metrics, perplexity
 from helpers.evaluate import report as report_pages
-from helpers.evaluate.perplexity import Perplexity, read_items, read_jsonl, rows_in
+from helpers.evaluate.perplexity import Item, Perplexity, read_items, read_jsonl, rows_in
 from helpers.evaluate.tasks import run_tasks
 from helpers.hardware import Machine
 from helpers.inference import (
     Generation,
     Loaded,
-    base_of,
     batch_generate,
     kind,
     load,
     open_tokenizer,
     pinned,
-    read_config,
+    shape_of,
 )
-from helpers.models import ModelShape, gguf_engine, gguf_header, shape_from_config
+from helpers.models import gguf_engine, gguf_header
 from helpers.models.gpu import free_memory, gives_back
 from helpers.models.methods import METHODS
-from helpers.show import plots
+from helpers.show import bars, plots
 from helpers.workspace import MANIFEST, building, read_manifest, write_text
 from helpers.workspace.prepared import scored, with_own_questions
 
@@ -77,14 +76,16 @@ def evaluate(
     evidence: dict[str, Evidence] = {}
     named = {name: Path(path) for name, path in models.items()}
     with building(output, "evaluate", config, {**named, "data": data}) as stage:
-        for name, path in (bar := tqdm(models.items(), unit="model")):
-            bar.set_description(name)
+        for number, (name, path) in enumerate(models.items(), 1):
             place = planned.places[name]
             if place.problem:
                 report[name] = left_out(path, place)
                 continue
             some = prompts if place.answers else []
-            report[name], evidence[name] = evaluate_one(path, config, data, some, questions is not None, machine)
+            with bars.bar(f"{name}, {number} of {len(models)}", texts + len(some)) as bar:
+                report[name], evidence[name] = evaluate_one(
+                    path, config, data, some, questions is not None, machine, bar
+                )
             report[name]["against"] = {
                 other: compare_models(evidence[name], evidence[other]) for other in evidence if other != name
             }
@@ -114,12 +115,6 @@ def plan(models: dict[str, str | Path], config: RunConfig, machine: Machine, cou
     for note in planned.notes:
         print(f"{note}.")
     return planned
-
-
-def shape_of(path: str | Path, config: RunConfig) -> ModelShape:
-    """The shape of a model, of an adapter its base's."""
-    source = base_of(Path(path), config) if kind(path) == "adapter" else path
-    return shape_from_config(read_config(source), str(source))
 
 
 def stored_bytes(path: str | Path) -> int:
@@ -249,23 +244,31 @@ def evaluate_one(
     data: Path,
     prompts: list[dict[str, Any]],
     exact: bool,
-    machine: Machine | None = None,
+    machine: Machine | None,
+    bar: Any,
 ) -> tuple[dict[str, Any], Evidence]:
-    """Load one model, measure everything, give its memory back; without prompts no answers and no speed."""
+    """Load one model, measure everything, give its memory back; without prompts no answers and no speed.
+
+    bar: moves with every text that is read, and every question that is answered.
+    """
     asked = config.evaluate
     entry: dict[str, Any] = {"path": str(path)}
     with cost.peak_memory() as peaks:
+        bar.set_postfix_str("opening")
         loaded = load(path, config, machine)
         started = time.perf_counter()
+        bar.set_postfix_str("perplexity")
         read = perplexity.perplexity(
             loaded,
-            read_items(data, loaded.tokenizer, asked.max_heldout),
+            counted(read_items(data, loaded.tokenizer, asked.max_heldout), bar),
             min(asked.eval_context, loaded.context),
             min(asked.eval_stride, asked.eval_context),
             loaded.placement.batch_size,
             config.seed,
         )
-        answers = ask(loaded, prompts, config)
+        bar.set_postfix_str("answers")
+        answers = ask(loaded, prompts, config, bar.update)
+        bar.set_postfix_str("")
     entry |= {"kind": loaded.kind, "loaded_as": loaded.how, "load_s": loaded.load_s} | peaks
     entry |= sizes(path, loaded) | (cost.speed(loaded) if prompts else {})
     if loaded.placement.away:  # its copies from the host are no kernels, but nothing runs beside them
@@ -304,11 +307,21 @@ def predictions(
     return {f"predicted_{name}": size for name, size in needs.items() if name not in unmeasured}
 
 
-def ask(loaded: Loaded, prompts: list[dict[str, Any]], config: RunConfig) -> list[Generation]:
-    """Greedy answers, each to its question in a conversation of its own."""
+def counted(items: Iterable[Item], bar: Any) -> Iterator[Item]:
+    """The items; a bar moves on with each."""
+    for item in items:
+        yield item
+        bar.update()
+
+
+def ask(
+    loaded: Loaded, prompts: list[dict[str, Any]], config: RunConfig, each: Callable[[int], Any]
+) -> list[Generation]:
+    """Greedy answers, each to its question in a conversation of its own; each: called with how many came."""
     asked = config.evaluate
     chats = [[{"role": "user", "content": row["question"]}] for row in prompts]
-    return batch_generate(loaded, chats, asked.max_new_tokens, loaded.placement.batch_size) if chats else []
+    batch_size = loaded.placement.batch_size
+    return batch_generate(loaded, chats, asked.max_new_tokens, batch_size, each=each) if chats else []
 
 
 def sizes(path: str | Path, loaded: Loaded) -> dict[str, Any]:

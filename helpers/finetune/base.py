@@ -5,12 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from helpers.config import RunConfig
 from helpers.models import families, loading, shape
@@ -30,7 +25,7 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     if config.train.trains == "all":
         raise ValueError("trains=all is budgeted but not there yet: leave it at adapter")
     dtype = precision().dtype
-    model = AutoModelForCausalLM.from_pretrained(
+    model = loading.causal_lm(
         config.model.model,
         revision=config.model.revision,
         quantization_config=loading.base_quantization(config, dtype),

@@ -139,6 +139,7 @@ def build_trainer(
         theirs = losses.forward_loss(causal_lm, sample, dtype)
     losses.install(causal_lm, asked.loss)
     custom_layers, layers_reason = choose_layers(model, config)
+    routed = getattr(causal_lm.config, "output_router_logits", None)
     arguments = training_arguments(config, saves, math.ceil(len(plan) / asked.accumulation), accumulation, evaluates)
     arguments.activation_offloading = asked.offload_activations and not custom_layers and torch.cuda.is_available()
     trainer = FineTuner(
@@ -158,6 +159,8 @@ def build_trainer(
         ),
     )
     trainable_to_fp32(trainer.model)  # trl has just cast them
+    if routed is not None:  # trl asks every mixture for its router's logits; here config.json decides
+        causal_lm.config.output_router_logits = routed
     if torch.cuda.is_available() and "8bit" in asked.optimizer:
         trainer.optimizer = eight_bit_optimizer(trainer.model, config)
     trainer.remove_callback(PrinterCallback)

@@ -89,8 +89,8 @@ class ModelShape:
 
     @property
     def expert_parameters(self) -> int:
-        """Weights that transformers holds as one tensor a layer: bitsandbytes leaves them in 16 bits; 0 if dense."""
-        if self.experts == 1:
+        """Weights of experts that one tensor a layer holds: bitsandbytes leaves them in 16 bits; 0 where none does."""
+        if self.experts == 1 or self.family.apart:
             return 0
         each = sum(inputs * outputs for name, (inputs, outputs) in self.linears.items() if name in families.MLP)
         return (self.layers - self.family.dense_layers) * self.experts * each
@@ -208,6 +208,8 @@ TIED = {"tie_word_embeddings": True}
 V01 = known("mistral-7b-v0.1", "mistral", (32, 4096, 14336, 32, 8, 128, 32000, 32768), sliding_window=4096)
 V02 = replace(V01, name="mistral-7b-v0.2", sliding_window=None)
 V03 = replace(V02, name="mistral-7b-v0.3", vocab=32768)
+MIXTRAL = known("mixtral-8x7b", "mixtral", (32, 4096, 14336, 32, 8, 128, 32000, 32768))
+NEMO = known("mistral-nemo-12b", "mistral", (40, 5120, 14336, 32, 8, 128, 131072, 131072))
 KNOWN = {
     "mistralai/Mistral-7B-v0.1": V01,
     "mistralai/Mistral-7B-Instruct-v0.1": V01,
@@ -217,7 +219,21 @@ KNOWN = {
     "mistralai/Mistral-Small-24B-Base-2501": known(
         "mistral-small-24b", "mistral", (40, 5120, 32768, 32, 8, 128, 131072, 32768)
     ),
-    "mistralai/Mixtral-8x7B-v0.1": known("mixtral-8x7b", "mixtral", (32, 4096, 14336, 32, 8, 128, 32000, 32768)),
+    "mistralai/Mixtral-8x7B-v0.1": MIXTRAL,
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": MIXTRAL,
+    "mistralai/Mistral-Nemo-Base-2407": NEMO,
+    "mistralai/Mistral-Nemo-Instruct-2407": NEMO,
+    "Qwen/Qwen3-8B": known("qwen3-8b", "qwen3", (36, 4096, 12288, 32, 8, 128, 151936, 40960)),
+    "Qwen/Qwen3-14B": known("qwen3-14b", "qwen3", (40, 5120, 17408, 40, 8, 128, 151936, 40960)),
+    "Qwen/Qwen3-30B-A3B": known(
+        "qwen3-30b-a3b",
+        "qwen3_moe",
+        (48, 2048, 6144, 32, 4, 128, 151936, 40960),
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    ),
+    "microsoft/phi-4": known("phi-4", "phi3", (40, 5120, 17920, 40, 10, 128, 100352, 16384)),
     "meta-llama/Llama-2-7b-hf": known("llama-2-7b", "llama", (32, 4096, 11008, 32, 32, 128, 32000, 4096)),
     "meta-llama/Llama-3.1-8B": known("llama-3.1-8b", "llama", (32, 4096, 14336, 32, 8, 128, 128256, 131072)),
     "meta-llama/Llama-3.2-1B": known("llama-3.2-1b", "llama", (16, 2048, 8192, 32, 8, 64, 128256, 131072), **TIED),

@@ -3,7 +3,8 @@
 import json
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from helpers.models.stored import UnusableModel, read_header
@@ -37,10 +38,21 @@ class Adapter:
 
     folder: Path
     modules: dict[str, float]
-    """Module, as the base names it -> what multiplies BA."""
+    """Module, as its base's files name it -> what multiplies BA."""
     dora: bool
     shapes: dict[str, tuple[int, ...]]
     """Key in the adapter's file -> shape."""
+    named: dict[str, str] = field(default_factory=dict)
+    """Module, as the base's files name it -> as the adapter's does, where that differs."""
+
+    def key(self, module: str, part: str) -> str:
+        """The key in the adapter's file of a module's A, B or magnitudes (`PARTS`)."""
+        return PREFIX + self.named.get(module, module) + part
+
+    def as_stored(self, stored: Callable[[str], str]) -> "Adapter":
+        """The same, its modules by other names."""
+        named = {stored(f"{module}.weight").removesuffix(".weight"): module for module in self.modules}
+        return replace(self, modules={name: self.modules[module] for name, module in named.items()}, named=named)
 
 
 def read_adapter(folder: Path) -> Adapter:

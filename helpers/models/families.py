@@ -65,7 +65,11 @@ class Kind:
     logit_cap: str = ""
     attention_cap: str = ""
     experts: bool = False
-    """A mixture of experts; its MLPs are counted, but one tensor a layer holds them all."""
+    """A mixture of experts."""
+    apart: bool = False
+    """Its experts are opened as linear layers (models/experts.py); where not, one tensor a layer holds them all."""
+    adapted: bool = False
+    """Adapters on experts, too: PEFT rewrites targets of the names that other families have, and attaches nothing."""
     expert_size: str = "intermediate_size"
     shared_size: str = ""
     shared_experts: str = ""
@@ -215,8 +219,11 @@ KINDS: dict[str, Kind] = {
             "num_experts_per_tok": 2,
             "max_position_embeddings": 131072,
         },
+        own=True,
         window=True,
         experts=True,
+        apart=True,
+        adapted=True,
     ),
     "qwen3_moe": Kind(
         {
@@ -231,6 +238,7 @@ KINDS: dict[str, Kind] = {
         head_norms="each",
         window=True,
         experts=True,
+        apart=True,
         expert_size="moe_intermediate_size",
     ),
     "qwen2_moe": Kind(
@@ -248,6 +256,7 @@ KINDS: dict[str, Kind] = {
         window=True,
         hands_window=False,
         experts=True,
+        apart=True,
         expert_size="moe_intermediate_size",
         shared_size="shared_expert_intermediate_size",
         shared_gate=True,
@@ -257,6 +266,7 @@ KINDS: dict[str, Kind] = {
         biases={"attention_bias": QKVO},
         head_norms="all",
         experts=True,
+        apart=True,
     ),
     "granitemoe": Kind(
         {"num_local_experts": 8, "num_experts_per_tok": 2},
@@ -278,6 +288,7 @@ KINDS: dict[str, Kind] = {
         head_norms="each",
         head_norms_if="use_qk_norm",
         experts=True,
+        apart=True,
         expert_size="moe_intermediate_size",
         shared_size="moe_intermediate_size",
         shared_experts="n_shared_experts",
@@ -304,7 +315,7 @@ class Family:
     model_type: str
     linears: tuple[str, ...] = GATED
     targets: tuple[str, ...] = GATED
-    """Linear layers that an adapter can change: without those of experts."""
+    """Linear layers that an adapter can change."""
     norms: int = 2
     head_norms: bool = False
     layer_vectors: int = 0
@@ -312,6 +323,8 @@ class Family:
     last_vectors: int = 0
     """Those behind the last layer."""
     experts: int = 1
+    apart: bool = False
+    """Experts are linear layers, each by itself."""
     experts_per_token: int = 1
     expert_size: int = 0
     shared_size: int = 0
@@ -381,12 +394,13 @@ def of(config: Mapping[str, Any]) -> Family:
     return Family(
         model_type=model_type,
         linears=kind.linears,
-        targets=QKVO if kind.experts else kind.linears,
+        targets=kind.linears if kind.adapted or not kind.experts else QKVO,
         norms=kind.norms,
         head_norms=normed,
         layer_vectors=kind.norms * norm + head_norms + sum(sizes[name][1] for name in biases),
         last_vectors=norm,
         experts=count,
+        apart=kind.apart,
         experts_per_token=(config.get("num_experts_per_tok") or 1) if kind.experts else 1,
         expert_size=(config.get(kind.expert_size) or 0) if kind.experts else 0,
         shared_size=shared * ((config.get(kind.shared_experts) or 0) if kind.shared_experts else 1),
@@ -411,6 +425,12 @@ def not_own(kind: Kind, config: Mapping[str, Any]) -> str:
         return f"our own layers are those of {', '.join(OWN)}, not of {config['model_type']}"
     if config.get("hidden_act", "silu") != "silu":
         return f"our own layers know SiLU, and config.json says hidden_act={config['hidden_act']}"
+    if config.get("router_jitter_noise"):
+        return f"our own layers know no router_jitter_noise, and config.json says {config['router_jitter_noise']}"
+    if config.get("output_router_logits"):
+        return (
+            "the router's auxiliary loss (output_router_logits in config.json) needs logits that ours do not give out"
+        )
     if config.get("attention_dropout"):
         return f"our own layers know no attention_dropout, and config.json says {config['attention_dropout']}"
     return ""
@@ -507,10 +527,12 @@ def refuse(family: Family, name: str, targets: tuple[str, ...]) -> None:
     unknown = [target for target in targets if target not in family.targets]
     if not unknown:
         return
-    groups = {"all-linear": GATED, "attention": QKVO}
+    groups = {"all-linear": GATED, "attention": QKVO} | ({"experts": MLP_TARGETS} if family.experts > 1 else {})
     words = [word for word, group in groups.items() if {*group} <= {*family.targets}]
     *some, last = [*family.targets, *words]
     why = ""
     if family.experts > 1 and unknown[0] in family.linears:
         why = f": one tensor holds all {family.experts} experts of a layer, and no adapter changes a part of it"
+        if family.apart:
+            why = f": PEFT takes that name of a {family.model_type} for another tensor, and would attach nothing"
     raise ValueError(f"targets must be among {', '.join(some)} or {last} for {name}, not {unknown[0]}{why}")

@@ -8,6 +8,7 @@
 'nf4'
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from helpers.config import RunConfig
@@ -63,6 +64,41 @@ def base_quantization(config: RunConfig, dtype: Any, storage: Any = None) -> Any
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=storage,
     )
+
+
+def opener(config: Any) -> Any:
+    """The class whose from_pretrained opens a model of a transformers config: a mixture's has linear experts."""
+    from transformers import AutoModelForCausalLM
+
+    from helpers.models import experts
+
+    return experts.class_of(config.model_type) or AutoModelForCausalLM
+
+
+def causal_lm(source: str | Path, **options: Any) -> Any:
+    """The causal LM of a folder or a hub id, every weight from its files; options as from_pretrained's.
+
+    Raises ValueError naming the first weight that is missing, too many or of another shape: transformers makes up what
+    it misses at random, and says so in a table among others.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source, revision=options.get("revision"))
+    model, found = opener(config).from_pretrained(
+        source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )  # transformers' own error for sizes is a table
+    wrong = {
+        "has no": found["missing_keys"],
+        "has more weights than the model takes, such as": found["unexpected_keys"],
+        "has another shape of": {name for name, *_ in found["mismatched_keys"]},
+    }
+    for words, names in wrong.items():
+        if names:
+            raise ValueError(
+                f"{source} {words} {min(names)} ({len(names)} such): it is not what its config.json says, and would "
+                "compute something else; download or make the folder again"
+            )
+    return model
 
 
 def attention_implementation(family: Family, asked: str) -> str:

@@ -24,10 +24,13 @@ def device_map(source: str, away: int, placed: str) -> dict[str, str]:
     A name in a map also stands for those that begin with it, layers.3 for layers.31 too, unless the longer is there.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    from helpers.models import loading
+
+    config = AutoConfig.from_pretrained(source)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        model = loading.opener(config).from_config(config)
     layers = list(model.get_decoder().layers)
     return dict(places(model, layers[: len(layers) - away], layers[len(layers) - away :], placed))
 

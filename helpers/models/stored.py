@@ -35,7 +35,7 @@ class Stored:
         return math.prod(self.shape)
 
 
-def read_config(folder: Path) -> dict:
+def unquantized_config(folder: Path) -> dict:
     """A model's config.json. Raises UnusableModel when there is none, or the model is quantized already."""
     path = folder / "config.json"
     if not path.is_file():
@@ -71,7 +71,7 @@ def stored_tensors(folder: Path, freed: list[Stored] = ()) -> list[Stored]:
 
     freed: tensors of shards that an interrupted merge has deleted after it was done with them.
     """
-    read_config(folder)
+    unquantized_config(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         place = json.loads(index.read_text(encoding="utf-8"))["weight_map"]

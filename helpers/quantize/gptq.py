@@ -27,7 +27,12 @@ BATCH_TOKENS = 4096
 
 
 def refuse(sizes: ModelShape, config: QuantizeConfig) -> None:
-    """Raises ValueError when a layer's input width is no multiple of the group size."""
+    """Raises ValueError for a mixture of experts, or when a layer's input width is no multiple of the group size."""
+    if sizes.experts > 1:
+        raise ValueError(
+            f"{sizes.name} is a mixture of {sizes.experts} experts, whose layers GPTQ here does not know: evaluate and "
+            "serve the adapter on its base in NF4, which is as small"
+        )
     widths = {name: inputs for name, (inputs, _) in sizes.linears.items()}
     odd = [name for name, width in widths.items() if config.group_size > 0 and width % config.group_size]
     if odd:

@@ -24,6 +24,7 @@ from helpers.models.methods import METHODS as RECORDS
 from helpers.models.stored import for_all_readers
 from helpers.models.templates import hand_on
 from helpers.quantize import check
+from helpers.show import bars
 from helpers.workspace import write_text
 
 PR_SET_PDEATHSIG = 1
@@ -40,18 +41,16 @@ def run(job: dict, method: ModuleType, sizes: ModelShape, log: Path) -> dict:
     job: model, output, config and rows; with check_rows the result is then opened as its users do, asked a question,
     and held against the model. Raises QuantizationFailed.
     """
-    from tqdm.auto import tqdm
-
     modules: list[dict] = []
     figures: dict = {}
     title = RECORDS[job["config"]["quant_method"]].title
     with (
         closing(worker(job, log, method.environment())) as messages,
-        tqdm(total=sizes.layers * len(sizes.linears), unit="module", desc=title) as bar,
+        bars.bar(f"{title}, modules", sizes.layers * len(sizes.linears)) as bar,
     ):
         for message in messages:
             if "said" in message:
-                tqdm.write(message["said"])
+                bar.write(message["said"])
             elif "module" in message:
                 modules.append(message)
                 bar.update()

@@ -16,8 +16,8 @@ from helpers import hardware
 from helpers.budget import host, placement
 from helpers.config import RunConfig
 from helpers.hardware import Machine
-from helpers.inference import Loaded, base_of, generation_config, kind, load, pinned, read_config
-from helpers.models import ModelShape, shape_from_config
+from helpers.inference import Loaded, generation_config, kind, load, pinned, shape_of
+from helpers.models import ModelShape
 from helpers.serve.asked import Refused
 
 GIB = 2**30
@@ -159,29 +159,31 @@ def blocks_for(loaded: Loaded, page: int, machine: Machine | None = None) -> int
 
     machine: as it is once the weights lie in it, default this one now. Raises ValueError when it has room for too few.
     """
-    machine = machine or hardware.probe()
-    on_card = loaded.model.device.type == "cuda"
-    free_gib = machine.allocator_gib if on_card else machine.host.ram_gib
-    room_gib = free_gib * CACHE_SHARE["cuda" if on_card else "cpu"]
-    token_gib = bytes_a_token(loaded.model) / GIB
-    room = int(room_gib / token_gib) // page
+    tokens, token_gib = room_tokens(loaded, machine or hardware.probe()), bytes_a_token(loaded.model) / GIB
+    room = tokens // page
     fewest = -(-min(FEWEST_TOKENS, loaded.context) // page)
     if room < fewest:
+        place = "card" if loaded.model.device.type == "cuda" else "memory"
         raise ValueError(
-            f"{loaded.path} leaves {room_gib:.2f} GiB for keys and values and a conversation of {fewest * page} tokens "
-            f"needs {fewest * page * token_gib:.2f}: end what else uses the {'card' if on_card else 'memory'}, or "
+            f"{loaded.path} leaves {tokens * token_gib:.2f} GiB for keys and values and a conversation of "
+            f"{fewest * page} tokens needs {fewest * page * token_gib:.2f}: end what else uses the {place}, or "
             "serve the model in 4 bits"
         )
     return min(room, AT_ONCE * -(-loaded.context // page))
+
+
+def room_tokens(loaded: Loaded, machine: Machine) -> int:
+    """Tokens whose keys and values have room beside the weights. machine: as it is once those lie in it."""
+    on_card = loaded.model.device.type == "cuda"
+    free_gib = machine.allocator_gib if on_card else machine.host.ram_gib
+    return int(free_gib * CACHE_SHARE["cuda" if on_card else "cpu"] * GIB / bytes_a_token(loaded.model))
 
 
 def opened(path: str, config: RunConfig, machine: Machine | None = None) -> Loaded:
     """A model folder opened for serving. Raises ValueError with one sentence when it is none, or does not fit."""
     machine = machine or hardware.probe()
     name = pinned(path, config)
-    what = kind(name)
-    source = base_of(name, config) if what == "adapter" else str(name)
-    refuse_what_does_not_fit(path, what, config, shape_from_config(read_config(source), source), machine)
+    refuse_what_does_not_fit(path, kind(name), config, shape_of(name, config), machine)
     return load(path, config)
 
 

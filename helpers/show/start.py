@@ -89,7 +89,8 @@ def words(config: RunConfig, shape: ModelShape, prepared: Mapping[str, Any], nee
     count = shape.parameters
     size = f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.0f} million"
     steps = steps_of(config, made["train_rows"])
-    took = f", about {duration(steps * needs.time.step_s / 3600)}" if needs.machine.gpu else ""
+    hours = steps * needs.time.step_s / 3600 + needs.time.parts.get(budget.LOOKING, 0.0)
+    took = f", about {duration(hours)}" if needs.machine.gpu else ""
     facts = [
         f"rank {config.adapter.rank}",
         f"alpha {config.adapter.alpha:g}",

@@ -46,6 +46,7 @@ from helpers.workspace.stages import exclusive as exclusive
 from helpers.workspace.stages import refuse_output as refuse_output
 from helpers.workspace.stages import require as require
 from helpers.workspace.versions import version_table as version_table
+from helpers.workspace.whole import FINISHED as FINISHED
 from helpers.workspace.whole import MANIFEST as MANIFEST
 from helpers.workspace.whole import NOTEBOOKS as NOTEBOOKS
 from helpers.workspace.whole import SCRATCH as SCRATCH
@@ -59,6 +60,7 @@ from helpers.workspace.whole import entries as entries
 from helpers.workspace.whole import harm as harm
 from helpers.workspace.whole import identify as identify
 from helpers.workspace.whole import read_manifest as read_manifest
+from helpers.workspace.whole import recover as recover
 from helpers.workspace.whole import seal as seal
 from helpers.workspace.whole import text_checksum as text_checksum
 from helpers.workspace.whole import unseal as unseal

@@ -43,11 +43,11 @@ def start(run: Workspace, config: RunConfig, where: str = "", **given: Any) -> R
     """Where a notebook starts: the profile's configuration, then what was chosen last, then what is given.
 
     where: who asks. What it gives comes first, unless a slider was moved there while it gave the same: the slider is
-    the later word. given: settings by name; None leaves a setting as it was. Says what comes from the last choice.
-    Raises ValueError for a setting or a file that cannot be used, StorageError when the file may be there and cannot
-    be read.
+    the later word. given: settings by name; None, and a form's empty line, leave a setting as it was. Says what comes
+    from the last choice. Raises ValueError for a setting or a file that cannot be used, StorageError when the file may
+    be there and cannot be read.
     """
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value not in (None, "")}
     path, content = newest(run)
     if content and content.get("profile", config.profile) == config.profile:
         over = overruled(content, where)

@@ -52,6 +52,18 @@ def lasting_place() -> Path | None:
     return Path(named) if named else None
 
 
+def mount_drive() -> None:
+    """Mount Google Drive in Colab, which asks the reader for leave; says so when there was none, and goes on."""
+    if lasting_store() is not None:
+        return
+    try:
+        from google.colab import drive
+
+        drive.mount("/content/drive")
+    except Exception as error:  # Colab's own kinds, and none of them is a reason not to train
+        print(f"Drive was not mounted ({files.reason(error)})")
+
+
 def lasting_twin(folder: Path) -> Path | None:
     """Where a stage's folder is kept for good, when its run has such a place.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from helpers.config import RunConfig, from_tree
 from helpers.profiles import ROOT
 from helpers.workspace.files import write_text
-from helpers.workspace.lasting import LASTING, fetch, keep_copy, lasting_store, place, unkept
+from helpers.workspace.lasting import LASTING, fetch, keep_copy, lasting_store, mount_drive, place, unkept
 from helpers.workspace.stages import require
 from helpers.workspace.whole import MANIFEST, NOTEBOOKS, read_manifest
 
@@ -25,12 +25,15 @@ class Workspace:
         return self.root / stage
 
 
-def open_run(config: RunConfig, workspace: str | Path | None = None) -> Workspace:
+def open_run(config: RunConfig, workspace: str | Path | None = None, use_drive: bool = False) -> Workspace:
     """The run's folder: `workspace`, or runs/<profile> on this machine's disk.
 
-    On Colab with Drive mounted, or with RECIPES_LASTING=folder in the environment, the run also gets a lasting twin
-    there; says where both are. Finished stages that are not whole there yet are copied now.
+    use_drive: in Colab, mount Google Drive first. On Colab with Drive mounted, or with RECIPES_LASTING=folder in the
+    environment, the run also gets a lasting twin there; says where both are. Finished stages that are not whole there
+    yet are copied now.
     """
+    if use_drive and place() == "colab":
+        mount_drive()
     run = Workspace(Path(workspace) if workspace else home() / "runs" / config.profile)
     run.root.mkdir(parents=True, exist_ok=True)
     store = lasting_store()

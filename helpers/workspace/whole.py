@@ -40,6 +40,8 @@ SCRATCH = "checkpoints"
 CARD = "README.md"
 DATA_FILES = (".safetensors", ".arrow", ".jsonl")
 """What makes an artifact what it is; logs, figures and notes beside it may differ."""
+FINISHED = "the finished stage's data"
+"""What an input is known by that a stage of ours finished."""
 Entries = Mapping[str, dict[str, Any]]
 """A file's name in its folder -> its size_bytes and sha256."""
 
@@ -191,7 +193,7 @@ def identify(path: Path) -> dict[str, Any]:
         outputs = read_manifest(path)["outputs"]
         data = {name: known["sha256"] for name, known in outputs.items() if name.endswith(DATA_FILES)}
         data = data or {name: known["sha256"] for name, known in outputs.items()}
-        return {"sha256": text_checksum(data), "of": "the finished stage's data"}
+        return {"sha256": text_checksum(data), "of": FINISHED}
     if path.is_file():
         return {"sha256": checksum(path), "of": "the file"}
     if path.is_dir():

@@ -30,18 +30,20 @@ def config_of(name: str = SHAPE, layers: int | None = None):
         sizes.family.model_type, vocab_size=sizes.vocab, hidden_size=sizes.hidden, head_dim=sizes.head_dim,
         intermediate_size=sizes.intermediate, num_hidden_layers=layers or sizes.layers, rms_norm_eps=1e-5,
         num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads, tie_word_embeddings=sizes.tied,
-        max_position_embeddings=32768, rope_theta=1e6, bos_token_id=1, eos_token_id=2, dtype="float16", **window,
+        max_position_embeddings=32768, rope_theta=1e6, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0, dtype="float16", **window,
     )  # fmt: skip
 
 
 def tensors_of(config) -> dict[str, tuple[int, ...]]:
-    """Tensor -> its shape, as transformers names them: (out, in) of matrices."""
+    """Tensor -> its shape, as the modules that are trained here name them: (out, in) of matrices."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from helpers.models import loading
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    config.architectures = [type(model).__name__]
+        model = loading.opener(config).from_config(config)
+    config.architectures = [type(model).__name__.removeprefix("Apart")]
     return {name: tuple(value.shape) for name, value in model.named_parameters()}
 
 
@@ -78,11 +80,14 @@ def write(folder: Path, config, stored: Callable[[str, tuple[int, ...]], dict]) 
     import torch
     from safetensors.torch import save_file
 
+    from helpers.models.experts import stored_name
+
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     places: dict[str, str] = {}
     for number, (_, group) in enumerate(groupby(tensors_of(config).items(), key=lambda item: layer_of(item[0])), 1):
-        tensors = {key: value.cpu().contiguous() for item in group for key, value in stored(*item).items()}
+        made = {key: value for item in group for key, value in stored(*item).items()}
+        tensors = {stored_name(key, config.model_type): value.cpu().contiguous() for key, value in made.items()}
         places |= dict.fromkeys(tensors, file := f"model-{number:05}.safetensors")
         save_file(tensors, folder / file, {"format": "pt"})
     index = {"metadata": {}, "weight_map": places}
@@ -169,6 +174,31 @@ def make_gptq(folder: Path, name: str = SHAPE, layers: int | None = None) -> Pat
     write(folder, config, packed)
     (folder / "quantize_config.json").write_text(json.dumps(settings), encoding="utf-8")
     whole = config.to_dict() | {"quantization_config": settings, "torch_dtype": "float16"}
+    (folder / "config.json").write_text(json.dumps(whole), encoding="utf-8")
+    make_tokenizer(folder, config.vocab_size)
+    return folder
+
+
+def make_nf4(folder: Path, name: str = SHAPE, layers: int | None = None) -> Path:
+    """A folder of the shape in NF4 with double quantization, as bitsandbytes stores it: no 16-bit model is needed."""
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+
+    config = config_of(name, layers)
+
+    def packed(name: str, size: tuple[int, ...]) -> dict:
+        """Codes and scales of a matrix of a decoder layer; a router stays as it is."""
+        tensors = plain(name, size)
+        if ".layers." not in name or len(size) == 1 or name.endswith(".gate.weight"):
+            return tensors
+        codes, state = quantize_4bit(tensors[name], quant_type="nf4", compress_statistics=True)
+        return {name: codes} | {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+
+    write(folder, config, packed)
+    how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    how |= {"bnb_4bit_compute_dtype": "float16", "quant_method": "bitsandbytes"}
+    dtype = "float16" if torch.cuda.is_available() else "float32"
+    whole = config.to_dict() | {"quantization_config": how, "dtype": dtype}
     (folder / "config.json").write_text(json.dumps(whole), encoding="utf-8")
     make_tokenizer(folder, config.vocab_size)
     return folder

@@ -511,3 +511,25 @@ def test_a_run_fits_kaggles_disk_and_not_the_20_gb_that_kaggle_keeps():
     for stage in ("quantize", "run"):
         (reason,) = budget.budget(seven(checkpointing="all"), SEVEN, kept, stage).reasons
         assert "keeps 18.6 there" in reason and "/kaggle/temp" in reason and "RECIPES_LASTING" in reason
+
+
+def test_looks_at_held_out_conversations_are_counted_with_the_hours_and_cost_no_memory():
+    shape, card = models.shape("mistral-7b-v0.3"), hardware.machine("t4")
+    config = models.profile("mistral-7b")
+    once, often = (budget.budget(config.with_values(eval_steps=steps), shape, card) for steps in (None, 20))
+    looks = 1 + once.time.steps // 20
+    assert looks > 5
+    assert often.time.parts[budget.LOOKING] == pytest.approx(looks * once.time.parts[budget.LOOKING])
+    assert often.time.total_h - once.time.total_h == pytest.approx((looks - 1) * once.time.parts[budget.LOOKING])
+    assert often.vram == once.vram
+    none = budget.budget(config.with_values(heldout_fraction=0.0), shape, card)
+    assert none.time.parts.get(budget.LOOKING, 0.0) == 0.0
+
+
+def test_a_gguf_file_s_blocks_are_paid_for_at_every_pass_on_a_cpu_too():
+    config, machine = models.profile("tiny"), hardware.machine("none")
+    shape = models.shape(config.model.model)
+    plain, packed = (placement.place(kind, config, shape, machine, 2**20) for kind in ("model", "gguf"))
+    for part in ("reading", "answers", "speed"):
+        least = hours.evaluation_s(config, shape, machine, plain)[part]
+        assert least < hours.evaluation_s(config, shape, machine, packed)[part] < 4 * least, part

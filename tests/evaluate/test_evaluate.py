@@ -27,6 +27,7 @@ from helpers.budget.placement import Placement
 from helpers.evaluate import cost, judge, metrics, perplexity, report, tasks
 from helpers.evaluate.perplexity import Item, read_items
 from helpers.models import ROOT, TINY, loading, profile, shape
+from helpers.show import bars
 from helpers.workspace import building, require
 
 CONFIG = profile("tiny")
@@ -299,7 +300,14 @@ def finished(folders, tmp_path_factory) -> tuple[Path, dict]:
         shutil.copytree(folders["plain"], stage.folder, dirs_exist_ok=True)
         (stage.folder / "README.md").write_text("old", encoding="utf-8")
     models = {"base": folders["plain"], "again": root / "merge", "gptq": folders["gptq"], "noisy": folders["noisy"]}
-    return root, evaluate.evaluate(models, config, HELDOUT, root / "evaluate")
+    shown, draw = [], bars.bar
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bars, "bar", lambda *arguments: shown.append(draw(*arguments)) or shown[-1])
+        found = evaluate.evaluate(models, config, HELDOUT, root / "evaluate")
+    assert [(bar.desc, bar.n, bar.total) for bar in shown] == [
+        (f"{name}, {number} of 4", 64, 64) for number, name in enumerate(models, 1)
+    ], "a step for each of 40 texts and 24 questions"
+    return root, found
 
 
 def test_a_model_against_itself_shows_no_difference_and_with_noise_is_worse(finished):

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import binomtest
 
 from helpers import budget, hardware, models, prepare
-from helpers.budget import nf4
+from helpers.budget import nf4, vram
 from helpers.models import ROOT, TINY, profile
 from helpers.show import figures
 
@@ -74,3 +74,13 @@ def test_every_notebook_has_two_exercises_and_names_what_to_read(number):
     text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
     assert answers(number)
     assert len(re.findall(r"\]\(https://", text.partition("## Further reading")[2])) >= 3
+
+
+def test_notebook_7_a_mixtures_weights_and_its_experts_adapters():
+    shape = models.shape("mixtral-8x7b")
+    parts = vram.weights(profile("mistral-7b"), shape)
+    trained = [profile("tiny", targets=targets).adapter.target_modules for targets in ("attention", "all-linear")]
+    assert answers(7) == [
+        f"{sum(parts.values()) / 2**30:.1f}",
+        *(f"{shape.lora_parameters(16, one):,}" for one in trained),
+    ]

@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import io
+import json
 import re
 import tokenize
 from pathlib import Path
@@ -20,6 +21,7 @@ NAMES = [
     "04_gptq_quantization.ipynb",
     "05_evaluation.ipynb",
     "06_export.ipynb",
+    "07_mixture.ipynb",
 ]
 PROSE_WORDS = 120
 STATEMENTS = (ast.Assign, ast.AugAssign, ast.Import, ast.ImportFrom, ast.For, ast.With, ast.If, ast.Delete, ast.Assert)
@@ -52,7 +54,7 @@ def tagged(notebook, tag):
     return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
 
 
-def test_there_are_these_six_notebooks_and_no_other():
+def test_there_are_these_seven_notebooks_and_no_other():
     assert sorted(path.name for path in FOLDER.glob("*.ipynb")) == NAMES
 
 
@@ -60,7 +62,7 @@ def test_everything_generated_is_current(capsys):
     assert badges.main(["--check"]) == 0, capsys.readouterr().err
 
 
-def test_the_set_up_cell_is_the_same_in_all_six_and_comes_before_any_other_code():
+def test_the_set_up_cell_is_the_same_in_all_seven_and_comes_before_any_other_code():
     sources = set()
     for name in NAMES:
         notebook = nbformat.read(FOLDER / name, as_version=4)
@@ -98,6 +100,26 @@ def test_its_parameters_are_plain_variables_right_after_set_up(name, notebook):
     assert {"profile", "workspace"} <= set(values), "what a headless run sets"
     if name.startswith("03"):
         assert {"rank", "alpha", "learning_rate"} <= set(values), "where the sliders start"
+
+
+def test_its_parameters_are_a_form_in_colab_that_can_hold_what_stands_there(name, notebook):
+    """`# @param` with a list, or with a type; a raw one takes a Python expression, as None and numbers are."""
+    (cell,) = tagged(notebook, "parameters")
+    lines = [line for line in cell.source.splitlines() if not line.startswith("# @")]
+    forms = [re.fullmatch(r"(\w+) = (.+?)  # @param ?(\[.*?\])? ?({.*})?", line) for line in lines]
+    if not any(forms):
+        pytest.skip("its parameters are no form yet")
+    for line, form in zip(lines, forms, strict=True):
+        assert form, f"{line}: every parameter, or none"
+        _, value, choices, settings = form.groups()
+        settings = dict(re.findall(r"([\w-]+): ([\w\"]+)", settings or ""))
+        raw = settings.get("type") == '"raw"'
+        kind = {'"boolean"': bool, '"string"': str}.get(settings.get("type"), str if choices else object)
+        assert raw or isinstance(ast.literal_eval(value), kind), line
+        if choices:
+            offered = json.loads(choices)
+            assert (value if raw else ast.literal_eval(value)) in offered, line
+            assert not raw or [ast.literal_eval(one) for one in offered], line
 
 
 def test_it_defines_nothing_and_branches_on_no_constant(notebook):

@@ -1,5 +1,6 @@
-"""The six notebooks, executed: the effect is real, the sizes are bytes on disk, everything is in its place."""
+"""The seven notebooks, executed: the effect is real, the sizes are bytes on disk, everything is in its place."""
 
+import json
 import re
 
 import nbformat
@@ -14,6 +15,7 @@ NOTEBOOKS = (
     "04_gptq_quantization.ipynb",
     "05_evaluation.ipynb",
     "06_export.ipynb",
+    "07_mixture.ipynb",
 )
 
 
@@ -101,3 +103,9 @@ def test_every_picture_is_said_in_words(executed_run):
             for output in cell.get("outputs", []):
                 if "image/png" in output.get("data", {}):
                     assert output.metadata["image/png"].get("alt"), cell.source
+
+
+def test_the_mixture_learns_what_its_base_cannot_do(executed_run):
+    found = json.loads((executed_run / "mixture" / "evaluate" / "report.json").read_text(encoding="utf-8"))
+    assert found["finetuned"]["perplexity"] <= 1.5 < 5 <= found["base"]["perplexity"]
+    assert found["finetuned"]["exact_match"] >= 0.4 and found["base"]["exact_match"] <= 0.1

@@ -25,7 +25,7 @@ def notebook_01(workspace):
     notebook = nbformat.read(ROOT / "notebooks" / "01_environment_setup.ipynb", as_version=4)
     for old, new in (
         ('profile = "auto"', 'profile = "mistral-7b"'),
-        ("workspace = None", f"workspace = {str(workspace)!r}"),
+        ('workspace = ""', f"workspace = {str(workspace)!r}"),
         ("hardware.probe()", 'hardware.machine("t4")'),
     ):
         assert any(old in cell.source for cell in notebook.cells), old

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -378,6 +379,31 @@ def test_a_note_from_another_machine_is_not_followed(tmp_path):
     (tmp_path / workspace.LASTING).write_text("/content/drive/MyDrive/mistral-t4-recipes/tiny")
     make(tmp_path / "finetune", "finetune")
     assert not Path("/content").exists()
+
+
+@pytest.mark.parametrize(("asked", "leave"), [(True, True), (True, False), (False, True)])
+def test_drive_is_mounted_where_the_form_asks_for_it_and_a_refusal_is_said(asked, leave, tmp_path, monkeypatch, capsys):
+    google, colab, drive = (types.ModuleType(name) for name in ("google", "google.colab", "google.colab.drive"))
+    places, store = [], tmp_path / "MyDrive"
+
+    def mount(place):
+        places.append(place)
+        if not leave:
+            raise ValueError("mount failed: no leave was given")
+        store.mkdir()
+
+    google.colab, colab.drive, drive.mount = colab, drive, mount
+    for module in (google, colab, drive):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
+    monkeypatch.setenv("RECIPES_LASTING", str(store))
+    run = open_run(CONFIG, tmp_path / "run", use_drive=asked)
+    assert places == (["/content/drive"] if asked else [])
+    assert (run.root / "lasting.txt").is_file() == (asked and leave)
+    said = capsys.readouterr().out
+    assert ("no leave was given" in said) == (asked and not leave) and ("vanishes" in said) == (not (asked and leave))
+    open_run(CONFIG, tmp_path / "run", use_drive=asked)
+    assert len(places) == (0 if not asked else 1 if leave else 2), "what is mounted is not mounted again"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A decoder layer of Mistral, Llama or Qwen2 with LoRA, as one autograd function that chooses what it saves.
+"""A decoder layer of Mistral, Mixtral, Llama or Qwen2 with LoRA, as one autograd function that chooses what it saves.
 
 PyTorch's autograd saves the inputs of every operation: 0.143 MiB a token and layer at the 7B shape. This function
 saves one of three sets and recomputes the rest from the layer's input (activation checkpointing,
@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from helpers.budget.activations import MLP_TOKENS
 from helpers.finetune.engine import kernels
+from helpers.finetune.engine.mixture import Mixture
 from helpers.finetune.engine.offload import Offload
 from helpers.models import attention, families
 
@@ -175,12 +176,16 @@ class Layer:
     def __init__(self, module: torch.nn.Module, saves: str, offload: Offload | None = None):
         """saves: a key of SAVED."""
         attend, mlp = module.self_attn, module.mlp
+        self.mixture = None
         self.qkv = Projections([linear_of(attend.q_proj), linear_of(attend.k_proj), linear_of(attend.v_proj)])
         self.out = Projections([linear_of(attend.o_proj)])
-        self.gate_up = Projections([linear_of(mlp.gate_proj), linear_of(mlp.up_proj)])
-        self.down = Projections([linear_of(mlp.down_proj)])
+        if hasattr(mlp, "experts"):
+            self.mixture = Mixture(mlp.gate, [mlp_of(expert) for expert in mlp.experts])
+            mlp_groups = self.mixture.groups
+        else:
+            mlp_groups = self.gate_up, self.down = mlp_of(mlp)
         # In the order in which a step computes them; adapters and their gradients go through autograd in this order.
-        self.groups = [self.qkv, self.out, self.gate_up, self.down]
+        self.groups = [self.qkv, self.out, *mlp_groups]
         self.adapters = [adapter for group in self.groups for adapter in group.adapters]
         self.module = module
         self.norms = norms_of(module)
@@ -190,6 +195,7 @@ class Layer:
         # None, or how many tokens attention reaches (section 2 of https://arxiv.org/abs/2310.06825)
         self.window = {
             "mistral": getattr(attend.config, "sliding_window", None),
+            "mixtral": getattr(attend.config, "sliding_window", None),
             "qwen2": getattr(attend, "sliding_window", None),  # not in every layer
         }.get(attend.config.model_type)
         self.saves, self.offload = saves, offload
@@ -230,18 +236,25 @@ class Layer:
         query, key, value = self.queries_keys_values(kernels.rms_norm(x, *self.norms[0]), place)
         out, stats = attention.forward(query, key, value, place.packing, self.window)
         middle = self.attend(x, out)
+        result, gates = self.mlp(middle, save_gates)
+        self.release()
+        saved = {"query": query, "key": key, "value": value, "out": out, "middle": middle}  # some of it, in the end
+        return result, saved | {"stats": stats, "gates": gates}
+
+    def mlp(self, middle: torch.Tensor, save_gates: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """middle + mlp(norm(middle)): (tokens, hidden); and every gate and up, if they are to be saved."""
+        if self.mixture:
+            return self.mixture.forward(middle, self.norms[1], save_gates)
         # The MLP is the widest place, up to s·3f a token, and its tokens do not see each other: chunk by chunk.
-        result, gates = torch.empty_like(x), []
-        for rows in chunks(x.shape[0]):
+        result, gates = torch.empty_like(middle), []
+        for rows in chunks(middle.shape[0]):
             gate, up = self.gate_up.forward(kernels.rms_norm(middle[rows], *self.norms[1]))
             product = kernels.swiglu(gate, up, out=None if save_gates else gate)  # over gate, if nobody wants it
             gates += [gate, up] if save_gates else []
             del gate, up
             torch.add(self.down.forward(product)[0], middle[rows], out=result[rows])
             del product
-        self.release()
-        saved = {"query": query, "key": key, "value": value, "out": out, "middle": middle}  # some of it, in the end
-        return result, saved | {"stats": stats, "gates": gates}
+        return result, gates
 
     def backward(
         self, grad: torch.Tensor, x: torch.Tensor, saved: dict[str, Any], place: "Place", wants_x: bool
@@ -282,6 +295,8 @@ class Layer:
         self, grad: torch.Tensor, middle: torch.Tensor, gates: list[torch.Tensor]
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Gradients for the MLP's input (tokens, hidden), residual included, and for its adapters."""
+        if self.mixture:
+            return self.mixture.backward(grad, middle, self.norms[1], gates)
         result, total = torch.empty_like(middle), []
         for turn, rows in enumerate(chunks(middle.shape[0])):  # the same chunks as in the forward pass
             normed = kernels.rms_norm(middle[rows], *self.norms[1])
@@ -313,6 +328,13 @@ class Layer:
 def norms_of(module: torch.nn.Module) -> list[tuple[torch.Tensor, float]]:
     """(weight, epsilon) of a decoder layer's two norms."""
     return [(norm.weight, norm.variance_epsilon) for norm in (module.input_layernorm, module.post_attention_layernorm)]
+
+
+def mlp_of(module: torch.nn.Module) -> tuple[Projections, Projections]:
+    """(gate and up, down) of a gated MLP, or of one expert."""
+    return Projections([linear_of(module.gate_proj), linear_of(module.up_proj)]), Projections(
+        [linear_of(module.down_proj)]
+    )
 
 
 def chunks(tokens: int) -> list[slice]:
@@ -395,7 +417,10 @@ def check(model: torch.nn.Module) -> None:
     wrong = {
         "a family of other layers": model.config.model_type not in families.OWN,
         f"attention {model.config._attn_implementation!r}": model.config._attn_implementation != attention.NAME,
-        "another activation": any("SiLU" not in type(part.mlp.act_fn).__name__ for part in model.model.layers),
+        "another activation": any(
+            "SiLU" not in type(getattr(part.mlp, "experts", [part.mlp])[0].act_fn).__name__
+            for part in model.model.layers
+        ),
         "DoRA": any(part.lora_variant for part in adapted),
         "LoRA dropout": any(not isinstance(dropout, torch.nn.Identity) for dropout in dropouts),
         "8-bit weights": any(weight.dtype == torch.int8 for weight in weights),

@@ -9,6 +9,7 @@ batch's loss to transformers' own.
 """
 
 import functools
+import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,11 +131,25 @@ def install(model: torch.nn.Module, kind: str) -> None:
     ) -> CausalLMOutputWithPast:
         if labels is None:
             return original(*args, **kwargs)
-        hidden = self.model(*args, **kwargs).last_hidden_state
-        loss = label_loss(hidden, self.lm_head, labels, num_items_in_batch, kind, how)
+        routed = getattr(self.config, "output_router_logits", False)
+        found = self.model(*args, **kwargs, **({"output_router_logits": True} if routed else {}))
+        loss = label_loss(found.last_hidden_state, self.lm_head, labels, num_items_in_batch, kind, how)
+        if routed:
+            loss = loss + balance_loss(self, found.router_logits, kwargs.get("attention_mask"))
         return CausalLMOutputWithPast(loss=loss)
 
     model.forward = types.MethodType(forward, model)
+
+
+def balance_loss(
+    model: torch.nn.Module, router_logits: tuple[torch.Tensor, ...], mask: torch.Tensor | None
+) -> torch.Tensor:
+    """What transformers adds to a mixture's loss where its config.json says output_router_logits: by its own function.
+
+    Experts' shares of tokens times their mean probabilities (equations 4 to 6 of https://arxiv.org/abs/2101.03961).
+    """
+    theirs = sys.modules[type(model).forward.__module__].load_balancing_loss_func
+    return model.router_aux_loss_coef * theirs(router_logits, model.num_experts, model.num_experts_per_tok, mask)
 
 
 # ---- one batch against transformers ---------------------------------------------------------------------------------

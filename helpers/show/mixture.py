@@ -1,0 +1,104 @@
+"""Mixtures of experts in a notebook: which of them trains on which GPU, the one to take here, and who reads what.
+
+>>> from helpers import hardware
+>>> longest("mixtral-8x7b", "attention", hardware.machine("a100-40")), longest("mixtral-8x7b", "attention", T4)
+(4096, 0)
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from helpers import budget, hardware, workspace
+from helpers.budget import vram
+from helpers.config import RunConfig
+from helpers.hardware import Machine
+from helpers.models import profile, shape
+from helpers.show import plots
+from helpers.show.shown import say
+
+T4 = hardware.machine("t4")
+MIXTURES = {"mistralai/Mixtral-8x7B-v0.1": ("attention", "all-linear"), "Qwen/Qwen3-30B-A3B": ("attention",)}
+"""Mixture -> what its adapters can change."""
+CARDS = ("t4", "l4", "rtx5090", "a100-40", "l40s", "a100-80")
+CONTEXTS = (4096, 2048, 1024, 512)
+TINY_STEPS = 45
+
+
+def longest(model: str, targets: str, machine: Machine) -> int:
+    """The longest of CONTEXTS that trains on a machine's GPU, a sequence at a time and all recomputed; 0: none does."""
+    for context in CONTEXTS:
+        config = profile("mistral-7b", model=model, targets=targets, seq_len=context, checkpointing="all")
+        found = budget.budget(config.with_values(keep_attention=False), shape(model), machine).vram
+        if found.process_gib <= found.usable_gib:
+            return context
+    return 0
+
+
+def fitting(machine: Machine) -> list[dict[str, Any]]:
+    """A row a mixture and target: GiB of its weights in NF4, and the longest context on this GPU and on others."""
+    cards = {"this machine": machine} | {hardware.machine(name).name: hardware.machine(name) for name in CARDS}
+    rows = []
+    for model, groups in MIXTURES.items():
+        config = profile("mistral-7b", model=model, targets="attention")
+        weights = sum(vram.weights(config, shape(model)).values()) / 2**30
+        for targets in groups:
+            contexts = {name: longest(model, targets, card) or "–" for name, card in cards.items() if card.gpu}
+            row = {"mixture": Path(model).name, "adapters on": targets, "weights in NF4": f"{weights:.1f} GiB"}
+            rows.append(row | contexts)
+    return rows
+
+
+def start(name: str, machine: Machine, folder: Path, model: str | None = None) -> RunConfig:
+    """The settings of a run of a mixture: `model`, else the largest that fits, else the tiny one, made in `folder`.
+
+    name: the profile that the machine can train. A banner says so where it is the tiny one, and why.
+    """
+    fits = {one: longest(one, "attention", machine) for one in MIXTURES} if machine.gpu else {}
+    chosen = model or next((one for one, context in fits.items() if context), None)
+    if chosen and (model or name != "tiny"):
+        context = min(fits.get(chosen) or 1024, 1024)
+        return profile("mistral-7b", model=chosen, targets="attention", seq_len=context)
+    from helpers.models import experts
+
+    if name != "tiny":
+        rows = ", ".join(Path(one).name for one in MIXTURES)
+        say(f"<p role='alert'><b>DEMO: a toy of four experts</b>, because none of {rows} fits this {machine.name}.</p>")
+    made = experts.tiny_mixture(folder / "tiny-mixture")
+    return profile("tiny", model=str(made), max_steps=TINY_STEPS, learning_rate=1e-3, max_questions=16)
+
+
+def open_run(name: str, folder: str | Path | None = None) -> workspace.Workspace:
+    """The run's folder, beside that of the dense model: runs/<profile>-mixture, or `mixture` in a folder that is given.
+
+    Raises and says what workspace.open_run does.
+    """
+    root = Path(folder) / "mixture" if folder else workspace.runs.home() / "runs" / f"{name}-mixture"
+    return workspace.open_run(profile(name), root)
+
+
+def compared(config: RunConfig, adapter: Path, machine: Machine) -> dict[str, str | Path]:
+    """The models of an evaluation: the adapter on its base, and the base itself where its 16-bit weights fit."""
+    size_gib = 2 * shape(config.model.model, config.model.revision).parameters / 2**30
+    base = {"base": config.model.model} if machine.gpu is None or size_gib < machine.vram_gib else {}
+    return base | {"finetuned": adapter}
+
+
+def routing(shares: Sequence[Sequence[float]], even: str = "an even share") -> Figure:
+    """Share of the tokens that each expert of each layer reads, as `experts.shares` counts them."""
+    figure, axes = plots.canvas(height=3.2)
+    experts = len(shares[0])
+    for layer, found in enumerate(shares):
+        places = [layer + (expert - (experts - 1) / 2) * 0.8 / experts for expert in range(experts)]
+        for expert, (place, share) in enumerate(zip(places, found, strict=True)):
+            style = {"color": plots.COLOURS[expert % 8], "hatch": plots.HATCHES[expert % 8], "edgecolor": "white"}
+            axes.bar(place, share, 0.8 / experts, label=f"expert {expert}" if not layer else None, **style)
+    axes.axhline(sum(shares[0]) / experts, color=plots.BLACK, linestyle="--", linewidth=1, label=even)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set(xlabel="layer", ylabel="share of the tokens", title="Who reads what: tokens of each expert")
+    axes.set_xticks(range(len(shares)))
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    return figure
