@@ -660,6 +660,11 @@ def run_all(options: argparse.Namespace, config: RunConfig) -> Outcome:
 
         # a file that is not there is missed now, not after the training
         quantize.calibration.sources(config.quantize, [])
+    if config.train.trains == "all":
+        raise ValueError(
+            "trains=all leaves a whole model and no adapter to merge: run finetune, then quantize --model and "
+            "evaluate --models on its finetune/model"
+        )
     outcome: Outcome = (DONE, {}, "")
     for stage in ("prepare", "finetune", "merge", "quantize", "evaluate"):
         print(f"== {stage}", file=sys.stderr, flush=True)

@@ -222,7 +222,7 @@ def ram_of(
 ) -> dict[str, float]:
     """Component -> GiB of host memory at a stage's peak, of an evaluation with the largest of the models opened."""
     if stage == "train":  # a process a GPU
-        gpus = sharding.world(config, machine)
+        gpus = sharding.on_this_host(config, machine)
         return {name: gpus * size for name, size in host.ram(config, shape, machine, stage).items()}
     if stage != "inference":
         return host.ram(config, shape, machine, stage)

@@ -57,7 +57,7 @@ def within_host(config: RunConfig, machine: Machine) -> RunConfig:
 
     So it is settled once, when a run is planned: later the run itself has taken some of what is free now.
     """
-    half = int(8 * machine.host.ram_gib / sharding.world(config, machine)) / 16
+    half = int(8 * machine.host.ram_gib / sharding.on_this_host(config, machine)) / 16
     offloads = config.train.offload_activations and half < config.train.offload_gib
     return with_train(config, offload_gib=half) if offloads else config
 
@@ -147,7 +147,7 @@ def least_recomputed(
     for more in ({}, {"offload_activations": True}, {"keep_attention": False}, LEANEST):
         leaner = within_host(with_train(config, **more), machine)
         everything = with_train(leaner, checkpointing="all")
-        gpus = sharding.world(config, machine)
+        gpus = sharding.on_this_host(config, machine)
         in_ram = gpus * sum(host.ram(everything, shape, machine, "train").values()) <= machine.host.ram_gib
         if (in_ram or not leaner.train.offload_activations) and needs(everything) <= room_gib:
             return fewest_checkpointed(leaner, shape, needs, room_gib)

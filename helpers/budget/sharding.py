@@ -63,6 +63,11 @@ def world(config: RunConfig, machine: Machine) -> int:
     return asked if asked != "all" else machine.gpu.count if machine.gpu else 1
 
 
+def on_this_host(config: RunConfig, machine: Machine) -> int:
+    """Processes of a training that share the machine's memory: one of several that were started sees its own GPU."""
+    return min(world(config, machine), machine.gpu.count if machine.gpu else 1)
+
+
 def refuse_more_than_there_are(config: RunConfig, machine: Machine) -> None:
     """Raise ValueError for more GPUs than a machine has. A cluster has more than one machine: so not `refuse`'s."""
     asked, have = world(config, machine), machine.gpu.count if machine.gpu else 0

@@ -58,7 +58,7 @@ def build(config: RunConfig, folder: Path, reads: Callable[..., Read] | None = N
     if not everything:
         model = base.attach_adapter(model, config)
         draw_adapters(model, config)
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal_lm = base.causal_lm(model)
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32) if everything else None
     divide(causal_lm, init_device_mesh(device.type, (torch.distributed.get_world_size(),)), read, policy)
     for module in model.modules():
@@ -189,11 +189,11 @@ def whole(value: Any) -> Any:
     return value.detach().cpu() if isinstance(value, torch.Tensor) else value
 
 
-def part_of(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def part_of(value: Any, like: torch.Tensor) -> Any:
     """A whole tensor divided as another is; each rank has the whole one already."""
-    if not isinstance(like, DTensor) or value.shape != like.shape:
-        return value
-    value = value.to(like.device, like.dtype)
+    if not isinstance(like, DTensor) or not isinstance(value, torch.Tensor) or value.shape != like.shape:
+        return value  # a count of steps, for one
+    value = value.to(like.device)
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
@@ -201,3 +201,37 @@ def into(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
     """Copy a whole tensor into a parameter, divided or not."""
     with torch.no_grad():
         here(parameter).copy_(here(part_of(value, parameter)))
+
+
+def trained(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    """Name -> trained weight, whole and on the CPU, where they are divided; else None. All ranks ask."""
+    if not is_divided(model):
+        return None
+    return {name: whole(value) for name, value in base.adapters(model)}
+
+
+def take(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Whole trained weights, by the names in a file, into a divided model."""
+    for name, parameter in base.adapters(model):
+        into(parameter, state[name.replace(".default.", ".")])
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer of divided weights as one rank alone would have it. All ranks ask."""
+    state = optimizer.state_dict()
+    entries = {key: {name: whole(value) for name, value in entry.items()} for key, entry in state["state"].items()}
+    return state | {"state": entries}
+
+
+def divides_what_it_loads(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer of divided weights load what `optimizer_state` gave."""
+
+    def divided(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        parameters = [value for group in optimizer.param_groups for value in group["params"]]
+        entries = {
+            key: {name: part_of(value, parameters[key]) for name, value in entry.items()}
+            for key, entry in state["state"].items()
+        }
+        return state | {"state": entries}
+
+    optimizer.register_load_state_dict_pre_hook(divided)

@@ -106,7 +106,7 @@ def label_loss(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
     rows = rows.to(dtype)  # DoRA's layers answer in fp32 under autocast
     targets = targets.index_select(0, places)
-    if kind == "full":
+    if kind == "full" or head.weight.requires_grad:  # in chunks a head gets no gradient
         logits = finished(torch.nn.functional.linear(rows, head.weight.to(dtype)).float(), how)
         total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     else:
