@@ -59,6 +59,7 @@ def build(config: RunConfig, folder: Path, reads: Callable[..., Read] | None = N
         model = base.attach_adapter(model, config)
         draw_adapters(model, config)
     causal_lm = base.causal_lm(model)
+    causal_lm.is_loaded_in_4bit = False  # trl would cast what is trained to bf16, in a way that fully_shard misses
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32) if everything else None
     divide(causal_lm, init_device_mesh(device.type, (torch.distributed.get_world_size(),)), read, policy)
     for module in model.modules():
@@ -76,6 +77,8 @@ def draw_adapters(model: PeftModel, config: RunConfig) -> None:
                 old = factors[name]
                 factors[name] = torch.nn.Linear(old.in_features, old.out_features, bias=False)
             module.reset_lora_parameters(name, init_lora_weights=True)
+            if config.model.weights == "nf4":  # trl rounds them so, on a 4-bit base: the same start on one GPU and two
+                module.lora_A[name].weight.data = module.lora_A[name].weight.data.bfloat16().float()
 
 
 def device_of_rank() -> torch.device:
@@ -96,6 +99,7 @@ def skeleton(config: RunConfig, folder: Path, dtype: torch.dtype) -> PreTrainedM
     if asked is not None:
         quantizer = AutoHfQuantizer.from_config(asked, pre_quantized=False)
         quantizer.preprocess_model(model=model, device_map=None)
+        model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)
     model.config.use_cache = False
     return model.requires_grad_(config.train.trains == "all")
@@ -113,13 +117,15 @@ def reader(folder: Path, model: PreTrainedModel, device: torch.device) -> Read:
             f"{folder} stores its weights under other names than {missing[0]}: it cannot be read in parts, and "
             "sharding=fsdp needs that; set sharding=none"
         )
-    types = {name: value.dtype for name, value in model.named_parameters()}
+    # what is packed is rounded first to what the others compute in, as from_pretrained does
+    compute = model.get_input_embeddings().weight.dtype
+    types = {
+        name: compute if hasattr(value, "quant_state") else value.dtype for name, value in model.named_parameters()
+    }
 
     def read(name: str) -> torch.Tensor:
         with safe_open(files[name].file, framework="pt") as stream:
-            value = stream.get_tensor(name).to(device)
-        # a packed weight's own type is what its bytes pass for, which is what it is to be packed from
-        return value.to(types[name])
+            return stream.get_tensor(name).to(device).to(types[name])
 
     return read
 
@@ -139,7 +145,8 @@ def divide(model: PreTrainedModel, mesh: DeviceMesh, read: Read, policy: MixedPr
         fill(part, name + ".", read, device)
     model.tie_weights()
     if policy is not None:
-        fully_shard(model, **how)
+        # said, because an evaluation would leave whole weights here else, which an optimizer then updates in vain
+        fully_shard(model, reshard_after_forward=True, **how)
         return
     # PEFT calls the causal LM's forward alone; hooks of gathering need a module that is called as such
     whole_ones = {value for _, part in outside for value in part.parameters()}

@@ -229,7 +229,8 @@ def random_tensors(folder: Path, model, device):
     import torch
 
     drawn = torch.Generator(device).manual_seed(0)
-    sizes = {name: (value.shape, value.dtype) for name, value in model.named_parameters()}
+    compute = model.get_input_embeddings().weight.dtype
+    sizes = {name: (value.shape, compute) for name, value in model.named_parameters()}
 
     def read(name: str):
         size, dtype = sizes[name]
