@@ -223,7 +223,10 @@ def ram_of(
     """Component -> GiB of host memory at a stage's peak, of an evaluation with the largest of the models opened."""
     if stage == "train":  # a process a GPU
         gpus = sharding.on_this_host(config, machine)
-        return {name: gpus * size for name, size in host.ram(config, shape, machine, stage).items()}
+        parts = {name: gpus * size for name, size in host.ram(config, shape, machine, stage).items()}
+        if config.train.trains == "all" and machine.gpu:  # fp32 weights and both moments on rank 0; the start on all
+            parts["whole weights and states, for checkpoints"] = 16 * shape.parameters / GIB
+        return parts
     if stage != "inference":
         return host.ram(config, shape, machine, stage)
     each = (placement.ram(found, config, shape, machine) for found in counted(opened))

@@ -196,6 +196,12 @@ def whole(value: Any) -> Any:
     return value.detach().cpu() if isinstance(value, torch.Tensor) else value
 
 
+def on_the_first(value: Any) -> Any:
+    """`whole` on rank 0; None on the others, whose host may not have room for all of them once more."""
+    gathered = whole(value)
+    return gathered if torch.distributed.get_rank() == 0 else None
+
+
 def part_of(value: Any, like: torch.Tensor) -> Any:
     """A whole tensor divided as another is; each rank has the whole one already."""
     if not isinstance(like, DTensor) or not isinstance(value, torch.Tensor) or value.shape != like.shape:
@@ -211,10 +217,10 @@ def into(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
-    """Name -> trained weight, whole and on the CPU, where they are divided; else None. All ranks ask."""
+    """Name -> trained weight, whole and on rank 0's CPU, where they are divided; else None. All ranks ask."""
     if not is_divided(model):
         return None
-    return {name: whole(value) for name, value in base.adapters(model)}
+    return {name: on_the_first(value) for name, value in base.adapters(model)}
 
 
 def take(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -224,9 +230,9 @@ def take(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of an optimizer of divided weights as one rank alone would have it. All ranks ask."""
+    """The state of an optimizer of divided weights as one rank alone would have it, on rank 0. All ranks ask."""
     state = optimizer.state_dict()
-    entries = {key: {name: whole(value) for name, value in entry.items()} for key, entry in state["state"].items()}
+    entries = {key: {name: on_the_first(one) for name, one in entry.items()} for key, entry in state["state"].items()}
     return state | {"state": entries}
 
 

