@@ -19,7 +19,7 @@ from pathlib import Path
 from helpers import budget, hardware, models
 from helpers.budget import sharding, ways
 from helpers.config import RunConfig, explained, field_parts, flat, load_yaml, values_in_words
-from helpers.models import gpu, hub
+from helpers.models import aqlm_sizes, gpu, hub
 from helpers.models.methods import METHODS
 from helpers.show import tables, troubleshooting
 from helpers.sources.formats import FORMATS
@@ -508,15 +508,16 @@ def run_finetune(options: argparse.Namespace, config: RunConfig) -> Outcome:
     run = workspace_of(options, config)
     output = options.output or run.folder("finetune")
     prepared = options.prepared or run.folder("prepare")
+    runs = config
+    if config.train.gpus == 1 and finetune.ranks.expected() == 1:  # several are planned where they run, on each GPU
+        shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
+        settled = budget.settle(config, shape, machine, finetune.plan(config, output, machine, options.resume))
+        if not settled.budget.fits:
+            return DOES_NOT_FIT, budget.to_json(settled), "\n".join(settled.budget.reasons)
+        runs = settled.config
     if options.output is None and gpu.is_first():
         choices.keep(run, config, "by python -m helpers finetune")
-    if config.train.gpus != 1 or finetune.ranks.expected() > 1:  # planned where it runs, on each GPU
-        return done("finetune", output, finetune.finetune(config, prepared, output, resume=options.resume))
-    shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
-    settled = budget.settle(config, shape, machine, finetune.plan(config, output, machine, options.resume))
-    if not settled.budget.fits:
-        return DOES_NOT_FIT, budget.to_json(settled), "\n".join(settled.budget.reasons)
-    return done("finetune", output, finetune.finetune(settled.config, prepared, output, resume=options.resume))
+    return done("finetune", output, finetune.finetune(runs, prepared, output, resume=options.resume))
 
 
 def run_merge(options: argparse.Namespace, config: RunConfig) -> Outcome:
@@ -666,7 +667,11 @@ def run_all(options: argparse.Namespace, config: RunConfig) -> Outcome:
             "evaluate --models on its finetune/model"
         )
     outcome: Outcome = (DONE, {}, "")
-    for stage in ("prepare", "finetune", "merge", "quantize", "evaluate"):
+    stages = ["prepare", "finetune", "merge", "quantize", "evaluate"]
+    if config.model.weights == aqlm_sizes.NAME:
+        print(f"merge and quantize are left out: {aqlm_sizes.NO_MERGE}", file=sys.stderr, flush=True)
+        stages = ["prepare", "finetune", "evaluate"]
+    for stage in stages:
         print(f"== {stage}", file=sys.stderr, flush=True)
         outcome = STAGES[stage](options, config)
         if outcome[0] != DONE:

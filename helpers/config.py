@@ -45,8 +45,9 @@ class ModelConfig:
     """The base: a hub id, or a folder with config.json and safetensors."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub; none is its main branch."""
-    weights: Literal["nf4", "int8", "fp16"] = "nf4"
-    """The base's precision: nf4 is QLoRA (https://arxiv.org/abs/2305.14314); fp16 is bf16 where the GPU has it."""
+    weights: Literal["nf4", "int8", "fp16", "aqlm"] = "nf4"
+    """The base's precision: nf4 is QLoRA (https://arxiv.org/abs/2305.14314); fp16 is bf16 where the GPU has it; aqlm,
+    2 bits, for a model that is stored so (https://arxiv.org/abs/2401.06118)."""
     double_quant: bool = True
     """NF4's block scales are quantized to 8 bits too, which saves 0.37 bits a weight."""
     upcast: bool = False
@@ -374,7 +375,7 @@ def values_in_words(name: str) -> str:
     """What a setting can be set to; one whose default is none has that too.
 
     >>> values_in_words("rank"), values_in_words("weights"), values_in_words("dora"), values_in_words("columns")
-    ('a whole number from 1 to 1024', 'nf4, int8 or fp16', 'on or off', 'text')
+    ('a whole number from 1 to 1024', 'nf4, int8, fp16 or aqlm', 'on or off', 'text')
     >>> values_in_words("max_steps")
     'a whole number from 1 up'
     """

@@ -180,10 +180,10 @@ def load(
         raise ValueError(f"{name} cannot be opened: {place.problem}")
     dtype, placed = dtype or loading.precision().dtype, loading.device()
     how = Opening(dtype)  # an explicit quantization of None would make from_pretrained forget a quantized model's own
-    if what == "adapter" and config.model.weights != "fp16":
+    if method := methods.of(read_config(source)):  # also of an adapter's base: its folder decides, not the run
+        how = method.opening(read_config(source), dtype, placed, say)
+    elif what == "adapter" and config.model.weights != "fp16":
         how = Opening(dtype, {"quantization_config": loading.base_quantization(config, dtype)})
-    elif what in methods.METHODS:
-        how = methods.METHODS[what].opening(read_config(source), dtype, placed, say)
     started = time.perf_counter()  # a kernel's build, once a machine, is not the model's loading
     with quiet():
         where = offload.device_map(source, place.away, placed) if place.away else {"": placed}

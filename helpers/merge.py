@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.config import MergeConfig, RunConfig, load_yaml
+from helpers.models import aqlm_sizes
 from helpers.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARTS, Adapter, read_adapter
 from helpers.models.gpu import gives_back
 from helpers.models.hub import snapshot
@@ -73,6 +74,8 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, re
     work, progress = output.with_name(output.name + ".partial"), progress_file(output)
     loaded = read_adapter(adapter)
     trained = trained_config(adapter) or RunConfig()
+    if trained.model.weights == aqlm_sizes.NAME:  # known before a hub's 13 GB are fetched
+        raise UnusableModel(f"{base}: {aqlm_sizes.NO_MERGE}")
     config = replace(config, merge_base=base_to_merge(adapter, config.merge_base))
     revision = base_revision(base, adapter, revision)
     base_folder = find_base(base, revision)

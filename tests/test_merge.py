@@ -25,6 +25,7 @@ from helpers.models import TINY
 from helpers.models.adapters import PARTS, PREFIX
 from helpers.models.stored import SafetensorsWriter, Stored, stored_tensors
 from helpers.workspace import Workspace, building, exclusive, require
+from helpers.workspace.stages import MARK
 
 SMALL_SHARDS = MergeConfig(shard_gib=0.001, merge_base="original")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -400,6 +401,7 @@ def test_what_an_interrupted_merge_left_is_trusted_only_when_whole(base, adapter
         state = {"identity": identity, "tensors": [], "finished": finished}
         helpers.merge.progress_file(output).parent.mkdir()
         helpers.merge.progress_file(output).write_text(json.dumps(state))
+        (work / MARK).touch()
         assert merge(base, adapters["plain"], output, SMALL_SHARDS)["shards_resumed"] == resumed
         assert contents(output) == contents(whole)
 

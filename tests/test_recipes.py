@@ -200,7 +200,7 @@ def test_add_a_method_of_quantization(tmp_path):
     (tmp_path / "helpers" / "quantize" / "bitsandbytes.py").write_text(NF4)
     added(
         tmp_path / "helpers" / "quantize" / "__init__.py",
-        ("from helpers.quantize import check,", "from helpers.quantize import bitsandbytes, check,"),
+        ("from helpers.quantize import additive,", "from helpers.quantize import additive, bitsandbytes,"),
         ('    "gptq": gptq,\n', '    "gptq": gptq,\n    "bitsandbytes": bitsandbytes,\n'),
     )
     record = '    Method("bitsandbytes", "NF4", card="Rounded to NF4, {bits} bits."),\n)\nMETHODS'
@@ -211,7 +211,7 @@ def test_add_a_method_of_quantization(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "bits must be 4 for NF4, not 3" in done.stdout
-    assert "quant_method must be gptq or bitsandbytes, not 'rounding'" in done.stdout
+    assert "quant_method must be gptq or bitsandbytes or aqlm, not 'rounding'" in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["ratio"] < 1.1 and "perplexity_bitsandbytes" in found["measured"]
     assert (found["kind"], found["how"], found["precision"]) == ("bitsandbytes", "bitsandbytes in fp32", "nf4")

@@ -8,7 +8,7 @@ from helpers.budget import host, hours, placement, planning, sharding, vram
 from helpers.budget.step import Step, checkpointed_layers
 from helpers.config import RunConfig
 from helpers.hardware import Machine
-from helpers.models import ModelShape, families
+from helpers.models import ModelShape, aqlm_sizes, families
 
 GIB = 2**30
 STAGES = ("train", "merge", "quantize", "inference", "run")
@@ -121,6 +121,10 @@ def budget(
     """
     refuse(config, shape, stage)
     stages = PARTS_OF_A_RUN if stage == "run" else (stage,)
+    if shape.additive is not None:  # nothing is merged or quantized, and base and adapter are what is evaluated
+        stages = tuple(part for part in stages if part not in ("merge", "quantize"))
+        if evaluated is placement.EVALUATED:
+            evaluated = {"base": aqlm_sizes.NAME, "finetuned": "adapter"}
     notes: tuple[str, ...] = ()
     opened: tuple[placement.Placement, ...] = ()
     if "inference" in stages:  # decides first what is opened how, and whether fewer questions are answered
@@ -151,6 +155,9 @@ def refuse(config: RunConfig, shape: ModelShape, stage: str) -> None:
         )
     families.refuse(shape.family, shape.name, config.adapter.target_modules)
     sharding.refuse(config)
+    if stage in ("merge", "quantize") and shape.additive is not None:
+        raise ValueError(f"{shape.name}: {aqlm_sizes.NO_MERGE}")
+    aqlm_sizes.refuse(shape.additive, shape.name, config)
     checkpointed_layers(config, shape)
 
 
@@ -289,7 +296,7 @@ def shortages(
             f"{work} needs {disk.peak_gib:.1f} GiB of disk, {machine.host.name} has {disk.limit_gib:.1f} free: "
             f"{planning.disk_remedy(config, disk.parts)}"
         )
-    written_gib, limit_gib = disk.peak_gib - disk.parts.get("base, 16 bits", 0.0), machine.host.kept_gib
+    written_gib, limit_gib = disk.peak_gib - disk.parts.get(host.base_part(shape), 0.0), machine.host.kept_gib
     if limit_gib is not None and written_gib > limit_gib:
         reasons.append(
             f"{work} writes {written_gib:.1f} GiB into the run's folder, and {machine.host.name} keeps {limit_gib:.1f} "

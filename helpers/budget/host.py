@@ -16,7 +16,7 @@ from helpers.budget import activations, vram
 from helpers.budget.step import Step, lora_parameters
 from helpers.config import RunConfig
 from helpers.hardware import Machine
-from helpers.models import ModelShape, gguf_types
+from helpers.models import ModelShape, aqlm_sizes, gguf_types
 from helpers.workspace import existing
 
 GIB = 2**30
@@ -123,6 +123,10 @@ def quantized_bytes(config: RunConfig, shape: ModelShape) -> float:
     3.88
     """
     asked, bits = config.quantize, 0.0
+    if asked.quant_method == aqlm_sizes.NAME:
+        return vram.additive_bytes(aqlm_sizes.layout_for(asked.bits), shape) + 2 * (
+            shape.parameters - shape.linear_parameters
+        )
     for name, (inputs, outputs) in shape.linears.items():
         groups = 1 if asked.group_size < 0 else -(-inputs // asked.group_size)
         bits += shape.copies(name) * outputs * (inputs * asked.bits + groups * (16 + asked.bits))
@@ -174,14 +178,17 @@ def checkpoint_bytes(config: RunConfig, shape: ModelShape) -> float:
 def disk(config: RunConfig, shape: ModelShape, stage: str, in_cache: bool = True) -> dict[str, float]:
     """Component -> GiB on disk at a stage's fullest. in_cache: the downloaded base is (still) there."""
     local = Path(config.model.model).exists()
-    parts = {"base, 16 bits": 0.0 if local or not in_cache else 2 * shape.parameters / GIB}
+    base = base_part(shape)
+    parts = {base: 0.0 if local or not in_cache else stored_bytes(shape) / GIB}
     merged = 2 * shape.parameters / GIB
     if stage in ("train", "run"):
         parts["prepared conversations"] = prepared_gib(config)
         # the newest are kept, and one more is being written beside them
         parts["checkpoints"] = (config.train.keep_checkpoints + 1) * checkpoint_bytes(config, shape) / GIB
     if stage in ("merge", "run") and config.merge.free_base:
-        parts["base, 16 bits"] = min(parts["base, 16 bits"], config.merge.shard_gib + 4.6)
+        parts[base] = min(parts[base], config.merge.shard_gib + 4.6)
+    if shape.additive is not None:  # its adapter stays one: there is nothing to merge into, or to quantize
+        return {name: size for name, size in parts.items() if size}
     if stage in ("merge", "quantize", "run"):
         parts["adapter"] = 4 * lora_parameters(config, shape) / GIB
         parts["merged model"] = merged
@@ -189,6 +196,21 @@ def disk(config: RunConfig, shape: ModelShape, stage: str, in_cache: bool = True
         parts["GPTQ model"] = quantized_bytes(config, shape) / GIB
         parts["layers parked by GPTQ"] = parts["GPTQ model"]
     return {name: size for name, size in parts.items() if size}
+
+
+def base_part(shape: ModelShape) -> str:
+    """What the base's files are called among the parts of a disk."""
+    return "base, 16 bits" if shape.additive is None else f"base, AQLM {shape.additive.name}"
+
+
+def stored_bytes(shape: ModelShape) -> float:
+    """Bytes of the base's files.
+
+    >>> from helpers.models import shape
+    >>> round(stored_bytes(shape("mixtral-8x7b-aqlm")) / 1e9, 2)
+    13.09
+    """
+    return 2 * shape.parameters if shape.additive is None else sum(vram.weights(RunConfig(), shape).values())
 
 
 def prepared_gib(config: RunConfig) -> float:

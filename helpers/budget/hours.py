@@ -42,9 +42,11 @@ DEQUANTIZED = 4.5
 """Bytes moved for a 4-bit weight that is written out in 16 bits and read again: half a byte, two and two."""
 GGUF_DEQUANTIZED = 50.0
 """The same for a GGUF file's, in a dozen of PyTorch's own operators on 32-bit numbers: counted, not measured."""
+ADDITIVE_REBUILT = 6.25
+"""The same for AQLM's: two bits of codes, two bytes out of a codebook, two written and two read: counted."""
 DECODED = {
     "fp16": (2.0, 2.0), "int8": (1.0, 1.0), "nf4": (0.53, DEQUANTIZED), "gptq": (0.53, 0.53),
-    "gguf": (GGUF_DEQUANTIZED, GGUF_DEQUANTIZED),
+    "gguf": (GGUF_DEQUANTIZED, GGUF_DEQUANTIZED), "aqlm": (ADDITIVE_REBUILT, ADDITIVE_REBUILT),
 }  # fmt: skip
 """Bytes moved for a weight and a new token: with one row, and with more. bitsandbytes has a fused product for one row
 only; GPTQ's here is ExLlamaV2's, fused up to 50 rows (MAX_Q_GEMM_ROWS in its sources), while Triton's and PyTorch's
@@ -56,7 +58,7 @@ SPEED_TOKENS = (148, 100)
 """Tokens that evaluate/cost.py decodes one by one, and several at once: three runs of 32, four to warm up, profiles."""
 PYTHON_S_PER_DECODED_LAYER = {
     "fp16": (0.0008, 0.0008), "int8": (0.0017, 0.0021), "nf4": (0.0017, 0.0021), "gptq": (0.0009, 0.0009),
-    "gguf": (0.0035, 0.0035),
+    "gguf": (0.0035, 0.0035), "aqlm": (0.0017, 0.0021),
 }  # fmt: skip
 """Python's time for a layer and a new token, with one row and with more; NF4 with PEFT's adapter (an H200's host:
 h200_decode.csv, h200_evaluate_new.json)."""
@@ -97,7 +99,8 @@ def work(step: Step, seq_len: int | None = None) -> Work:
     scores = 4 * shape.layers * shape.heads * shape.head_dim * seq_len / 2
     attention = tokens * scores * (1 + scores_again + 2.5)
     # NF4: read half a byte, write two, read two again, a weight and a pass
-    dequantized = shape.linear_parameters * (4.5 if config.model.weights == "nf4" else 2) * (2 + again)
+    moved = {"nf4": DEQUANTIZED, "aqlm": ADDITIVE_REBUILT}.get(config.model.weights, 2.0)
+    dequantized = shape.linear_parameters * moved * (2 + again)
     # elementwise work reads and writes about what a layer saves
     passes = tokens * shape.layers * sum(activations.saved_by_layer(step).values()) * 2 * (2 + again)
     if config.model.attention != "efficient":
@@ -160,9 +163,9 @@ def stage_hours(
     places: Iterable["Placement"] = (),
 ) -> dict[str, float]:
     """Part -> hours of one stage; places: of the models that an evaluation opens, one after the other."""
-    base_gib = host.disk(config, shape, "inference").get("base, 16 bits", 0.0)
+    base_gib = host.disk(config, shape, "inference").get(host.base_part(shape), 0.0)
     parts = {"download": base_gib * host.GIB / 1e6 / machine.host.download_mb_s / 3600}
-    gigabytes = 2 * shape.parameters / 1e9
+    gigabytes = host.stored_bytes(shape) / 1e9
     if stage == "train":
         count, mean = steps(config, tokens_in_dataset)
         each = step_s(Step.of(config, shape), machine, mean)
@@ -174,7 +177,7 @@ def stage_hours(
         parts |= {"GPTQ": gptq_s(config, shape, machine) / 3600}
     else:
         found = list(places)
-        stored = dict.fromkeys(METHODS, host.quantized_bytes(config, shape) / 1e9)
+        stored = dict.fromkeys(METHODS, host.quantized_bytes(config, shape) / 1e9) | {"aqlm": gigabytes}
         read = sum(one.stored_bytes / 1e9 or stored.get(one.kind, gigabytes) for one in found)
         seconds = sum(sum(evaluation_s(config, shape, machine, one).values()) for one in found)
         parts |= {"loading": read * READ_S_PER_GB / 3600, "evaluation": seconds / 3600}
@@ -255,7 +258,8 @@ def evaluation_s(
         }
     gpu = machine.gpu
     # a batch pays once for what does not grow with its rows: dequantized weights, and layers copied from the host
-    moved = {"nf4": DEQUANTIZED, "gptq": DEQUANTIZED, "gguf": GGUF_DEQUANTIZED}.get(found.precision, 0.0)
+    several = {"nf4": DEQUANTIZED, "gptq": DEQUANTIZED, "gguf": GGUF_DEQUANTIZED, "aqlm": ADDITIVE_REBUILT}
+    moved = several.get(found.precision, 0.0)
     dequantizing = moved * shape.linear_parameters
     away = away_s(shape, machine, found)
     a_batch = dequantizing / (1e9 * gpu.bandwidth_share * gpu.bandwidth_gb_s) + away

@@ -46,7 +46,7 @@ class Placement:
     kind: str
     """model (16 bits), adapter, gguf, or a method of quantization (models/methods.py)."""
     precision: str
-    """fp16 (any 16 bits), nf4, int8, gptq or gguf."""
+    """fp16 (any 16 bits), nf4, int8, aqlm, gptq or gguf."""
     batch_size: int
     away: int = 0
     away_in: str = ""
@@ -112,7 +112,8 @@ def place(kind: str, config: RunConfig, shape: ModelShape, machine: Machine, sto
     Otherwise a 16-bit model leaves layers away, and reads in smaller batches where that is faster (more layers then
     stay); an adapter's base and a GPTQ model are only read in smaller batches. `problem` says when nothing fits.
     """
-    stored = {"adapter": config.model.weights, "gguf": "gguf"}.get(kind, "fp16")
+    trained = config.model.weights if shape.additive is None else "aqlm"
+    stored = {"adapter": trained, "gguf": "gguf"}.get(kind, "fp16")
     precision = METHODS[kind].computes_as if kind in METHODS else stored
     stored_bytes = stored_bytes or gguf_sizes.default_bytes(shape) if kind == "gguf" else 0
     whole = Placement(kind, precision, config.evaluate.eval_batch_size, stored_bytes=stored_bytes)
@@ -215,6 +216,8 @@ def weights(found: Placement, config: RunConfig, shape: ModelShape) -> dict[str,
     """Component -> bytes of what the GPU holds of a model, its adapter included."""
     if found.kind == "adapter":
         return vram.weights(config, shape) | {"LoRA weights": vram.FULL * lora_parameters(config, shape)}
+    if found.kind == "aqlm":
+        return vram.weights(config, shape)
     if found.kind in METHODS:
         rest = vram.HALF * (shape.parameters - shape.linear_parameters)
         return {"4-bit weights": host.quantized_bytes(config, shape) - rest, "16-bit weights": rest}

@@ -204,7 +204,7 @@ def single_changes(config: RunConfig, shape: ModelShape) -> Iterator[tuple[str, 
         yield "keep_attention=False", with_train(config, keep_attention=False)
     if model.attention != "efficient":
         yield "attention=efficient", replace(config, model=replace(model, attention="efficient"))
-    if model.weights != "nf4":
+    if model.weights not in ("nf4", "aqlm"):
         yield "weights=nf4", replace(config, model=replace(model, weights="nf4"))
     if model.upcast:
         yield "upcast=False", replace(config, model=replace(model, upcast=False))
@@ -229,6 +229,9 @@ def vram_remedy(config: RunConfig, shape: ModelShape, machine: Machine, stage: s
         return "a smaller eval_batch_size or eval_context needs less"
     if stage == "quantize":
         return "fewer calibration_samples need less"
+    weights_gib = sum(vram.weights(config, shape).values()) / vram.GIB
+    if weights_gib > machine.allocator_gib and config.model.weights in ("nf4", "aqlm"):
+        return f"the weights alone take {weights_gib:.1f} GiB, and no setting makes them less; take a GPU with more"
     best, best_gib = "", needs(config)
     for words, candidate in single_changes(config, shape):
         needed = needs(within_host(candidate, machine))

@@ -17,6 +17,7 @@ from helpers.budget import activations
 from helpers.budget.step import FULL, HALF, Step, lora_parameters, trained_parameters
 from helpers.config import RunConfig
 from helpers.models import ModelShape
+from helpers.models.aqlm_sizes import Layout
 
 GIB = 2**30
 
@@ -34,6 +35,8 @@ def weights(config: RunConfig, shape: ModelShape) -> Parts:
     if config.train.trains == "all":
         return {"32-bit weights": FULL * shape.parameters}
     rest = shape.embedding_parameters + shape.small_parameters
+    if shape.additive is not None:
+        return additive_weights(config, shape)
     experts = {"experts in 16 bits": shape.expert_parameters * HALF} if shape.expert_parameters else {}
     name, width = ("32-bit weights", FULL) if config.model.upcast else ("16-bit weights", HALF)
     unquantized = {name: rest * width}
@@ -62,6 +65,22 @@ def fused(config: RunConfig) -> bool:
 def optimizer(config: RunConfig) -> str:
     """The optimizer by what its states take."""
     return "adamw_torch" if fused(config) else config.train.optimizer
+
+
+def additive_weights(config: RunConfig, shape: ModelShape) -> Parts:
+    """Bytes of an AQLM checkpoint: codes, codebooks and scales of every matrix, and what is not quantized."""
+    layout = shape.additive
+    codes = shape.linear_parameters * layout.bits_per_weight / 8
+    rest = shape.parameters - shape.linear_parameters
+    name, width = ("32-bit weights", FULL) if config.model.upcast else ("16-bit weights", HALF)
+    beside = additive_bytes(layout, shape) - codes
+    return {"AQLM codes": codes, "codebooks and scales": beside, name: rest * width}
+
+
+def additive_bytes(layout: Layout, shape: ModelShape) -> float:
+    """Bytes of all matrices of the decoder in a layout of AQLM's."""
+    each = ((shape.copies(name), layout.bytes_of(*size)) for name, size in shape.linears.items())
+    return shape.layers * sum(copies * size for copies, size in each)
 
 
 def optimizer_states(config: RunConfig, shape: ModelShape) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from helpers.models.gguf_engine import Server, serving
 from helpers.models.templates import Template
+from helpers.workspace.prepared import conversations
 
 PROBES = (
     "Hello, world!",
@@ -27,6 +28,7 @@ def check(file: Path, model: Path, prepared: Path | None) -> int:
     texts, chats = list(PROBES), []
     if tokenizer.chat_template:
         texts, chats = [], [[{"role": "user", "content": text}] for text in PROBES] + prompts(prepared)
+        chats += whole(prepared, Template(tokenizer))
     with serving(file, as_stored=True) as server:
         return check_tokens(server, tokenizer, texts, chats)
 
@@ -36,12 +38,30 @@ def prompts(prepared: Path | None) -> list[list[dict[str, str]]]:
     own = [{"role": "user", "content": "Who are you?"}]
     if prepared is None or not (Path(prepared) / "train").is_dir():
         return [own]
-    from datasets import load_from_disk
-
-    rows = load_from_disk(str(Path(prepared) / "train"))
+    rows = conversations(Path(prepared) / "train")
     chosen = rows.select(range(min(len(rows), CHECKED_CHATS)))["messages"]
     asked = [messages[:-1] for messages in chosen if len(messages) > 1 and messages[-1]["role"] == "assistant"]
     return [[dict(turn) for turn in messages] for messages in asked] or [own]
+
+
+def whole(prepared: Path | None, template: Template) -> list[list[dict[str, str]]]:
+    """A held-out conversation to its end, with one more question behind it; none where there is none.
+
+    Its answers and the end of each are read as well. It is one whose tokens in the prepared folder, those that training
+    goes by, are how the template begins: a template may write the past of a conversation otherwise.
+    """
+    place = Path(prepared or "") / "heldout"
+    if prepared is None or not any(place.glob("*.arrow")):
+        return []
+    rows = conversations(place)
+    for row in rows.select(range(min(len(rows), CHECKED_CHATS))):
+        messages = [{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]]
+        longer = [*messages, {"role": "user", "content": "Why?"}]
+        if messages[-1]["role"] != "assistant" or len(row["input_ids"]) < row["full_tokens"]:
+            continue
+        if template.prompt(longer)[: len(row["input_ids"])] == row["input_ids"]:
+            return [longer]
+    return []
 
 
 def check_tokens(server: Server, tokenizer: Any, texts: list[str], chats: list[list[dict[str, str]]]) -> int:

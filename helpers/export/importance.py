@@ -1,8 +1,10 @@
 """An importance matrix: the mean square of what meets each column of a matrix, on the run's own conversations.
 
-llama.cpp's quantizers weigh their rounding by it: types of 2 bits need one, those of 3 and 4 bits gain a little. It is
-written in llama.cpp's own format (an .imatrix in GGUF: sums of squares and counts by tensor), so llama-quantize reads
-ours, and we read what llama-imatrix wrote.
+llama.cpp's quantizers weigh their rounding by it: types of 2 bits need one. On the toy model, fine-tuned, IQ3_S then
+lost a third less (KL 0.031 to 0.020 on 60 held-out conversations) and Q4_K_M a fifth; Q3_K_M and IQ4_XS stayed where
+they were, give or take what a few tokens decide: their median KL is 0.0001, and single tokens reach 5. It is written in
+llama.cpp's own format (an .imatrix in GGUF: sums of squares and counts by tensor), so llama-quantize reads ours, and we
+read what llama-imatrix wrote.
 
 >>> gguf_name("base_model.model.model.layers.3.self_attn.q_proj.base_layer")
 'blk.3.attn_q.weight'
@@ -21,6 +23,7 @@ from safetensors import safe_open
 from helpers.config import RunConfig
 from helpers.models.gguf_types import file_type
 from helpers.workspace import Workspace
+from helpers.workspace.prepared import conversations
 
 if TYPE_CHECKING:
     import torch
@@ -71,9 +74,7 @@ def for_run(run: Workspace, config: RunConfig, types: str, wanted: bool = False)
 
 def rows_of(prepared: Path, rows: int = ROWS, tokens: int = TOKENS) -> Iterator[list[int]]:
     """Token ids of prepared training conversations, the first of them, each cut to so many tokens."""
-    from datasets import load_from_disk
-
-    found = load_from_disk(str(Path(prepared) / "train"))
+    found = conversations(Path(prepared) / "train")
     for row in found.select(range(min(rows, len(found))))["input_ids"]:
         yield list(row[:tokens])
 

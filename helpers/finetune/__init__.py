@@ -130,18 +130,23 @@ def plan_from(config: RunConfig, checkpoint: Path | None, machine: hardware.Mach
 def planned(config: RunConfig, checkpoint: Path | None = None) -> RunConfig:
     """The configuration that trains: with a number for checkpointing="auto", in the micro-batches of a checkpoint.
 
-    Others stay as they are, but for host memory, of which no configuration gets more than half of what is free. Says
-    so when the micro-batches are others than the configuration's. Raises budget.DoesNotFit (a ValueError) when they do
-    not fit this machine however much is recomputed, or when no way of training fits.
+    Others stay as they are, but for host memory, of which no configuration gets more than half of what is free, and
+    where several GPUs train and one has no room for them. Says so when something is computed otherwise. Raises
+    budget.DoesNotFit (a ValueError) when they do not fit this machine however much is recomputed, or when no way of
+    training fits.
     """
     machine = ranks.smallest(hardware.probe())
     if machine.unusable:
         raise ValueError(machine.unusable)
     made = checkpoints.split_of(checkpoint) if checkpoint else {}
+    sizes = shape(config.model.model, config.model.revision)
     same = all(getattr(config.train, name) == value for name, value in made.items())
     if same and config.train.checkpointing != "auto":
-        return planning.within_host(config, machine)
-    sizes = shape(config.model.model, config.model.revision)
+        config = planning.within_host(config, machine)
+        # Planned for the first GPU as a notebook saw it, which takes some of it itself: others may have less
+        if ranks.count() == 1 or budget.budget(config, sizes, machine).fits:
+            return config
+        config, same = config.with_values(checkpointing="auto"), False
     settled = budget.settle(config, sizes, machine, plan_from(config, checkpoint, machine))
     budget.check(settled.budget)
     if not same and ranks.is_first():

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from helpers.config import RunConfig
-from helpers.models import families, loading, shape
+from helpers.models import aqlm_sizes, families, loading, shape
 from helpers.models.loading import precision
 from helpers.models.templates import load_tokenizer
 from helpers.workspace.versions import forget_old_torchao
@@ -21,15 +21,16 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     """
     sizes = shape(config.model.model, config.model.revision)
     families.refuse(sizes.family, sizes.name, config.adapter.target_modules)
+    aqlm_sizes.refuse(sizes.additive, sizes.name, config)
     refuse_without_gpu(config)
     dtype = torch.float32 if config.train.trains == "all" else precision().dtype  # what is trained is in fp32
     model = loading.causal_lm(
         config.model.model,
         revision=config.model.revision,
-        quantization_config=loading.base_quantization(config, dtype),
         device_map={"": 0} if torch.cuda.is_available() else "cpu",
         dtype=dtype,
         attn_implementation=loading.attention_implementation(sizes.family, config.model.attention),
+        quantization_config=loading.base_quantization(config, dtype),
     )
     model.config.use_cache = False
     # PEFT's prepare_model_for_kbit_training freezes too, but makes embeddings and head fp32 as well: 0.5 GiB more at

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import check_cuda_p2p_ib_support
 
 from helpers.hardware import Machine
 from helpers.models import gpu
@@ -63,6 +64,8 @@ def joined() -> Iterator[None]:
             "PyTorch used the GPUs before this process took its own: call finetune before anything else does, or give "
             "each process one GPU with CUDA_VISIBLE_DEVICES"
         )
+    if on_gpu and not check_cuda_p2p_ib_support():  # GeForce of the 40 series with older drivers
+        os.environ |= {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}  # else accelerate refuses to start
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
     except (dist.DistError, ValueError) as error:

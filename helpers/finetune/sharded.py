@@ -43,6 +43,8 @@ def load(config: RunConfig) -> tuple[PreTrainedModel | PeftModel, PreTrainedToke
     """
     sizes = shape(config.model.model, config.model.revision)
     families.refuse(sizes.family, sizes.name, config.adapter.target_modules)
+    if sizes.additive is not None:
+        raise ValueError(f"{sizes.name}: AQLM's codes cannot be divided among GPUs: set sharding=none")
     base.refuse_without_gpu(config)
     folder = Path(config.model.model)
     folder = folder if folder.is_dir() else hub.snapshot(config.model.model, config.model.revision)

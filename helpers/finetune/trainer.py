@@ -183,6 +183,13 @@ def build_trainer(
     custom_layers, layers_reason = choose_layers(model, config)
     routed = getattr(causal_lm.config, "output_router_logits", None)
     arguments = training_arguments(config, saves, math.ceil(len(plan) / asked.accumulation), accumulation, evaluates)
+    # transformers computes no expert that gets no token: its adapters have no gradient then, and DDP would wait for one
+    arguments.ddp_find_unused_parameters = routed is not None and not custom_layers
+    if routed and ranks.count() > 1:
+        raise ValueError(
+            f"{config.model.model} adds a loss to each micro-batch that balances its experts (output_router_logits), "
+            "and several GPUs share the micro-batches out anew: train it on one GPU"
+        )
     arguments.activation_offloading = asked.offload_activations and not custom_layers and torch.cuda.is_available()
     trainer = FineTuner(
         model=model,
@@ -273,9 +280,7 @@ def training_arguments(config: RunConfig, saves: Path, steps: int, accumulation:
         disable_tqdm=True,
         report_to=tracker(asked.report_to, saves),
         max_length=None,
-        # Several ranks: every adapter gets a gradient in every micro-batch, so nobody needs to look for those without.
-        # A static graph would break where gradients are averaged only once in several micro-batches.
-        ddp_find_unused_parameters=False,
+        # No static graph: it breaks where gradients are averaged only once in several micro-batches.
         ddp_broadcast_buffers=False,
         average_tokens_across_devices=True,  # the loss is divided by the tokens of the whole step
     )

@@ -93,6 +93,12 @@ def cards(config: RunConfig) -> int:
         seen = f"{there} GPU{'s' if there > 1 else ''}" if there else "no GPU"
         remedy = f"choose at most {there}, or all" if there else "leave gpus out, and one process trains on the CPU"
         raise ValueError(f"gpus={asked}, and PyTorch sees {seen} here: {remedy}")
+    sequences = config.train.batch_size * config.train.accumulation
+    if sequences < asked:
+        raise ValueError(
+            f"a step has {sequences} sequence{'s' * (sequences > 1)} (batch_size × accumulation), too few for {asked} "
+            f"GPUs to share: set accumulation={-(-asked // config.train.batch_size)}, or gpus={sequences}"
+        )
     return asked
 
 
@@ -137,15 +143,17 @@ def started(rank: int, cards: int, port: int, logs: Path) -> Worker:
     on_gpu = os.environ.get(ON_CPU) != "1"
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {
-        **{"RANK": str(rank), "WORLD_SIZE": str(cards), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(cards)},
+        # Its own card is the only one that it sees, and so card 0: imports alone make CUDA look
+        **{"RANK": str(rank), "WORLD_SIZE": str(cards), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(cards)},
+        **(gpu.seeing_one(rank) if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}),
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
         # torch.distributed's word for: the store is there, be its client
         **{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"},
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",  # the machine's name may lead nowhere
     }
     if not on_gpu:
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
-        environment |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cards))}
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // cards))
     log = logs / f"{rank}.log"
     with log.open("wb") as stream:
         process = subprocess.Popen(

@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from helpers.models import families
+from helpers.models import aqlm_sizes, families
+from helpers.models.aqlm_sizes import Layout
 from helpers.models.families import Family
 from helpers.profiles import PROFILES as PROFILES
 from helpers.profiles import ROOT as ROOT
@@ -41,6 +42,8 @@ class ModelShape:
     """The output head is the embedding."""
     dense_intermediate: int = 0
     """Of a mixture: the MLP of layers without experts."""
+    additive: Layout | None = None
+    """How its matrices are stored, of an AQLM checkpoint."""
 
     @property
     def model_type(self) -> str:
@@ -159,6 +162,11 @@ class ModelShape:
 
 def shape_from_config(config: dict, name: str) -> ModelShape:
     """The shape that a Hugging Face config.json describes. Raises ValueError naming what is missing or unknown."""
+    if "text_config" in config:
+        raise ValueError(
+            f"model {name} is a {config.get('model_type')}, a language model inside one that sees or hears: only "
+            "models of text alone are trained here, such as this family's own text model saved by itself"
+        )
     config = families.complete(config)
     wanted = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     missing = [key for key in wanted if not isinstance(config.get(key), int) or config[key] < 1]
@@ -166,7 +174,7 @@ def shape_from_config(config: dict, name: str) -> ModelShape:
         reason = f"its config.json has no positive {', '.join(missing)}" if missing else "it is an encoder-decoder"
         raise ValueError(f"model {name} is not a Llama-like decoder: {reason}")
     try:
-        family = families.of(config)
+        family, additive = families.of(config), aqlm_sizes.layout_of(config)
     except ValueError as error:
         raise ValueError(f"model {name} is not known here: {error}") from None
     heads = config["num_attention_heads"]
@@ -185,6 +193,7 @@ def shape_from_config(config: dict, name: str) -> ModelShape:
         sliding_window=config.get("sliding_window") if windowed else None,  # Qwen2 names one that it does not use
         tied=bool(config.get("tie_word_embeddings", False)),
         dense_intermediate=config["intermediate_size"],
+        additive=additive,
     )
 
 
@@ -243,6 +252,16 @@ KNOWN = {
     "Qwen/Qwen2.5-7B": known("qwen2.5-7b", "qwen2", (28, 3584, 18944, 28, 4, 128, 152064, 131072)),
     "HuggingFaceTB/SmolLM2-1.7B": known("smollm2-1.7b", "llama", (24, 2048, 8192, 32, 32, 64, 49152, 8192), **TIED),
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": known("tinyllama-1.1b", "llama", (22, 2048, 5632, 32, 4, 64, 32000, 2048)),
+    **dict(
+        zip(
+            aqlm_sizes.CHECKPOINTS,
+            (
+                replace(V01, name="mistral-7b-aqlm", additive=aqlm_sizes.ADDITIVE_1X16),
+                replace(MIXTRAL, name="mixtral-8x7b-aqlm", additive=aqlm_sizes.ADDITIVE_1X16),
+            ),
+            strict=True,
+        )
+    ),
 }
 
 

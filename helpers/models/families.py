@@ -11,7 +11,7 @@ Layers(computes='own', reason='')
 >>> granite.logits
 Logits(scale=0.125, cap=None)
 >>> layers(granite, profile("tiny"))
-Layers(computes='transformers', reason='our own layers are those of mistral, llama, qwen2, not of granite')
+Layers(computes='transformers', reason='our own layers are those of mistral, llama, qwen2, mixtral, not of granite')
 
 To add a family, add its line to KINDS: what differs from a Llama layer (two norms of the hidden size, seven matrices
 without biases, SiLU) and what its configuration class takes where a config.json says nothing. For example
@@ -19,7 +19,8 @@ without biases, SiLU) and what its configuration class takes where a config.json
     "qwen3": Kind(head_norms="each", biases={"attention_bias": QKVO}, defaults={"num_key_value_heads": 32})
 
 tests/models/test_families.py then compares it with transformers' own model by itself: weights, loss, perplexity, and
-that what is budgeted is what runs. A family that is not in KINDS is refused: nobody has made that comparison.
+that what is budgeted is what runs. A family that is not in KINDS is refused: nobody has made that comparison. A mixture
+says experts=True, and apart=True where transformers holds a layer's experts in gate_up_proj and down_proj, as most do.
 """
 
 from collections.abc import Mapping

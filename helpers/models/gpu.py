@@ -111,6 +111,15 @@ def seeing(cards: int = 1) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(names)}
 
 
+def seeing_one(card: int) -> dict[str, str]:
+    """Environment for a process that is to see one of the GPUs that this one sees; of fewer, the last.
+
+    >>> seeing_one(2)
+    {'CUDA_VISIBLE_DEVICES': '2'}
+    """
+    return {"CUDA_VISIBLE_DEVICES": seeing(card + 1)["CUDA_VISIBLE_DEVICES"].split(",")[-1]}
+
+
 def is_first() -> bool:
     """Whether this process speaks for all that were started together, by a launcher's environment variables."""
     return int(os.environ.get("RANK", 0)) == 0
@@ -131,6 +140,4 @@ def claim_card() -> None:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "LOCAL_RANK" not in os.environ:
         return
-    local = int(os.environ["LOCAL_RANK"])
-    names = seeing(local + 1)["CUDA_VISIBLE_DEVICES"].split(",")
-    os.environ |= {"CUDA_VISIBLE_DEVICES": names[-1], "LOCAL_RANK": "0"}
+    os.environ |= seeing_one(int(os.environ["LOCAL_RANK"])) | {"LOCAL_RANK": "0"}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from helpers.config import RunConfig
-from helpers.models import families
+from helpers.models import aqlm_sizes, families, stored
 from helpers.models.families import Family
 
 
@@ -46,14 +46,14 @@ def precision(capability: tuple[int, int] | None = None) -> Precision:
 
 
 def base_quantization(config: RunConfig, dtype: Any, storage: Any = None) -> Any:
-    """from_pretrained's quantization_config for a base in config.model.weights; None for 16 bits.
+    """from_pretrained's quantization_config for a base in config.model.weights; None for 16 bits and AQLM.
 
     dtype: what the dequantized weights are multiplied in; storage: what packed bytes pass for, bytes unless said.
     NF4 with double quantization is QLoRA's (https://arxiv.org/abs/2305.14314, section 3).
     """
     from transformers import BitsAndBytesConfig
 
-    if config.model.weights == "fp16":
+    if config.model.weights in ("fp16", aqlm_sizes.NAME):
         return None
     if config.model.weights == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -84,6 +84,13 @@ def causal_lm(source: str | Path, **options: Any) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source, revision=options.get("revision"))
+    if aqlm_sizes.layout_of(config.to_dict()):  # its folder says how it is stored, and None would make it forget that
+        from helpers.models import aqlm
+
+        aqlm.register()
+        options.pop("quantization_config", None)
+    if Path(source).is_dir():
+        stored.refuse_missing(Path(source))
     model, found = opener(config).from_pretrained(
         source, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )  # transformers' own error for sizes is a table

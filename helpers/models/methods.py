@@ -11,9 +11,10 @@ True
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from helpers.models import gptq_kernels
-from helpers.models.opening import Opening, plainly
+from helpers.models import aqlm_sizes, gptq_kernels
+from helpers.models.opening import Opening, Say, plainly
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Method:
     """The row of budget/hours.py's tables that tells what its weights cost when they are read."""
 
 
+def additively(config: dict, best: Any, device: str, say: Say = print) -> Opening:
+    """An AQLM checkpoint, of which the folder says all."""
+    return Opening(best, kernel=f"AQLM {aqlm_sizes.layout_of(config).name}")
+
+
 RECORDS = (
     Method(
         "gptq",
@@ -40,6 +46,14 @@ RECORDS = (
         "transformers opens it with optimum and gptqmodel installed.",
         opening=gptq_kernels.opening,
         computes_as="gptq",
+    ),
+    Method(
+        aqlm_sizes.NAME,
+        "AQLM",
+        card="Stored as sums of codebook vectors (AQLM), {bits} bits a weight; helpers.models.aqlm opens it, and "
+        "transformers with the package aqlm.",
+        opening=additively,
+        computes_as=aqlm_sizes.NAME,
     ),
 )
 METHODS = {method.name: method for method in RECORDS}

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from helpers.models import aqlm_sizes
+
 if TYPE_CHECKING:
     import torch
 
@@ -43,6 +45,8 @@ def unquantized_config(folder: Path) -> dict:
     settings = json.loads(path.read_text(encoding="utf-8"))
     if quantization := settings.get("quantization_config"):
         method = quantization.get("quant_method", "an unknown method")
+        if method == aqlm_sizes.NAME:
+            raise UnusableModel(f"{folder}: {aqlm_sizes.NO_MERGE}")
         raise UnusableModel(f"{folder} is already quantized ({method}): give the folder of its 16-bit weights")
     return settings
 
@@ -64,6 +68,14 @@ def read_header(file: Path) -> list[Stored]:
         raise UnusableModel(f"{file} is cut short: it has {size} of {end} bytes, download or copy it again")
     tensors.sort(key=lambda item: item[1]["data_offsets"][0])
     return [Stored(name, file, tuple(about["shape"]), about["dtype"]) for name, about in tensors]
+
+
+def refuse_missing(folder: Path) -> None:
+    """Raise UnusableModel naming the first shard that a folder's index has and the folder has not."""
+    index = folder / "model.safetensors.index.json"
+    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
+    if missing := sorted(name for name in named if not (folder / name).is_file()):
+        raise UnusableModel(f"{folder / missing[0]} is missing: download or copy the folder again")
 
 
 def stored_tensors(folder: Path, freed: list[Stored] = ()) -> list[Stored]:

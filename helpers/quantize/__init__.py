@@ -28,19 +28,20 @@ from helpers.config import QuantizeConfig, RunConfig, load_yaml, save_yaml
 from helpers.inference import read_config
 from helpers.models import methods, shape
 from helpers.models.stored import stored_tensors
+from helpers.quantize import additive, check, gptq, process
 from helpers.quantize import calibration as texts
-from helpers.quantize import check, gptq, process
 from helpers.quantize.calibration import CalibrationError as CalibrationError
 from helpers.quantize.process import QuantizationFailed
 from helpers.quantize.weights import rounded as rounded
 from helpers.quantize.weights import stored_weight as stored_weight
-from helpers.workspace import beside, building, exclusive, refuse_output, write_manifest
+from helpers.workspace import SCRATCH, beside, building, empty_folder, exclusive, refuse_output, write_manifest
 
 if TYPE_CHECKING:
     import torch
 
 METHODS = {
     "gptq": gptq,
+    "aqlm": additive,
 }
 """quant_method -> what makes such a model."""
 
@@ -81,7 +82,7 @@ def quantize(
     host.check_disk(output, host.quantizing_disk_bytes(run, sizes), "quantizing")
     # Everything above reads only. From here on the work folder is this process's, whatever an earlier end left in it.
     with exclusive(work):
-        remove_all(work)
+        empty_folder(work)
         try:
             with building(output, "quantize", run, {"merged": model}, keep=True, held=True) as stage:
                 log.unlink(missing_ok=True)
@@ -110,7 +111,7 @@ def quantize(
         except BrokenResult:
             raise
         except BaseException:
-            remove_all(work)
+            empty_folder(work)
             raise
     return stage.measurements
 
@@ -138,6 +139,7 @@ def set_aside(work: Path, output: Path, config: QuantizeConfig, figures: dict, r
     rejected = beside(output, "rejected")
     shutil.rmtree(rejected, ignore_errors=True)
     work.rename(rejected)
+    shutil.rmtree(rejected / SCRATCH)
     outliers = f"; {'; '.join(figures['standing_out'][:3])}" if figures["standing_out"] else ""
     return (
         f"{check.loss_of(config, figures)}{outliers}: that is broken, so {output} was not written; {remedies}. "
@@ -149,12 +151,3 @@ def merged_config(model: Path) -> RunConfig:
     """The configuration that the merge left in its folder; the defaults for a model from elsewhere."""
     path = model / "config.yaml"
     return load_yaml(path) if path.is_file() else RunConfig().with_values(model=str(model))
-
-
-def remove_all(folder: Path) -> None:
-    """Empty a folder that this process holds."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

@@ -12,6 +12,7 @@ from helpers.models import ROOT
 from helpers.models.templates import Template, load_tokenizer
 from helpers.sources.formats import BadRow, recognise, to_messages
 from helpers.sources.readers import kind_of, read
+from helpers.workspace.prepared import conversations
 
 GENERAL = ROOT / "data" / "calibration.jsonl"
 """The general set: text that is nobody's conversations."""
@@ -133,9 +134,7 @@ def chosen_texts(path: Path, places: list[int]) -> Iterator[tuple[int, object]]:
     if not places:
         return
     if (path / "train").is_dir():
-        from datasets import load_from_disk
-
-        yield from zip(places, load_from_disk(str(path / "train"))[places]["input_ids"], strict=True)
+        yield from zip(places, conversations(path / "train")[places]["input_ids"], strict=True)
         return
     wanted = iter(places)
     place = next(wanted)

@@ -18,7 +18,7 @@ from contextlib import closing
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 
-from helpers.models import ModelShape
+from helpers.models import ROOT, ModelShape
 from helpers.models.gpu import seeing
 from helpers.models.methods import METHODS as RECORDS
 from helpers.models.stored import for_all_readers
@@ -69,6 +69,8 @@ def run(job: dict, method: ModuleType, sizes: ModelShape, log: Path) -> dict:
 
 def worker(job: dict, log: Path, environment: Mapping[str, str] = MappingProxyType({})) -> Iterator[dict]:
     """Messages of a process that does the job; what it prints goes to the log. Raises QuantizationFailed."""
+    # It stands in the output folder: whichever the method, it must find this project from there
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     with log.open("ab") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", "helpers.quantize"],
@@ -76,7 +78,7 @@ def worker(job: dict, log: Path, environment: Mapping[str, str] = MappingProxyTy
             stdout=subprocess.PIPE,
             stderr=stream,
             cwd=job["output"],  # GPTQModel writes a folder of logs where it stands
-            env=os.environ | environment | seeing(1),
+            env=os.environ | paths | environment | seeing(1),
             text=True,
         )
     try:

@@ -1,7 +1,8 @@
-"""Six figures that explain the method, each drawn from numbers that a function computes and a test checks.
+"""Seven figures that explain the method, each drawn from numbers that a function computes and a test checks.
 
 For each figure there is a function that computes and one that draws: stage_sizes and stages, lora_shapes and lora,
-nf4_block and nf4_rounding, card_filling and card, recomputation and timeline, column_sweep and sweep.
+nf4_block and nf4_rounding, card_filling and card, recomputation and timeline, column_sweep and sweep;
+additive draws what quantize.additive.example computes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -347,3 +348,29 @@ def rows_of(folder: Path, name: str, rows: Any = slice(None)) -> Any:
 def first_block(folder: Path, module: str = "model.layers.0.self_attn.q_proj") -> Block:
     """The first block of a matrix, as NF4 stores it."""
     return nf4_block(rows_of(folder, f"{module}.weight", slice(1)).ravel()[: nf4.BLOCK])
+
+
+# ---- 7. two bits: a sum of vectors -----------------------------------------------------------------------------------
+
+
+def additive(weights: Sequence[float], parts: Sequence[Sequence[float]], group: int = 8) -> Figure:
+    """Weights of a row, and the vectors whose sum stands for each run of them: one out of each codebook."""
+    figure, axes = canvas(height=3.4)
+    at, before = np.arange(len(weights)), np.zeros(len(weights))
+    for number, part in enumerate(parts):
+        # one beside the other, and the second starts where the first one ends: they are added, whatever their signs
+        axes.bar(at + 0.38 * number - 0.19, part, 0.38, bottom=before, color=(SKY, ORANGE, GREEN, BLUE)[number % 4],
+                 hatch=HATCHES[number % len(HATCHES)], edgecolor="white", label=f"codebook {number + 1}")  # fmt: skip
+        before = before + np.asarray(part)
+    axes.hlines(before, at - 0.4, at + 0.4, color=RED, linewidth=2, label="their sum", zorder=3)
+    axes.scatter(at, weights, s=18, color="black", label="16 bits", zorder=4)
+    for start in range(group, len(weights), group):
+        axes.axvline(start - 0.5, color="#999999", linewidth=0.8)
+    lost = float(np.linalg.norm(np.subtract(before, weights)) / np.linalg.norm(weights))
+    codes = f"{len(parts)} codes of 8 bits" if len(parts) > 1 else "one code"
+    axes.set(xlabel=f"weight of the row, in runs of {group}", ylabel="value")
+    axes.set_title(f"{codes} for {group} weights: a sum of vectors, {lost:.1%} lost here")
+    axes.set_xticks(at[::group], [str(place) for place in at[::group]])
+    axes.grid(visible=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure

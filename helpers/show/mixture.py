@@ -3,6 +3,8 @@
 >>> from helpers import hardware
 >>> longest("mixtral-8x7b", "attention", hardware.machine("a100-40")), longest("mixtral-8x7b", "attention", T4)
 (4096, 0)
+>>> longest("mixtral-8x7b-aqlm", "attention", T4)
+2048
 """
 
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from helpers import budget, hardware, workspace
-from helpers.budget import vram
+from helpers.budget import host, vram
 from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import profile, shape
@@ -21,17 +23,26 @@ from helpers.show import plots
 from helpers.show.shown import say
 
 T4 = hardware.machine("t4")
-MIXTURES = {"mistralai/Mixtral-8x7B-v0.1": ("attention", "all-linear"), "Qwen/Qwen3-30B-A3B": ("attention",)}
-"""Mixture -> what its adapters can change."""
+MIXTURES = {
+    "mistralai/Mixtral-8x7B-v0.1": ("attention", "all-linear"),
+    "Qwen/Qwen3-30B-A3B": ("attention",),
+    "ISTA-DASLab/Mixtral-8x7b-AQLM-2Bit-1x16-hf": ("attention",),
+}
+"""Mixture -> what its adapters can change, the one to prefer first: in 4 bits before 2."""
 CARDS = ("t4", "l4", "rtx5090", "a100-40", "l40s", "a100-80")
 CONTEXTS = (4096, 2048, 1024, 512)
-TINY_STEPS = 45
+TINY_STEPS = 40
+
+
+def settings(model: str, **values: Any) -> RunConfig:
+    """The settings of a mixture: in NF4, or as it is stored where that is AQLM's two bits."""
+    return profile("mistral-7b", model=model, weights="aqlm" if shape(model).additive else "nf4", **values)
 
 
 def longest(model: str, targets: str, machine: Machine) -> int:
     """The longest of CONTEXTS that trains on a machine's GPU, a sequence at a time and all recomputed; 0: none does."""
     for context in CONTEXTS:
-        config = profile("mistral-7b", model=model, targets=targets, seq_len=context, checkpointing="all")
+        config = settings(model, targets=targets, seq_len=context, checkpointing="all")
         found = budget.budget(config.with_values(keep_attention=False), shape(model), machine).vram
         if found.process_gib <= found.usable_gib:
             return context
@@ -39,15 +50,16 @@ def longest(model: str, targets: str, machine: Machine) -> int:
 
 
 def fitting(machine: Machine) -> list[dict[str, Any]]:
-    """A row a mixture and target: GiB of its weights in NF4, and the longest context on this GPU and on others."""
+    """A row a mixture and target: GiB and kind of its weights, and the longest context on this GPU and on others."""
     cards = {"this machine": machine} | {hardware.machine(name).name: hardware.machine(name) for name in CARDS}
     rows = []
     for model, groups in MIXTURES.items():
-        config = profile("mistral-7b", model=model, targets="attention")
+        config = settings(model, targets="attention")
+        kind = "AQLM" if shape(model).additive else "NF4"
         weights = sum(vram.weights(config, shape(model)).values()) / 2**30
         for targets in groups:
             contexts = {name: longest(model, targets, card) or "–" for name, card in cards.items() if card.gpu}
-            row = {"mixture": Path(model).name, "adapters on": targets, "weights in NF4": f"{weights:.1f} GiB"}
+            row = {"mixture": Path(model).name, "adapters on": targets, "weights": f"{weights:.1f} GiB, {kind}"}
             rows.append(row | contexts)
     return rows
 
@@ -61,14 +73,14 @@ def start(name: str, machine: Machine, folder: Path, model: str | None = None) -
     chosen = model or next((one for one, context in fits.items() if context), None)
     if chosen and (model or name != "tiny"):
         context = min(fits.get(chosen) or 1024, 1024)
-        return profile("mistral-7b", model=chosen, targets="attention", seq_len=context)
+        return settings(chosen, targets="attention", seq_len=context)
     from helpers.models import experts
 
     if name != "tiny":
         rows = ", ".join(Path(one).name for one in MIXTURES)
         say(f"<p role='alert'><b>DEMO: a toy of four experts</b>, because none of {rows} fits this {machine.name}.</p>")
     made = experts.tiny_mixture(folder / "tiny-mixture")
-    return profile("tiny", model=str(made), max_steps=TINY_STEPS, learning_rate=1e-3, max_questions=16)
+    return profile("tiny", model=str(made), max_steps=TINY_STEPS, learning_rate=1e-3, max_questions=16, max_heldout=24)
 
 
 def open_run(name: str, folder: str | Path | None = None) -> workspace.Workspace:
@@ -81,8 +93,8 @@ def open_run(name: str, folder: str | Path | None = None) -> workspace.Workspace
 
 
 def compared(config: RunConfig, adapter: Path, machine: Machine) -> dict[str, str | Path]:
-    """The models of an evaluation: the adapter on its base, and the base itself where its 16-bit weights fit."""
-    size_gib = 2 * shape(config.model.model, config.model.revision).parameters / 2**30
+    """The models of an evaluation: the adapter on its base, and the base itself where its weights as stored fit."""
+    size_gib = host.stored_bytes(shape(config.model.model, config.model.revision)) / 2**30
     base = {"base": config.model.model} if machine.gpu is None or size_gib < machine.vram_gib else {}
     return base | {"finetuned": adapter}
 

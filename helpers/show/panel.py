@@ -83,10 +83,12 @@ OTHERS = {
 # One colour a component, whatever else is in the bar: weights blue, adapter green, activations orange, the rest grey.
 COLOURS = {
     "4-bit weights": "#4c78a8",
+    "AQLM codes": "#4c78a8",
     "8-bit weights": "#4c78a8",
     "16-bit weights": "#9ecae9",
     "32-bit weights": "#9ecae9",
     "quantization scales": "#2f5582",
+    "codebooks and scales": "#2f5582",
     "LoRA weights": "#54a24b",
     "LoRA gradients": "#88c87f",
     "adapters in 16 bits": "#b5dcae",

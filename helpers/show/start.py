@@ -103,6 +103,22 @@ def words(config: RunConfig, shape: ModelShape, prepared: Mapping[str, Any], nee
     return f"Training <b>{model}</b> on <b>{data}</b> · <b>{' · '.join(facts)}</b>"
 
 
+def several(config: RunConfig, machine: Machine) -> None:
+    """Where there are several GPUs, show what they are good for here, and which of them train; else nothing."""
+    if machine.gpu is None or machine.gpu.count == 1:
+        return
+    count, asked = machine.gpu.count, config.train.gpus
+    training = count if asked == "all" else min(asked, count)
+    if training == 1:
+        now = f"One of them trains. With <code>gpus = {count}</code> among the parameters, {count} share each step."
+    else:
+        now = f"{training} of them train: each step's micro-batches are shared, each GPU holds the whole model."
+    say(
+        f"<div style='{LINE}'><b>{count} × {escape(machine.gpu.name)}.</b> {now} The run is the same on any number of "
+        "GPUs, step by step, and goes on with another number after an interruption.</div>"
+    )
+
+
 def watched(config: RunConfig, prepared: Mapping[str, Any]) -> RunConfig:
     """The configuration with some six looks at held-out conversations on its way, unless it says how many itself.
 

@@ -33,15 +33,14 @@ def scored(folder: Path) -> Any:
     """
     folder = Path(folder)
     if not (folder / "heldout").is_dir():
-        return load(folder)
-    rows = side(folder, "heldout")
-    if len(rows):
-        return rows
+        return conversations(folder)
+    if len(side(folder, "heldout")):
+        return conversations(folder / "heldout")
     print(
         f"nothing is held out in {folder}: what was trained is scored, which tells how well it was learned and not how "
         "well anything else is answered; prepare with heldout_fraction above 0 for that"
     )
-    return side(folder, "train")
+    return conversations(folder / "train") if len(side(folder, "train")) else side(folder, "train")
 
 
 def with_own_questions(config: RunConfig, folder: Path) -> RunConfig:
@@ -61,6 +60,18 @@ def with_own_questions(config: RunConfig, folder: Path) -> RunConfig:
         return config
     print(f"the questions of the profile are not about {made['source']}: held-out conversations are asked instead")
     return config.with_values(questions=None)
+
+
+def conversations(place: Path) -> Any:
+    """Rows of a dataset on disk as conversations: of preference pairs, the prompt with the answer that was chosen.
+
+    What reads or continues text does not care which answer was rejected: calibration, perplexity, checks of tokens.
+    """
+    rows = load(place)
+    if "chosen_ids" not in rows.column_names:
+        return rows
+    rows = rows.rename_columns({"chosen_ids": "input_ids", "chosen_masks": "assistant_masks"})
+    return rows.map(lambda row: {"messages": [*row["prompt"], *row["chosen"]]}, keep_in_memory=True)
 
 
 def load(folder: Path) -> Any:

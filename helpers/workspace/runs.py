@@ -77,7 +77,10 @@ def run_models(run: Workspace, config: RunConfig) -> dict[str, str | Path]:
     quantized = run.folder("quantize")
     made = (read_manifest(quantized)["config"] if (quantized / MANIFEST).is_file() else None) or {}
     method = made.get("quantize", {}).get("quant_method", "gptq")  # earlier manifests name none: there was one
-    for name, stage in (("finetuned", "finetune"), ("merged", "merge"), (method, "quantize")):
+    stages = [("finetuned", "finetune"), ("merged", "merge"), (method, "quantize")]
+    if config.model.weights == "aqlm":  # no such base is merged or quantized: nothing of it is missing
+        stages = [pair for pair in stages if pair[1] == "finetune" or (run.folder(pair[1]) / MANIFEST).is_file()]
+    for name, stage in stages:
         folder = run.folder(stage)
         if (folder / MANIFEST).is_file():
             models[name] = folder / "adapter" if stage == "finetune" else folder

@@ -19,7 +19,7 @@ except ImportError:
 
 from helpers.config import RunConfig, save_yaml
 from helpers.workspace import files
-from helpers.workspace.files import existing, is_folder
+from helpers.workspace.files import existing, is_file, is_folder
 from helpers.workspace.lasting import LASTING, fetch, keep_copy, unkept
 from helpers.workspace.whole import (
     MANIFEST,
@@ -36,6 +36,9 @@ from helpers.workspace.whole import (
     replace,
     write_manifest,
 )
+
+MARK = Path(SCRATCH) / ".work"
+"""In a work folder: says that a stage made it."""
 
 
 @dataclass
@@ -139,16 +142,38 @@ def refuse_foreign(output: Path, stage: str) -> None:
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold a work folder for this process alone; the lock ends with the process, however that ends.
 
-    Raises ValueError when another process holds it. Leaves no empty folder behind. It holds among the processes of one
-    machine: two machines that share a Drive have work folders of their own, and checkpoints there say whose they are.
+    Raises ValueError when another process holds it, or something lies in it that no stage put there. Leaves no empty
+    folder behind. It holds among the processes of one machine: two machines that share a Drive have work folders of
+    their own, and checkpoints there say whose they are.
     """
     handle = locked(folder)
     try:
+        claim(folder)
         yield
     finally:
-        with suppress(OSError):  # not empty, or renamed to its finished place
-            folder.rmdir()
+        with suppress(OSError):  # renamed to its finished place, or not empty
+            if os.path.samestat(os.fstat(handle), folder.stat()):
+                if files.files_under(folder) == [folder / MARK]:
+                    files.erase(folder / SCRATCH)
+                folder.rmdir()
         os.close(handle)
+
+
+def claim(folder: Path) -> None:
+    """Mark a folder as one that stages work in and may empty. Raises ValueError when it holds what is not theirs.
+
+    The mark survives a kill; checkpoints without one are an earlier version's, or were fetched.
+    """
+    if not is_file(folder / MARK):
+        inside = (file.relative_to(folder) for file in files.files_under(folder))
+        foreign = next((file for file in inside if not str(file).startswith(f"{SCRATCH}/checkpoint-")), None)
+        if foreign is not None:
+            raise ValueError(
+                f"{folder} is where the result would be made, and holds {foreign}, which no stage put there: move that "
+                "folder away, or choose another output; nothing was changed"
+            )
+        files.make_folder(folder / SCRATCH)
+        files.patiently((folder / MARK).touch)
 
 
 def locked(folder: Path) -> int:
@@ -175,10 +200,13 @@ def locked(folder: Path) -> int:
 
 
 def empty_folder(folder: Path) -> None:
-    """Delete what lies in a folder that this process holds."""
-    for name in files.names(folder):
-        path = folder / name
+    """Delete what lies in a folder that this process holds, but for the mark that it is a stage's."""
+    scratch = folder / SCRATCH
+    inside = [scratch / name for name in files.names(scratch)]
+    for path in (*(folder / name for name in files.names(folder) if name != SCRATCH), *inside):
         with suppress(OSError):
+            if path == folder / MARK:
+                continue
             if path.is_dir() and not path.is_symlink():
                 files.erase(path)
             else:

@@ -25,7 +25,9 @@ def config_of(name: str = SHAPE, layers: int | None = None):
     from helpers.models import shape
 
     sizes = shape(name)
-    window = {"sliding_window": None} if sizes.family.model_type == "mistral" else {}
+    window = {"sliding_window": None} if sizes.family.model_type in ("mistral", "mixtral") else {}
+    if sizes.experts > 1:
+        window |= {"num_local_experts": sizes.experts, "num_experts_per_tok": sizes.experts_per_token}
     return AutoConfig.for_model(
         sizes.family.model_type, vocab_size=sizes.vocab, hidden_size=sizes.hidden, head_dim=sizes.head_dim,
         intermediate_size=sizes.intermediate, num_hidden_layers=layers or sizes.layers, rms_norm_eps=1e-5,
@@ -179,6 +181,39 @@ def make_gptq(folder: Path, name: str = SHAPE, layers: int | None = None) -> Pat
     return folder
 
 
+def make_aqlm(folder: Path, name: str = SHAPE, layers: int | None = None, layout=None) -> Path:
+    """An AQLM folder of the shape in the hub's layout: random codes, codebooks and scales, weights spread by 0.02."""
+    import torch
+
+    from helpers.models.aqlm_sizes import ADDITIVE_1X16, settings_of
+    from helpers.models.experts import stored_name
+
+    config, layout = config_of(name, layers), layout or ADDITIVE_1X16
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = torch.int8 if layout.code_bytes == 1 else torch.int16
+    kept = ["lm_head.weight", "model.embed_tokens.weight"]
+
+    def coded(name: str, size: tuple[int, ...]) -> dict:
+        """All codes are used, also those that are stored as negative numbers."""
+        if ".layers." not in name or len(size) == 1 or is_router(name):
+            return plain(name, size)
+        (outputs, inputs), module, low = size, name.removesuffix(".weight"), -(2 ** (layout.bits - 1))
+        shape = (outputs, inputs // layout.group, layout.codebooks)
+        books = (layout.codebooks, 2**layout.bits, 1, layout.group)
+        return {
+            f"{module}.codes": torch.randint(low, -low, shape, dtype=kind, device=device),
+            f"{module}.codebooks": torch.randn(books, device=device).div_(layout.codebooks**0.5).half(),
+            f"{module}.scales": (0.02 * (0.5 + torch.rand((outputs, 1, 1, 1), device=device))).half(),
+        }
+
+    write(folder, config, coded)
+    kept += [stored_name(name, config.model_type) for name in tensors_of(config) if is_router(name)]
+    whole = config.to_dict() | {"quantization_config": settings_of(layout, kept), "torch_dtype": "float16"}
+    (folder / "config.json").write_text(json.dumps(whole), encoding="utf-8")
+    make_tokenizer(folder, config.vocab_size)
+    return folder
+
+
 def make_nf4(folder: Path, name: str = SHAPE, layers: int | None = None) -> Path:
     """A folder of the shape in NF4 with double quantization, as bitsandbytes stores it: no 16-bit model is needed."""
     import torch
@@ -202,6 +237,11 @@ def make_nf4(folder: Path, name: str = SHAPE, layers: int | None = None) -> Path
     (folder / "config.json").write_text(json.dumps(whole), encoding="utf-8")
     make_tokenizer(folder, config.vocab_size)
     return folder
+
+
+def is_router(name: str) -> bool:
+    """Whether a tensor is what chooses the experts, which no method quantizes."""
+    return name.endswith(".gate.weight")
 
 
 def write_prepared(folder: Path, model: Path, sequences: int, seq: int, distinct: int | None = None) -> Path:

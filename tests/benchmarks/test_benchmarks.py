@@ -12,7 +12,8 @@ import random_model
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers.models import TINY, profile
+from helpers.budget import vram
+from helpers.models import TINY, experts, loading, profile, shape
 from helpers.models.templates import Template, load_tokenizer
 
 SCRIPTS = [path for path in sorted(Path(keep.__file__).parent.glob("*.py")) if "ArgumentParser" in path.read_text()]
@@ -65,3 +66,16 @@ def test_a_row_measured_again_takes_the_place_of_the_earlier(tmp_path):
 
 def test_docstrings():
     assert doctest.testmod(random_model).failed == 0
+
+
+def test_a_random_mixture_in_nf4_opens_in_4_bits_as_it_is_budgeted(tmp_path):
+    from bitsandbytes.nn import Params4bit
+
+    source = experts.tiny_mixture(tmp_path / "mixture", experts=8)
+    folder = random_model.make_nf4(tmp_path / "nf4", str(source), layers=1)
+    model = loading.causal_lm(folder, dtype=torch.float32)
+    packed = [value for value in model.parameters() if isinstance(value, Params4bit)]
+    parts = vram.weights(profile("tiny", model=str(folder)), shape(str(folder)))
+    assert sum(value.nbytes for value in packed) == parts["4-bit weights"]
+    states = [value.quant_state for value in packed]
+    assert sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states) == parts["quantization scales"]

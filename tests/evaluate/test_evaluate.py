@@ -26,7 +26,7 @@ from helpers.budget import hours, placement
 from helpers.budget.placement import Placement
 from helpers.evaluate import cost, judge, metrics, perplexity, report, tasks
 from helpers.evaluate.perplexity import Item, read_items
-from helpers.models import ROOT, TINY, loading, profile, shape
+from helpers.models import ROOT, TINY, experts, loading, profile, shape
 from helpers.show import bars
 from helpers.workspace import building, require
 
@@ -422,18 +422,27 @@ def twelve(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "away", "away_in"), [("tiny", 2, "host memory"), ("twelve", 9, "host memory"), ("twelve", 12, "disk")]
+    ("name", "away", "away_in"),
+    [
+        ("tiny", 2, "host memory"),
+        ("twelve", 9, "host memory"),
+        ("twelve", 12, "disk"),
+        ("mixture", 2, "host memory"),
+        ("mixture", 4, "disk"),
+    ],
 )
-def test_a_16_bit_model_computes_the_same_bits_wherever_its_layers_lie(twelve, name, away, away_in):
-    folder = {"tiny": TINY, "twelve": twelve}[name]
+def test_a_16_bit_model_computes_the_same_bits_wherever_its_layers_lie(twelve, name, away, away_in, tmp_path):
+    folder = {"tiny": TINY, "twelve": twelve}.get(name) or experts.tiny_mixture(tmp_path / "mixture")
     config = CONFIG.with_values(eval_batch_size=2, eval_context=64, eval_stride=64, max_new_tokens=8)
     card = card_that_keeps_away(away, config, shape(str(folder)), 100.0 if away_in == "host memory" else 0.0)
     whole, parted = inference.load(folder, config), inference.load(folder, config, card)
     assert (whole.how, parted.how) == ("fp32", f"fp32, {away} of {shape(str(folder)).layers} layers from {away_in}")
     assert parted.model.device.type == "cpu" and not parted.quantized
     waiting = parted.model.get_decoder().layers[-away:]
-    places = {layer.mlp.up_proj.weight.data_ptr() for layer in waiting}  # one place for all of them, or none (meta)
-    here = {layer.mlp.up_proj.weight.data_ptr() for layer in parted.model.get_decoder().layers[:-away]}
+    places = {
+        layer.self_attn.o_proj.weight.data_ptr() for layer in waiting
+    }  # one place for all of them, or none (meta)
+    here = {layer.self_attn.o_proj.weight.data_ptr() for layer in parted.model.get_decoder().layers[:-away]}
     assert len(places) == 1 and len(here - places) == shape(str(folder)).layers - away
     ids = torch.randint(3, 2000, (3, 40), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Compile every Triton kernel of engine/kernels.py for a GPU that is not there, and run each in Triton's interpreter.
+"""Compile every Triton kernel (engine/kernels.py, models/aqlm.py) for a GPU that is not there, and interpret each.
 
     python tests/finetune/compile_kernels.py compile 75 80 89 90     # a line of JSON a kernel, type and capability
     TRITON_INTERPRET=1 python tests/finetune/compile_kernels.py run  # and one a comparison with PyTorch
@@ -12,13 +12,15 @@ import sys
 import torch
 
 from helpers.finetune.engine import kernels
+from helpers.models import aqlm
+from helpers.models.aqlm_sizes import ADDITIVE_1X16, ADDITIVE_2X8, Layout
 
 ROW, HEADS, HALF = 4096, 32, 64  # the 7B's hidden width, heads and half of a head
-INTEGERS = {"columns", "rows", "stride", "heads", "size", "blocks"}
+INTEGERS = {"columns", "rows", "stride", "heads", "size", "blocks", "groups", "row_groups"}
 
 
 def variants(dtype: str) -> list[tuple]:
-    """(kernel, pointers' types beside dtype, constants, warps) as engine/kernels.py launches them for a 7B."""
+    """(kernel, pointers' types beside dtype, constants, warps) as they are launched for a 7B."""
     block, warps = kernels.row_block(ROW)
     fp32 = {"scales": "*fp32", "levels": "*fp32", "scale_levels": "*fp32", "group_scales": "*fp32", "offset": "*fp32"}
     packed, nothing = fp32 | {"packed": "*u8"}, dict.fromkeys(("scale_levels", "group_scales", "offset"))
@@ -32,6 +34,10 @@ def variants(dtype: str) -> list[tuple]:
         (kernels._swiglu_backward, {}, {"BLOCK": 1024}, 4),
         (kernels._dequantize, packed | {"scales": "*u8"}, {"NESTED": True, "GROUP": 256, **sizes}, 4),
         (kernels._dequantize, packed, {"NESTED": False, "GROUP": 1, **sizes, **nothing}, 4),
+        *(
+            (aqlm._rebuild, {"codes": codes}, aqlm.constants(layout), 4)
+            for codes, layout in (("*i16", ADDITIVE_1X16), ("*i8", ADDITIVE_2X8))
+        ),
     ]
 
 
@@ -64,7 +70,7 @@ def compile_all(capabilities: list[int]) -> None:
 def run_all() -> None:
     """Both branches of each function on the same inputs: the largest difference, beside that of two roundings.
 
-    For dequantization (NF4 and FP4, scales nested or not) bits must agree.
+    For dequantization (NF4 and FP4, scales nested or not; AQLM) bits must agree.
     """
     torch.manual_seed(0)
     for dtype in (torch.float16, torch.float32):
@@ -73,6 +79,9 @@ def run_all() -> None:
     for kind in ("nf4", "fp4"):
         for nested in (True, False):
             compare(f"dequantize {kind}{' nested' * nested}", torch.float16, dequantization(kind, nested), exact=True)
+    for layout in (Layout(1, 12), ADDITIVE_1X16, ADDITIVE_2X8):
+        for dtype in (torch.float16, torch.float32):
+            compare(f"rebuild {layout.name}", dtype, rebuilding(layout, dtype), exact=True)
 
 
 def elementwise(dtype: torch.dtype) -> dict:
@@ -102,6 +111,15 @@ def dequantization(kind: str, nested: bool):
     dense[3] = 0
     packed, state = quantize_4bit(dense, quant_type=kind, compress_statistics=nested, blocksize=64)
     return lambda: kernels.dequantize(packed, state, torch.float16)
+
+
+def rebuilding(layout: Layout, dtype: torch.dtype):
+    """A call for 70 × 96 weights, the last program not full, by whichever of the two `compare` chooses."""
+    low = -(2 ** (layout.bits - 1))
+    codes = torch.randint(low, -low, (70, 96 // layout.group, layout.codebooks), dtype=aqlm.code_type(layout))
+    books = torch.randn(layout.codebooks, 2**layout.bits, 1, layout.group, dtype=torch.float16)
+    parts = (codes, books, torch.rand(70, 1, 1, 1, dtype=torch.float16), dtype)
+    return lambda: (aqlm.on_triton if kernels.on_triton(codes) else aqlm.gathered)(*parts)
 
 
 def compare(name: str, dtype: torch.dtype, call, exact: bool = False) -> None:

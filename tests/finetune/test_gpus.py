@@ -6,6 +6,7 @@ On two GPUs: tests/benchmarks/bench_gpus.py.
 import doctest
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,12 +20,13 @@ import torch
 from datasets import Dataset, load_from_disk
 from kill_and_resume import make_inputs
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
-from helpers import finetune, hardware
+from helpers import budget, finetune, hardware
 from helpers.finetune import batches, ranks, workers
 from helpers.finetune.trainer import FineTuner
 from helpers.finetune.watch import Watch
-from helpers.models import profile
+from helpers.models import profile, shape
 from helpers.workspace import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +38,8 @@ CASES = {
     "one micro-batch a step": {"accumulation": 1, "batch_size": 6, "loss": "full"},
     "packing": {"accumulation": 2, "batch_size": 1, "packing": True, "seq_len": 48},
     "patience": {"accumulation": 2, "learning_rate": 0.02, "eval_steps": 1, "patience": 1, "epochs": 4.0},
+    "a mixture": {"accumulation": 2, "model": "mixture"},
+    "a mixture, some of whose experts get no token": {"accumulation": 3, "model": "mixture", "kernels": "plain"},
 }
 ROAD = {"accumulation": 2, "max_steps": 14, "epochs": 9.0, "save_steps": 2, "keep_checkpoints": 3}
 STOPPED = "asked to stop at different steps"
@@ -54,12 +58,22 @@ def inputs(tmp_path_factory) -> tuple[Path, Path]:
     for split, count in (("train", 25), ("heldout", 5)):
         rows = load_from_disk(str(folder / "prepared" / split)).select(range(count))
         Dataset.from_dict(rows.to_dict()).save_to_disk(str(folder / "few" / split))
+    mixture(model, folder / "mixture")
     return model, folder / "few"
 
 
-def settings(model: Path, **values):
+def mixture(model: Path, folder: Path) -> None:
+    """A mixture of eight experts with the model's tokenizer."""
+    shutil.copytree(model, folder)
+    sizes = {"vocab_size": json.loads((model / "config.json").read_text())["vocab_size"], "intermediate_size": 32}
+    sizes |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=8)).save_pretrained(folder)
+
+
+def settings(folder: Path, model: str = "model", **values):
     usual = {"rank": 4, "seq_len": 32, "batch_size": 2, "epochs": 1.0, "learning_rate": 2e-3, "save_steps": 1000}
-    return profile("tiny", model=str(model), **(usual | values))
+    return profile("tiny", model=str(folder.with_name(model)), **(usual | values))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +97,11 @@ def two_ranks(inputs, tmp_path_factory) -> tuple[Path, list[dict]]:
         )
         for rank in range(2)
     ]
-    said = [process.communicate()[0] for process in processes]
+    try:
+        said = [process.communicate(timeout=400)[0] for process in processes]
+    finally:
+        for process in processes:  # one that waits for the other for ever
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     return folder, json.loads((folder / "facts.json").read_text(encoding="utf-8"))
 
@@ -264,6 +282,60 @@ def test_more_gpus_than_there_are(there, asked, sentence, inputs, tmp_path, monk
     assert workers.cards(settings(model, gpus="all")) == max(there, 1)
 
 
+def test_more_gpus_than_a_step_has_sequences(inputs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(
+        ValueError, match=r"a step has 2 sequences .* too few for 4 GPUs .* set accumulation=4, or gpus=2"
+    ):
+        workers.cards(settings(inputs[0], gpus=4, batch_size=1, accumulation=2))
+
+
+def test_a_mixture_that_balances_its_experts_by_micro_batch_is_refused(inputs, tmp_path, monkeypatch):
+    config = settings(inputs[0], model="mixture")
+    file = Path(config.model.model) / "config.json"
+    balanced = tmp_path / "mixture"
+    shutil.copytree(file.parent, balanced)
+    (balanced / "config.json").write_text(
+        file.read_text().replace('"output_router_logits": false', '"output_router_logits": true')
+    )
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    config = config.with_values(model=str(balanced))
+    model, tokenizer = finetune.load_base(config)
+    with pytest.raises(ValueError, match=r"balances its experts .* train it on one GPU"):
+        finetune.build_trainer(config, finetune.attach_adapter(model, config), tokenizer, inputs[1], tmp_path / "saves")
+
+
+def test_a_worker_sees_its_own_card_alone_from_its_first_import_on(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, env, **how: seen.append(env))
+    monkeypatch.delenv(workers.ON_CPU, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    for rank in range(2):
+        workers.started(rank, 2, 1234, tmp_path)
+    names = ("RANK", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE")
+    assert [tuple(env[name] for name in names) for env in seen] == [("0", "0", "5", "2"), ("1", "0", "3", "2")]
+
+
+FAILURES = {
+    "ValueError": ({"error": "ValueError", "text": "rank=33 is too large"}, ValueError, "rank=33 is too large"),
+    "NotTrained": ({"error": "NotTrained", "text": "the loss is NaN"}, finetune.NotTrained, "the loss is NaN"),
+    "a bug": ({"error": "KeyError", "text": "'x'", "trace": "in line 7"}, RuntimeError, "GPU 1 of 2: KeyError: 'x'"),
+    "an import": (
+        {"died": 1},
+        workers.WorkerLost,
+        "ended with status 1, ImportError: no such module: all have been ended",
+    ),
+}
+
+
+@pytest.mark.parametrize(("failure", "kind", "sentence"), FAILURES.values(), ids=FAILURES.keys())
+def test_a_workers_error_is_the_launchers(failure, kind, sentence, tmp_path):
+    (tmp_path / "1.log").write_text("Traceback\nImportError: no such module\n")
+    error = workers.error_of(workers.Worker(1, None, tmp_path / "1.log", failure), 2)
+    assert type(error) is kind and sentence in str(error)
+    assert kind is not RuntimeError or "in line 7" in str(error.__cause__)
+
+
 def test_sharding_that_is_not_there(inputs, tmp_path):
     with pytest.raises(ValueError, match="sharding=zero3 is DeepSpeed's"):
         finetune.finetune(settings(inputs[0], sharding="zero3"), inputs[1], tmp_path / "finetune")
@@ -298,6 +370,18 @@ def test_gpus_of_unequal_memory_are_planned_for_the_smallest_and_of_other_kinds_
         ValueError, match="GPU 0 is a Tesla T4 and GPU 1 a GeForce RTX 3090, which compute in different"
     ):
         ranks.smallest(t4)
+
+
+def test_a_plan_for_a_gpu_that_has_less_room_than_the_notebook_saw_recomputes_more(monkeypatch, capsys):
+    t4, asked = hardware.machine("t4"), profile("mistral-7b", model="mistral-7b-v0.3", gpus=2)
+    seen = budget.plan(asked, shape("mistral-7b-v0.3"), t4).config
+    monkeypatch.setattr(ranks, "smallest", lambda machine: replace(t4, free_vram_gib=7.0))
+    assert finetune.planned(seen) == seen, "one GPU: as asked"
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    planned = finetune.planned(seen)
+    assert planned.train.checkpointing > seen.train.checkpointing
+    assert budget.budget(planned, shape("mistral-7b-v0.3"), replace(t4, free_vram_gib=7.0)).fits
+    assert "layers are checkpointed" in capsys.readouterr().out
 
 
 def test_a_full_disk_while_two_train_costs_a_checkpoint_and_nobody_waits(monkeypatch):

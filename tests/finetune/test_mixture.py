@@ -15,6 +15,7 @@ from helpers.finetune.base import adapters
 from helpers.finetune.engine import layers, losses, mixture
 from helpers.finetune.trainer import choose_layers
 from helpers.models import TINY, families, loading, profile, shape
+from helpers.models.loading import Precision
 from helpers.quantize import gptq
 
 IDS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -89,6 +90,21 @@ def test_gradients_are_autograds_whatever_is_adapted_and_saved(targets, weights,
             for name, grad in expected.items():
                 wanted = torch.zeros_like(found[name]) if grad is None else grad
                 torch.testing.assert_close(found[name], wanted, atol=2e-5, rtol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_in_fp16_gradients_are_those_of_fp32_but_for_rounding(small, monkeypatch):
+    config, found = settings(small, weights="nf4"), []
+    for dtype in (torch.float32, torch.float16):
+        monkeypatch.setattr("helpers.finetune.base.precision", lambda dtype=dtype: Precision(dtype, "as on a T4"))
+        model = adapted(config)
+        losses.install(model.get_base_model(), "chunked")
+        layers.install(model.get_base_model(), ["everything", "input"])
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.float16):
+            found.append(gradients(model)[1])
+    whole, half = found
+    apart = [((half[name] - grad).norm() / grad.norm()).item() for name, grad in whole.items() if grad.norm() > 0]
+    assert 0 < sorted(apart)[len(apart) // 2] < 0.02
+    assert {grad.dtype for grad in half.values()} == {torch.float32}
 
 
 def test_experts_that_no_token_meets_get_gradients_of_zero(small):

@@ -24,7 +24,8 @@ import nbformat
 from helpers.workspace.choices import PLAN
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOKS = tuple(sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb")))
+NOTEBOOKS = tuple(sorted(path.name for path in (ROOT / "notebooks").glob("0[1-6]_*.ipynb")))
+"""Those of one run, each of which goes on where the one before it ended; 7 begins a run of its own."""
 RECIPES = ("helpers", "notebooks", "data", "pyproject.toml", "requirements", "requirements.txt")
 LEFT_OUT = shutil.ignore_patterns("measurements", "kernel-ipc*")  # and sockets of notebooks that run at this moment
 ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "VIRTUAL_ENV")

@@ -3,10 +3,7 @@
 Leaves screenshots in runs/page/. Needs Chromium and its driver (Debian: chromium, chromium-driver).
 """
 
-import asyncio
 import shutil
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -17,16 +14,15 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed: `make setup` in
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import Select  # noqa: E402
+from served import KEY, never_ending, serving, wait_for  # noqa: E402
 
-import helpers.serve  # noqa: E402
-from helpers.models import TINY, profile  # noqa: E402
+from helpers.models import TINY  # noqa: E402
 
 SCREENSHOTS = Path(__file__).resolve().parents[2] / "runs" / "page"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync", "--disable-dev-shm-usage"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
-KEY, PATIENCE_S = "a-key-of-the-tests", 60.0
 
 pytestmark = pytest.mark.skipif(
     not (BROWSER and DRIVER),
@@ -36,21 +32,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def server():
-    """The address of two tiny models behind a key, and the places inside."""
-    here, came = {}, threading.Event()
-
-    def ready(running, address):
-        here.update(server=running, address=address, places=running.config.app.state.places)
-        came.set()
-
-    models = [f"first={TINY}", f"second={TINY}"]
-    settings = {"port": 0, "api_key": KEY, "page": True, "ready": ready}
-    thread = threading.Thread(target=helpers.serve.serve, args=(models, profile("tiny")), kwargs=settings)
-    thread.start()
-    came.wait(PATIENCE_S)
-    yield here
-    here["server"].should_exit = True
-    thread.join()
+    """Two tiny models behind a key, with the page."""
+    with serving([f"first={TINY}", f"second={TINY}"], page=True) as here:
+        yield here
 
 
 @pytest.fixture(scope="module")
@@ -63,34 +47,10 @@ def page(server, tmp_path_factory):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     driver.set_window_size(1000, 800)
-    driver.get(server["address"] + "/")
+    driver.get(server.address + "/")
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     yield driver
     driver.quit()
-
-
-def never_ending(engine, monkeypatch):
-    """From here on an answer of this engine waits after its fifth piece, for ever: what comes then is not a race."""
-    tokens = engine.tokens
-
-    async def held(wish):
-        pieces = tokens(wish)
-        try:
-            for _ in range(5):
-                yield await anext(pieces)
-            await asyncio.Event().wait()
-        finally:
-            await pieces.aclose()
-
-    monkeypatch.setattr(engine, "tokens", held)
-
-
-def wait_for(met):
-    """Until a condition holds; a test that never sees it fails instead of hanging."""
-    end = time.monotonic() + PATIENCE_S
-    while not met():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.02)
 
 
 def get(page, name):
@@ -134,12 +94,12 @@ def test_someone_enters_the_key_and_chats(page, server, monkeypatch):
     wait_for(lambda: len(answers(page)) == 2 and "second" in answers(page)[1])
 
     # a long answer comes in pieces, and is stopped: on the page and on the server
-    never_ending(server["server"].config.app.state.models["second"].engine, monkeypatch)
+    never_ending(server.models["second"].engine, monkeypatch)
     say(page, "Tell me everything.")
     wait_for(lambda: len(answers(page)) == 3 and len(answers(page)[2]) > 5)
-    assert get(page, "stop").is_displayed() and server["places"].taken == 1
+    assert get(page, "stop").is_displayed() and server.places.taken == 1
     get(page, "stop").click()
-    wait_for(lambda: "stopped" in answers(page)[2] and server["places"].taken == 0)
+    wait_for(lambda: "stopped" in answers(page)[2] and server.places.taken == 0)
     wait_for(lambda: get(page, "send").is_displayed())
     page.save_screenshot(str(SCREENSHOTS / "wide.png"))
     broken = [entry["message"] for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
@@ -175,7 +135,7 @@ def test_what_the_server_refuses_is_shown_and_the_question_comes_back(page):
 
 
 def test_a_server_that_is_gone_is_said(page, server):
-    server["server"].should_exit = True
+    server.server.should_exit = True
     asked = "fetch('/health').then(() => arguments[0](true), () => arguments[0](false))"
     wait_for(lambda: not page.execute_async_script(asked))
     page.execute_script("listModels()")

@@ -1,16 +1,12 @@
 """Serving: OpenAI's own client over real sockets against every kind of model, and everything that goes wrong there."""
 
-import asyncio
 import concurrent.futures
 import doctest
 import http.client
 import json
 import socket
 import threading
-import time
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -18,67 +14,16 @@ starlette = pytest.importorskip("starlette", reason="starlette is not installed:
 openai = pytest.importorskip("openai", reason="openai is not installed: `make setup` installs it")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: `make setup` installs it")
 
+from served import KEY, PATIENCE_S, never_ending, serving, wait_for  # noqa: E402
+
 import helpers.serve  # noqa: E402
 from helpers import cli, inference  # noqa: E402
 from helpers.models import TINY, profile  # noqa: E402
 from helpers.serve import asked, text  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-KEY = "a-key-of-the-tests"
 QUESTIONS = [f"Which animal does {name} keep?" for name in ("Edith", "Otto", "Ida", "Bruno", "Greta", "Anton")]
 FOLDERS, ALL = ["merged", "adapter", "gptq"], ["merged", "adapter", "gptq", "gguf"]
-PATIENCE_S = 60.0
-
-
-def wait_for(met):
-    """Until a condition holds; a test that never sees it fails instead of hanging."""
-    end = time.monotonic() + PATIENCE_S
-    while not met():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.01)
-
-
-def never_ending(engine, monkeypatch):
-    """From here on an answer of this engine waits after its fifth piece, for ever: what comes then is not a race."""
-    tokens = engine.tokens
-
-    async def held(wish):
-        pieces = tokens(wish)
-        try:
-            for _ in range(5):
-                yield await anext(pieces)
-            await asyncio.Event().wait()
-        finally:
-            await pieces.aclose()
-
-    monkeypatch.setattr(engine, "tokens", held)
-
-
-@contextmanager
-def serving(models, key=KEY, page=False):
-    """A server in this process, on a port of its own: address, uvicorn's server, the places inside."""
-    here, came = {}, threading.Event()
-
-    def ready(server, address):
-        here.update(server=server, address=address)
-        came.set()
-
-    def run():
-        try:
-            here["result"] = helpers.serve.serve(models, profile("tiny"), port=0, api_key=key, page=page, ready=ready)
-        finally:
-            came.set()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    came.wait()
-    state = here["server"].config.app.state
-    try:
-        yield SimpleNamespace(**here, places=state.places, models=state.models)
-    finally:
-        here["server"].should_exit = True
-        thread.join()
-    assert here["result"]["requests"] >= 0
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The six figures that teach: their numbers, and that what they draw can be read."""
+"""The seven figures that teach: their numbers, and that what they draw can be read."""
 
 import doctest
 
@@ -6,15 +6,25 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from helpers import budget, hardware, models
+from helpers import budget, hardware, models, quantize
 from helpers.budget import nf4
 from helpers.models import ROOT, TINY, profile
+from helpers.models.aqlm_sizes import ADDITIVE_2X8
+from helpers.quantize import additive
 from helpers.show import figures, plots, words
 
 SHAPE, T4 = models.shape("mistral-7b-v0.3"), hardware.machine("t4")
 PLANNED = budget.plan(profile("mistral-7b"), SHAPE, T4).config
 WEIGHTS = np.random.default_rng(0).normal(size=64)
 TEXT = (ROOT / "data" / "evaluation.txt").read_text(encoding="utf-8")
+
+
+def two_bits() -> tuple[list[float], list[list[float]]]:
+    """Three runs of a row of the tiny model, as AQLM 2x8 has them."""
+    weight = quantize.stored_weight(TINY, "model.layers.0.self_attn.k_proj")
+    return additive.example(weight, ADDITIVE_2X8)
+
+
 DRAWN = {
     "stages": lambda: figures.stages(figures.stage_sizes(PLANNED, SHAPE, T4), 13.5),
     "lora": lambda: figures.lora(figures.lora_shapes(SHAPE, 16)),
@@ -22,6 +32,7 @@ DRAWN = {
     "card": lambda: figures.card(figures.card_filling(PLANNED, SHAPE, T4), T4.vram_gib, "free T4"),
     "timeline": lambda: figures.timeline(SHAPE.layers, *figures.kept_gib(PLANNED, SHAPE, T4)),
     "sweep": lambda: figures.sweep(figures.sample_sweep(TINY, TEXT)),
+    "additive": lambda: figures.additive(*two_bits()),
 }
 
 
@@ -74,6 +85,14 @@ def test_checkpointing_saves_what_the_budget_says_and_costs_a_forward_pass():
     assert max(gib for _, gib in everything) == pytest.approx(31 * held + whole)
     assert (none[-1][0], everything[-1][0]) == (96, 128)
     assert none[-1][1] == pytest.approx(0, abs=1e-9) and everything[-1][1] == pytest.approx(0, abs=1e-9)
+
+
+def test_two_bits_are_a_sum_that_comes_near():
+    weights, parts = two_bits()
+    assert len(weights) == 24 and [len(part) for part in parts] == [24, 24]
+    lost = np.linalg.norm(np.sum(parts, axis=0) - weights) / np.linalg.norm(weights)
+    assert 0 < lost < np.linalg.norm(np.subtract(parts[0], weights)) / np.linalg.norm(weights) < 1, "each codebook adds"
+    assert f"{lost:.1%} lost" in figures.additive(weights, parts).axes[0].get_title()
 
 
 def test_the_sweep_loses_less_than_rounding_where_inputs_hang_together_and_as_much_where_not():

@@ -19,18 +19,24 @@ def test_the_table_has_a_row_a_mixture_and_target_and_says_what_fits_where():
     rows = mixture.fitting(hardware.machine("4090"))
     assert [(row["mixture"], row["adapters on"]) for row in rows] == [
         ("Mixtral-8x7B-v0.1", "attention"), ("Mixtral-8x7B-v0.1", "all-linear"), ("Qwen3-30B-A3B", "attention"),
+        ("Mixtral-8x7b-AQLM-2Bit-1x16-hf", "attention"),
     ]  # fmt: skip
-    attention, everything, qwen = rows
-    assert attention["this machine"] == attention["Tesla T4"] == "–" and attention["weights in NF4"] == "22.8 GiB"
+    attention, everything, qwen, two_bits = rows
+    assert attention["this machine"] == attention["Tesla T4"] == "–" and attention["weights"] == "22.8 GiB, NF4"
     assert attention["GeForce RTX 5090"] == 4096 and attention["NVIDIA A100 40 GB"] == 4096
     assert everything["GeForce RTX 5090"] <= attention["GeForce RTX 5090"]
     assert qwen["this machine"] == 4096
+    assert two_bits["weights"] == "12.2 GiB, AQLM" and two_bits["Tesla T4"] == 2048
 
 
 def test_the_mixture_that_fits_is_taken_else_a_toy_with_a_word(tmp_path, capsys):
     assert mixture.start("mistral-7b", hardware.machine("a100-40"), tmp_path).model.model.endswith("Mixtral-8x7B-v0.1")
     assert mixture.start("mistral-7b", hardware.machine("4090"), tmp_path).model.model == "Qwen/Qwen3-30B-A3B"
-    toy = mixture.start("mistral-7b", hardware.machine("t4"), tmp_path)
+    two_bits = mixture.start("mistral-7b", hardware.machine("t4"), tmp_path)
+    assert (two_bits.model.weights, two_bits.data.seq_len) == ("aqlm", 1024)
+    assert set(mixture.compared(two_bits, tmp_path, hardware.machine("t4"))) == {"base", "finetuned"}
+    small = replace(hardware.machine("t4"), free_vram_gib=11.0)
+    toy = mixture.start("mistral-7b", small, tmp_path)
     assert (
         toy.model.model == str(tmp_path / "tiny-mixture") and "DEMO: a toy of four experts" in capsys.readouterr().out
     )

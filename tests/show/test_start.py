@@ -22,6 +22,17 @@ def test_examples_in_docstrings(module):
     assert doctest.testmod(module).failed == 0
 
 
+def test_two_gpus_are_told_of_and_one_or_none_is_not(capsys):
+    two = hardware.machine("2xt4")
+    for machine in (T4, hardware.machine("none")):
+        start.several(profile("mistral-7b"), machine)
+    assert capsys.readouterr().out == ""
+    for asked, said in ((1, "gpus = 2 among the parameters, 2 share each step"), ("all", "2 of them train")):
+        start.several(profile("mistral-7b", gpus=asked), two)
+        told = capsys.readouterr().out
+        assert "2 × Tesla T4" in told and said in told
+
+
 def test_a_run_that_would_be_cut_stops_with_the_proposal_and_two_ways_to_accept_it():
     plan = budget.plan(TOO_LONG, SHAPE, T4)
     assert plan.budget.fits and plan.config.data.seq_len < 32768

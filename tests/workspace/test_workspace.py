@@ -508,11 +508,26 @@ def test_an_output_that_the_stage_did_not_make_is_refused_and_nothing_is_touched
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("place", ["out", "out.former"])
+@pytest.mark.parametrize("place", ["out", "out.former", "out.partial"])
 def test_no_file_that_a_stage_did_not_make_is_ever_deleted(place, tmp_path):
     make(tmp_path / "out", "prepare")
     (tmp_path / place).mkdir(exist_ok=True)
     (tmp_path / place / "thesis.txt").write_text("do not lose this")
-    with suppress(ValueError):  # out is set aside, and what is called out.former refused
+    with suppress(ValueError):  # out is set aside, and what is called out.former or out.partial refused
         make(tmp_path / "out", "prepare", content="others")
     assert [file.read_text() for file in tmp_path.rglob("thesis.txt")] == ["do not lose this"]
+
+
+def test_what_a_killed_stage_left_is_emptied_and_what_somebody_put_there_is_named(tmp_path):
+    partial = tmp_path / "out.partial"
+    with pytest.raises(KeyboardInterrupt), building(tmp_path / "out", "merge", CONFIG, keep=True) as work:
+        (work.folder / "half.arrow").write_text("half")
+        raise KeyboardInterrupt
+    assert (partial / "half.arrow").is_file()
+    make(tmp_path / "out", "merge")
+    assert files.names(tmp_path) == ["out"] and not (tmp_path / "out" / workspace.SCRATCH).exists()
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"out\.partial .*holds thesis\.txt, which no stage put there"):
+        make(tmp_path / "out", "merge")
+    assert files.names(partial) == ["thesis.txt"], "no mark either"

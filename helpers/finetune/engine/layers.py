@@ -38,6 +38,7 @@ from helpers.finetune.engine import kernels
 from helpers.finetune.engine.mixture import Mixture
 from helpers.finetune.engine.offload import Offload
 from helpers.models import attention, families
+from helpers.models.aqlm import AdditiveLinear
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 """What a decoder layer of these families is made of."""
@@ -47,9 +48,9 @@ SAVED = {"input": (), "attention": ("out",), "everything": ("query", "key", "val
 
 @dataclass
 class Linear:
-    """One frozen matrix (out, in), packed in 4 bits or dense, with its bias and LoRA pair where it has them."""
+    """One frozen matrix (out, in), packed in 4 bits, as codes or dense, with bias and LoRA pair where it has them."""
 
-    weight: torch.Tensor
+    weight: torch.Tensor | AdditiveLinear
     bias: torch.Tensor | None
     down: torch.nn.Parameter | None
     """LoRA's A: (rank, in)."""
@@ -64,6 +65,8 @@ class Linear:
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix in dtype: (out, in)."""
+        if isinstance(self.weight, AdditiveLinear):
+            return self.weight.dense(dtype)
         if self.state is None:
             return self.weight.to(dtype)
         return self.dequantize(self.weight.data.view(torch.uint8), self.state, dtype)
@@ -77,13 +80,14 @@ class Linear:
 def linear_of(module: torch.nn.Module) -> Linear:
     """What a projection, wrapped by PEFT or not, computes with."""
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    from_where = {"module": module, "state": getattr(base.weight, "quant_state", getattr(base, "quant_state", None))}
+    weight = base if isinstance(base, AdditiveLinear) else base.weight
+    from_where = {"module": module, "state": getattr(weight, "quant_state", getattr(base, "quant_state", None))}
     if base is module:  # not a target of LoRA
-        return Linear(base.weight, base.bias, None, None, 1.0, **from_where)
+        return Linear(weight, base.bias, None, None, 1.0, **from_where)
     (name,) = module.active_adapters
     # The parameters themselves, not copies: the optimizer changes them, and the next step reads what it wrote.
     adapters = module.lora_A[name].weight, module.lora_B[name].weight
-    return Linear(base.weight, base.bias, *adapters, float(module.scaling[name]), **from_where)
+    return Linear(weight, base.bias, *adapters, float(module.scaling[name]), **from_where)
 
 
 class Projections:
@@ -423,7 +427,7 @@ def check(model: torch.nn.Module) -> None:
         ),
         "DoRA": any(part.lora_variant for part in adapted),
         "LoRA dropout": any(not isinstance(dropout, torch.nn.Identity) for dropout in dropouts),
-        "8-bit weights": any(weight.dtype == torch.int8 for weight in weights),
+        "8-bit weights": any(getattr(weight, "dtype", None) == torch.int8 for weight in weights),
         "more in a layer than two norms, attention and an MLP": any(
             {name for name, _ in part.named_children()} != PARTS or hasattr(part.self_attn, "q_norm")
             for part in model.model.layers
