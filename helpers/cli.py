@@ -12,11 +12,12 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import Field, fields
+from dataclasses import Field, asdict, fields
 from functools import cache
 from pathlib import Path
 
 from helpers import budget, hardware, models
+from helpers.budget import sharding, ways
 from helpers.config import RunConfig, explained, field_parts, flat, load_yaml, values_in_words
 from helpers.models import aqlm_sizes, gpu, hub
 from helpers.models.methods import METHODS
@@ -463,9 +464,12 @@ def run_budget(options: argparse.Namespace, config: RunConfig) -> Outcome:
     shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
     if options.budget_stage == "export":
         return budget_of_export(config, shape, machine)
+    sharding.refuse_more_than_there_are(config, machine)
     settled = budget.settle(config, shape, machine, stage=options.budget_stage)
-    result = budget.to_json(settled)
+    found = ways.every(config, shape, machine) if options.budget_stage in ("train", "run") else ()
+    result = budget.to_json(settled) | ({"ways": [asdict(way) for way in found]} if found else {})
     text = "\n".join([budget.table(settled.budget), *(f"Plan: {reason}" for reason in settled.plan.reasons)])
+    text += f"\n{ways.table(found)}" if found else ""
     if options.verify:
         from helpers.finetune import verify
 
@@ -476,8 +480,6 @@ def run_budget(options: argparse.Namespace, config: RunConfig) -> Outcome:
 
 def budget_of_export(config: RunConfig, shape: models.ModelShape, machine: hardware.Machine) -> Outcome:
     """What every type of a GGUF file takes to make, and what runs on a laptop of 8 GB, with and without a GPU."""
-    from dataclasses import asdict
-
     from helpers.budget import export
 
     estimate, types = export.needs(config, shape, machine), export.choices(shape, machine.host.cpus)
@@ -659,6 +661,11 @@ def run_all(options: argparse.Namespace, config: RunConfig) -> Outcome:
 
         # a file that is not there is missed now, not after the training
         quantize.calibration.sources(config.quantize, [])
+    if config.train.trains == "all":
+        raise ValueError(
+            "trains=all leaves a whole model and no adapter to merge: run finetune, then quantize --model and "
+            "evaluate --models on its finetune/model"
+        )
     outcome: Outcome = (DONE, {}, "")
     stages = ["prepare", "finetune", "merge", "quantize", "evaluate"]
     if config.model.weights == aqlm_sizes.NAME:

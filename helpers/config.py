@@ -191,6 +191,8 @@ class TrainConfig:
     """How many of the newest checkpoints stay on disk."""
     patience: Count | None = None
     """Evaluations without a better held-out loss before training stops."""
+    trains: Literal["adapter", "all"] = "adapter"
+    """What is trained; adapter: LoRA's matrices; all: every weight (full fine-tuning), 16 bytes each."""
     gpus: Literal["all"] | Count = 1
     """GPUs that train together, a worker process each; a step stays the step of one GPU and is shared among them."""
     sharding: Literal["none", "fsdp", "zero2", "zero3"] = "none"

@@ -39,8 +39,11 @@ class GPU:
     """Share of the matrix rate that a 7B's products reach. Measured for T4 and H200 (budget/hours.py), else a guess."""
     bandwidth_share: float = 0.60
     """Share of the bandwidth that elementwise kernels and dequantization reach; measured where efficiency is."""
+    link_gb_s: float = 10.0
+    """10^9 bytes a second from one GPU of a machine to another. Through PCIe and host memory it is a guess; NVLink's is
+    about two thirds of what the makers give for one direction, as NCCL reaches."""
     count: int = 1
-    """GPUs of this kind in the machine; a run uses one."""
+    """GPUs of this kind in the machine; a run uses as many as `gpus` says."""
     has_kernels: bool = True
     """Whether PyTorch has kernels for it: the wheels that people get by default in the tables, the installed one's own
     list in a probe."""
@@ -115,7 +118,7 @@ OLDEST_KERNELS = (7, 5)
 # whose "FP16 with FP32 accumulate" is what cuBLAS uses). Total memory: torch.cuda.get_device_properties on each.
 # T4 memory and context: measured, fitcheck's rows and GPTQModel#1486. H200's context: our rows.
 GPUS = {
-    "t4": GPU("Tesla T4", 14.56, (7, 5), 65.0, 0.0, 320, context_gib=0.14, efficiency=0.21),
+    "t4": GPU("Tesla T4", 14.56, (7, 5), 65.0, 0.0, 320, context_gib=0.14, efficiency=0.21, link_gb_s=5.5),
     "p100": GPU("Tesla P100", 15.89, (6, 0), 18.7, 0.0, 732, context_gib=0.25, efficiency=0.50, has_kernels=False),
     "v100": GPU("Tesla V100", 15.77, (7, 0), 112.0, 0.0, 900, context_gib=0.30, has_kernels=False),
     "v100-32": GPU("Tesla V100 32 GB", 31.74, (7, 0), 112.0, 0.0, 900, context_gib=0.30, has_kernels=False),
@@ -123,8 +126,8 @@ GPUS = {
     "a10g": GPU("NVIDIA A10G", 22.06, (8, 6), 70.0, 70.0, 600, context_gib=0.25),
     "a6000": GPU("RTX A6000", 47.53, (8, 6), 154.8, 154.8, 768, context_gib=0.25),
     "l40s": GPU("NVIDIA L40S", 44.39, (8, 9), 362.1, 362.1, 864, context_gib=0.35),
-    "a100-40": GPU("NVIDIA A100 40 GB", 39.39, (8, 0), 312.0, 312.0, 1555),
-    "a100-80": GPU("NVIDIA A100 80 GB", 79.15, (8, 0), 312.0, 312.0, 2039),
+    "a100-40": GPU("NVIDIA A100 40 GB", 39.39, (8, 0), 312.0, 312.0, 1555, link_gb_s=200.0),
+    "a100-80": GPU("NVIDIA A100 80 GB", 79.15, (8, 0), 312.0, 312.0, 2039, link_gb_s=200.0),
     "rtx3060": GPU("GeForce RTX 3060", 11.75, (8, 6), 51.2, 51.2, 360, context_gib=0.25),
     "rtx3080": GPU("GeForce RTX 3080", 9.77, (8, 6), 59.5, 59.5, 760, context_gib=0.25),
     "rtx3090": GPU("GeForce RTX 3090", 23.68, (8, 6), 71.0, 71.0, 936, context_gib=0.25),
@@ -132,13 +135,32 @@ GPUS = {
     "rtx4090": GPU("GeForce RTX 4090", 23.64, (8, 9), 165.2, 165.2, 1008, context_gib=0.35),
     "rtx5090": GPU("GeForce RTX 5090", 31.36, (12, 0), 209.5, 209.5, 1792),
     "h100": GPU(
-        "NVIDIA H100 80 GB", 79.10, (9, 0), 989.0, 989.0, 3350, context_gib=0.81, efficiency=0.60, bandwidth_share=0.33
+        "NVIDIA H100 80 GB",
+        79.10,
+        (9, 0),
+        989.0,
+        989.0,
+        3350,
+        context_gib=0.81,
+        efficiency=0.60,
+        bandwidth_share=0.33,
+        link_gb_s=300.0,
     ),
     "h200": GPU(
-        "NVIDIA H200", 139.72, (9, 0), 989.0, 989.0, 4800, context_gib=0.81, efficiency=0.60, bandwidth_share=0.33
+        "NVIDIA H200",
+        139.72,
+        (9, 0),
+        989.0,
+        989.0,
+        4800,
+        context_gib=0.81,
+        efficiency=0.60,
+        bandwidth_share=0.33,
+        link_gb_s=300.0,
     ),
 }
-GPUS["2xt4"] = replace(GPUS["t4"], count=2)
+SEVERAL = {"2xt4": (2, "t4"), "2xrtx3090": (2, "rtx3090"), "8xh100": (8, "h100")}
+GPUS |= {name: replace(GPUS[one], count=count) for name, (count, one) in SEVERAL.items()}
 ALIASES = {"a100": "a100-40", "kaggle": "2xt4", "colab": "t4", "3060": "rtx3060", "3080": "rtx3080"}
 ALIASES |= {"a100-40gb": "a100-40", "a100-80gb": "a100-80"}
 ALIASES |= {"3090": "rtx3090", "4070": "rtx4070", "4090": "rtx4090", "5090": "rtx5090", "rtxa6000": "a6000"}
@@ -164,10 +186,13 @@ USUAL_HOST |= {
     "h100": "server",
     "h200": "server",
 }
+USUAL_HOST |= {"8xh100": "server"}
 
 
 def machine(gpu: str, host: str | None = None) -> Machine:
     """A machine from the tables; without a host, the one where people meet this GPU. "cpu" and "none" have no GPU.
+
+    With a number in front it has several: 2xt4, 4xa100-80.
 
     Raises ValueError naming what there is.
 
@@ -175,6 +200,12 @@ def machine(gpu: str, host: str | None = None) -> Machine:
     ('workstation', 0.0)
     """
     name = gpu.lower().replace(" ", "").replace("_", "-")
+    count, times, one = name.replace("×", "x").partition("x")
+    if times and count.isdigit() and int(count) > 0:
+        one = ALIASES.get(one, one)
+        name = f"{count}x{one}"
+        if one in GPUS and name not in GPUS:
+            return replace(machine(one, host), gpu=replace(GPUS[one], count=int(count)))
     name = ALIASES.get(name, name)
     if name not in GPUS and name not in ("cpu", "none"):
         raise ValueError(f"gpu must be auto, none, {', '.join(GPUS)}, not {gpu!r}")

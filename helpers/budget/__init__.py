@@ -13,6 +13,7 @@ Here is what others call; the arithmetic lies below it:
     host.py hours.py placement.py                   RAM and disk, seconds, evaluated models on a small GPU
     export.py                                       GGUF files: bytes, minutes, and where they run
     planning.py guides.py nf4.py                    the search for what fits, claims of guides, 4 bits
+    sharding.py ways.py                             several GPUs: what each holds, and which way is fastest
 """
 
 import math

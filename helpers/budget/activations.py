@@ -219,7 +219,7 @@ def loss_buffers(step: Step) -> tuple[float, float]:
     a tile at a time.
     """
     tokens, dense, hidden, words = step.tokens, step.stream_bytes, step.hidden, step.shape.vocab
-    if step.config.train.loss == "full":
+    if step.config.train.loss == "full" or step.config.train.trains == "all":
         head = words * hidden * HALF if dense == FULL else 0  # autocast's fp16 copy of an fp32 head
         forward = tokens * (words * (HALF + 2 * FULL) + 2 * hidden * dense)
         return head + forward, head + tokens * (words * 3 * FULL + hidden * dense)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from helpers.budget import host, hours, placement, planning, vram
+from helpers.budget import host, hours, placement, planning, sharding, vram
 from helpers.budget.step import Step, checkpointed_layers
 from helpers.config import RunConfig
 from helpers.hardware import Machine
@@ -154,6 +154,7 @@ def refuse(config: RunConfig, shape: ModelShape, stage: str) -> None:
             f"seq_len must be at most {shape.max_context}, what {shape.name} was made for, not {config.data.seq_len}"
         )
     families.refuse(shape.family, shape.name, config.adapter.target_modules)
+    sharding.refuse(config)
     if stage in ("merge", "quantize") and shape.additive is not None:
         raise ValueError(f"{shape.name}: {aqlm_sizes.NO_MERGE}")
     aqlm_sizes.refuse(shape.additive, shape.name, config)
@@ -188,7 +189,8 @@ def vram_of(
     overhead = vram.allocator_overhead(step) / GIB
     paged = vram.optimizer_states(config, shape)[1] / GIB
     usable = planning.usable_gib(machine, step.backend)
-    return largest(machine, vram.phases(step, capability), lambda _: overhead, usable, paged)
+    gpus = sharding.world(config, machine)
+    return largest(machine, sharding.phases(step, gpus, capability), lambda _: overhead, usable, paged)
 
 
 def largest(
@@ -226,6 +228,12 @@ def ram_of(
     config: RunConfig, shape: ModelShape, machine: Machine, stage: str, opened: tuple[placement.Placement, ...] = ()
 ) -> dict[str, float]:
     """Component -> GiB of host memory at a stage's peak, of an evaluation with the largest of the models opened."""
+    if stage == "train":  # a process a GPU
+        gpus = sharding.on_this_host(config, machine)
+        parts = {name: gpus * size for name, size in host.ram(config, shape, machine, stage).items()}
+        if config.train.trains == "all" and machine.gpu:  # fp32 weights and both moments on rank 0; the start on all
+            parts["whole weights and states, for checkpoints"] = 16 * shape.parameters / GIB
+        return parts
     if stage != "inference":
         return host.ram(config, shape, machine, stage)
     each = (placement.ram(found, config, shape, machine) for found in counted(opened))

@@ -25,7 +25,11 @@ def figures() -> list[dict[str, str]]:
     half, quarter = 2 * seven.parameters / GIB, sum(vram.weights(config, seven).values()) / GIB
     saved_by_double = sum(vram.weights(config.with_values(double_quant=False), seven).values()) / GIB - quarter
     lora_16 = training_gib(usual_recipe, seven, weights="fp16")
-    full = 16 * seven.parameters / GIB  # weights, gradients in 16 bits; master weights and two moments in fp32
+    whole = config.with_values(weights="fp16", trains="all")
+    full = training_gib(whole, seven, checkpointing="all")
+    eighth = estimate.vram_of(
+        whole.with_values(checkpointing="all", gpus=8, sharding="fsdp"), seven, hardware.machine("8xh100"), "train"
+    ).process_gib
     per_weight = nf4.bits_per_weight(double_quant=True)
     article = article_step_s()
     eight, four = (gguf_bytes(name, seven) / 1e9 for name in ("q8_0", "q4_k_m"))
@@ -48,7 +52,7 @@ def figures() -> list[dict[str, str]]:
         row(
             "full fine-tuning",
             "28 GB",
-            f"{full:.0f} GiB with Adam in fp32; 28 GB hold weights and gradients alone",
+            f"{full:.0f} GiB with Adam in fp32, {eighth:.0f} on each of eight; 28 GB hold 16-bit weights and gradients",
             "wrong: four times as much",
         ),
         row(

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from helpers.budget import activations, host
-from helpers.budget.step import Step, lora_parameters
+from helpers.budget import activations, host, sharding
+from helpers.budget.step import Step, lora_parameters, trained_parameters
 from helpers.config import RunConfig
 from helpers.hardware import GPU, Machine
 from helpers.models import ModelShape
@@ -77,7 +77,7 @@ class Work:
 def work(step: Step, seq_len: int | None = None) -> Work:
     """FLOPs and bytes of one micro-batch, forward, recomputation and backward; seq_len: of its rows, default full.
 
-    The base is frozen, so its backward pass is one product (for the inputs), not two; causal attention does half of
+    A frozen base's backward pass is one product (for the inputs), not two; causal attention does half of
     seq² products, and its backward 2.5 times its forward's (FlashAttention, https://arxiv.org/abs/2205.14135).
     """
     config, shape = step.config, step.shape
@@ -94,7 +94,8 @@ def work(step: Step, seq_len: int | None = None) -> Work:
     linear = 2 * shape.layers * shape.active_linear_parameters
     adapters = 2 * lora_parameters(config, shape)
     head = 2 * shape.vocab * shape.hidden
-    matrix = tokens * (linear * (2 + again) + adapters * (3 + again) + head * 2)
+    trained = 1 if config.train.trains == "all" else 0  # a third product, for the weights' own gradients
+    matrix = tokens * (linear * (2 + again + trained) + adapters * (3 + again) + head * (2 + trained))
     scores = 4 * shape.layers * shape.heads * shape.head_dim * seq_len / 2
     attention = tokens * scores * (1 + scores_again + 2.5)
     # NF4: read half a byte, write two, read two again, a weight and a pass
@@ -116,7 +117,7 @@ def micro_batch_s(step: Step, machine: Machine, seq_len: int | None = None) -> f
 
     Calibrated: T4's shares on published steps of Qwen2.5-7B (3.72 and 3.91 s at 1×1024), narrow products' loss on
     those of 1B and 3B models; H200's shares on rows of 8,192 tokens and more. Attention runs at a quarter of the
-    products' rate.
+    products' rate. Of several GPUs, what each does: behind the weights that it gathers, or they behind that.
     """
     asked, shape = work(step, seq_len), step.shape
     if machine.gpu is None:
@@ -126,15 +127,19 @@ def micro_batch_s(step: Step, machine: Machine, seq_len: int | None = None) -> f
     rate = 1e12 * gpu.fp16_tflops * gpu.efficiency * min(1.0, (shape.intermediate / WIDE) ** 0.5)
     busy = (asked.matrix_flops + 4 * asked.attention_flops) / rate
     busy += asked.bytes_moved / (1e9 * gpu.bandwidth_share * gpu.bandwidth_gb_s)
-    return max(busy, asked.python_s)
+    waits = sharding.waits(step, machine, sharding.world(step.config, machine))
+    first = waits.gathering_s / (2 * shape.layers)  # nothing computes yet while the first layer's weights come
+    return max(busy, waits.gathering_s, asked.python_s + waits.python_s) + first
 
 
 def step_s(step: Step, machine: Machine, seq_len: int | None = None) -> float:
     """Seconds of one optimizer step, the update included; seq_len: tokens of its rows, full contexts when None."""
-    update = 0.0
+    update, gpus = 0.0, sharding.world(step.config, machine)
     if machine.gpu:
-        update = 20 * lora_parameters(step.config, step.shape) / (0.5e9 * machine.gpu.bandwidth_gb_s)
-    return step.config.train.accumulation * micro_batch_s(step, machine, seq_len) + update
+        update = 20 * trained_parameters(step.config, step.shape) / (0.5e9 * machine.gpu.bandwidth_gb_s)
+        update /= gpus if step.config.train.sharding != "none" else 1
+    averaging = sharding.waits(step, machine, gpus).averaging_s
+    return sharding.micro_batches(step.config, gpus) * micro_batch_s(step, machine, seq_len) + update + averaging
 
 
 def steps(config: RunConfig, tokens_in_dataset: int | None = None) -> tuple[int, int]:

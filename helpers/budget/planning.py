@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from helpers.budget import host, hours, vram
+from helpers.budget import host, hours, sharding, vram
 from helpers.budget.step import Step
 from helpers.config import RunConfig
 from helpers.hardware import Machine
@@ -53,9 +53,11 @@ def search(config: RunConfig, shape: ModelShape, machine: Machine, needs: Needs)
 def within_host(config: RunConfig, machine: Machine) -> RunConfig:
     """With at most half of the machine's free RAM for offloaded inputs, in whole 1/16 GiB; layers keep to that number.
 
+    Several GPUs have a process each, which share it.
+
     So it is settled once, when a run is planned: later the run itself has taken some of what is free now.
     """
-    half = int(8 * machine.host.ram_gib) / 16
+    half = int(8 * machine.host.ram_gib / sharding.on_this_host(config, machine)) / 16
     offloads = config.train.offload_activations and half < config.train.offload_gib
     return with_train(config, offload_gib=half) if offloads else config
 
@@ -93,16 +95,21 @@ def fastest(config: RunConfig, shape: ModelShape, machine: Machine, needs: Needs
     def step_s(found: RunConfig) -> float:
         return round(hours.step_s(Step.of(found, shape), machine), 3)
 
-    each = (least_recomputed(split, shape, machine, needs, room_gib) for split in splits(config))
+    gpus = sharding.world(config, machine)
+    each = (least_recomputed(split, shape, machine, needs, room_gib) for split in splits(config, gpus))
     fitting = [found for found in each if found is not None]
     # of equally fast ones the smaller micro-batch: less padding, and more room
     return min(fitting, key=lambda found: (step_s(found), found.train.batch_size), default=None)
 
 
-def splits(config: RunConfig) -> Iterator[RunConfig]:
-    """Every micro-batch × accumulation that makes the configuration's sequences a step."""
-    for batch in batch_sizes(config):
-        yield with_batch(config, batch)
+def splits(config: RunConfig, gpus: int = 1) -> Iterator[RunConfig]:
+    """Every micro-batch × accumulation that makes the configuration's sequences a step.
+
+    Of several GPUs each gets as many micro-batches as any other, where the step has sequences enough.
+    """
+    every = [with_batch(config, batch) for batch in batch_sizes(config)]
+    even = [split for split in every if split.train.accumulation % gpus == 0]
+    yield from even or every
 
 
 def in_batches(config: RunConfig, batch_size: int, shape: ModelShape, machine: Machine, needs: Needs) -> RunConfig:
@@ -140,7 +147,8 @@ def least_recomputed(
     for more in ({}, {"offload_activations": True}, {"keep_attention": False}, LEANEST):
         leaner = within_host(with_train(config, **more), machine)
         everything = with_train(leaner, checkpointing="all")
-        in_ram = sum(host.ram(everything, shape, machine, "train").values()) <= machine.host.ram_gib
+        gpus = sharding.on_this_host(config, machine)
+        in_ram = gpus * sum(host.ram(everything, shape, machine, "train").values()) <= machine.host.ram_gib
         if (in_ram or not leaner.train.offload_activations) and needs(everything) <= room_gib:
             return fewest_checkpointed(leaner, shape, needs, room_gib)
     return None
@@ -202,7 +210,7 @@ def single_changes(config: RunConfig, shape: ModelShape) -> Iterator[tuple[str, 
         yield "upcast=False", replace(config, model=replace(model, upcast=False))
     if train.loss == "full":
         yield "loss=chunked", with_train(config, loss="chunked")
-    if train.optimizer == "adamw_torch":
+    if train.optimizer == "adamw_torch" and not vram.fused(config):
         yield "optimizer=paged_adamw_8bit", with_train(config, optimizer="paged_adamw_8bit")
     for batch in reversed([size for size in batch_sizes(config) if size < train.batch_size]):
         split = with_batch(config, batch)

@@ -107,7 +107,14 @@ def host_room(config: RunConfig) -> int:
 
 
 def lora_parameters(config: RunConfig, shape: ModelShape) -> int:
-    """Trained weights, DoRA's magnitudes (one an output) among them."""
+    """Weights of the adapters, DoRA's magnitudes (one an output) among them; 0 in full fine-tuning."""
+    if config.train.trains == "all":
+        return 0
     targets = config.adapter.target_modules
     magnitudes = sum(shape.linears[name][1] * shape.copies(name) for name in targets) * shape.layers
     return shape.lora_parameters(config.adapter.rank, targets) + (magnitudes if config.adapter.dora else 0)
+
+
+def trained_parameters(config: RunConfig, shape: ModelShape) -> int:
+    """Weights that change: the adapters', or in full fine-tuning all."""
+    return shape.parameters if config.train.trains == "all" else lora_parameters(config, shape)

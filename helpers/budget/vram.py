@@ -14,7 +14,7 @@ derivatives.yaml, bitsandbytes' MatMul4Bit, PEFT's LoRA layers, Liger's kernels 
 """
 
 from helpers.budget import activations
-from helpers.budget.step import FULL, HALF, Step, lora_parameters
+from helpers.budget.step import FULL, HALF, Step, lora_parameters, trained_parameters
 from helpers.config import RunConfig
 from helpers.models import ModelShape
 from helpers.models.aqlm_sizes import Layout
@@ -26,11 +26,14 @@ Parts = dict[str, float]
 
 
 def weights(config: RunConfig, shape: ModelShape) -> Parts:
-    """Bytes of the frozen base. NF4: half a byte a weight, and a scale for each block of 64 (QLoRA, section 3).
+    """Bytes of the frozen base, or in full fine-tuning of all weights, which are trained in fp32.
 
+    NF4: half a byte a weight, and a scale for each block of 64 (QLoRA, section 3).
     The scale is 4 bytes; with double quantization 1 byte, and 4 bytes for each 256 of those. Experts that are no linear
     layers (models/experts.py takes most families' apart) stay in 16 bits: bitsandbytes takes linear layers only.
     """
+    if config.train.trains == "all":
+        return {"32-bit weights": FULL * shape.parameters}
     rest = shape.embedding_parameters + shape.small_parameters
     if shape.additive is not None:
         return additive_weights(config, shape)
@@ -49,6 +52,19 @@ def weights(config: RunConfig, shape: ModelShape) -> Parts:
     blocks = quantized / 64
     scales = blocks * (1 + FULL / 256) if config.model.double_quant else blocks * FULL
     return {"4-bit weights": quantized / 2, "quantization scales": scales, **unquantized, **experts}
+
+
+def fused(config: RunConfig) -> bool:
+    """Whether it is PyTorch's fused AdamW in fp32 that updates, whatever is configured.
+
+    bitsandbytes' is given the adapters' matrices joined to one tensor, which divided or fully trained weights are not.
+    """
+    return config.train.trains == "all" or config.train.sharding != "none"
+
+
+def optimizer(config: RunConfig) -> str:
+    """The optimizer by what its states take."""
+    return "adamw_torch" if fused(config) else config.train.optimizer
 
 
 def additive_weights(config: RunConfig, shape: ModelShape) -> Parts:
@@ -73,8 +89,8 @@ def optimizer_states(config: RunConfig, shape: ModelShape) -> tuple[float, float
     8-bit states take a byte and an fp32 scale each 256 (https://arxiv.org/abs/2110.02861). bitsandbytes pages only
     tensors of at least 100,000 values, and keeps those under 4,096 in fp32 (bitsandbytes/optim/optimizer.py).
     """
-    if config.train.optimizer == "adamw_torch":
-        return 2 * FULL * lora_parameters(config, shape), 0.0
+    if optimizer(config) == "adamw_torch":
+        return 2 * FULL * trained_parameters(config, shape), 0.0
     here = paged = 0.0
     for name in config.adapter.target_modules:
         for features in shape.linears[name]:  # A is rank × in, B is out × rank
@@ -103,7 +119,7 @@ def phases(step: Step, capability: tuple[int, int] = (7, 5)) -> dict[str, Parts]
     """
     config, layers, checkpointed = step.config, step.shape.layers, step.checkpointed
     full = layers - checkpointed  # layers that save everything
-    lora = FULL * lora_parameters(config, step.shape)
+    trained, lora = (FULL * count(config, step.shape) for count in (trained_parameters, lora_parameters))
     always = weights(config, step.shape) | {
         "LoRA weights": lora,
         "optimizer states": optimizer_states(config, step.shape)[0],
@@ -115,7 +131,7 @@ def phases(step: Step, capability: tuple[int, int] = (7, 5)) -> dict[str, Parts]
     def phase(checkpoints: int, saving: int, gradients: float, beside: Parts) -> Parts:
         # gradients: share of the adapters' that is there; all of them all along when micro-batches accumulate
         return always | {
-            "LoRA gradients": lora if config.train.accumulation > 1 else lora * gradients,
+            gradients_name(config): trained if config.train.accumulation > 1 else trained * gradients,
             "checkpointed activations": checkpoints * one_checkpoint + (moving if checkpoints else 0.0),
             "saved activations": saving * one_saved,
             **beside,
@@ -125,6 +141,8 @@ def phases(step: Step, capability: tuple[int, int] = (7, 5)) -> dict[str, Parts]
     # are among what these saved
     casts = 0.0 if step.backend == "own" else activations.adapter_casts(step)
     cached = {"adapters in 16 bits": casts * checkpointed / layers}
+    if config.train.trains == "all":  # of every weight, and in the backward pass of those that are recomputed
+        cached = {"weights in 16 bits": HALF * step.shape.parameters}
     loss_forward, loss_backward = activations.loss_buffers(step)
     gradients = {"layer gradients": activations.backward_buffers(step)}
     found = {
@@ -147,8 +165,15 @@ def phases(step: Step, capability: tuple[int, int] = (7, 5)) -> dict[str, Parts]
     return found
 
 
+def gradients_name(config: RunConfig) -> str:
+    """What a budget calls the gradients of what is trained."""
+    return "gradients" if config.train.trains == "all" else "LoRA gradients"
+
+
 def optimizer_buffers(config: RunConfig, shape: ModelShape) -> float:
     """Bytes that an optimizer step needs: torch's AdamW takes all roots at once, bitsandbytes needs none."""
+    if fused(config):  # a tensor at a time, in place
+        return 0.0
     return FULL * lora_parameters(config, shape) if config.train.optimizer == "adamw_torch" else 0.0
 
 

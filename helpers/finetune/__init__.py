@@ -16,10 +16,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from helpers import budget, hardware, workspace
-from helpers.budget import planning
+from helpers.budget import planning, vram
 from helpers.config import RunConfig
-from helpers.finetune import ranks, workers
+from helpers.finetune import ranks, sharded, workers
 from helpers.finetune.base import attach_adapter, load_base, refuse_without_gpu
 from helpers.finetune.data import check_tokenizer, load_split
 from helpers.finetune.notices import into_file
@@ -51,6 +54,7 @@ def finetune(
     if resume not in ("auto", "never"):
         raise ValueError(f"resume must be auto or never, not {resume!r}")
     workers.refuse(config)
+    config = planning.with_train(config, optimizer=vram.optimizer(config))
     cards = workers.cards(config)
     with ranks.joined():
         ranks.from_first(lambda: workspace.fetch(prepared))
@@ -61,19 +65,26 @@ def finetune(
         check_tokenizer(prepared, config)
         if cards > 1:
             return workers.launch(config, prepared, output, resume, cards)
+        config = planning.with_train(config, gpus=ranks.count())
         with built(config, prepared, output) as stage:
             saves = stage.folder / workspace.SCRATCH
             found = ranks.from_first(lambda: look(config, prepared, saves, resume))
             config = stage.config = planned(config, found)
             with into_file(stage.folder / "libraries.log") if ranks.is_first() else nullcontext():
-                model, tokenizer = load_base(config)
-                model = attach_adapter(model, config)
+                model, tokenizer = load(config)
                 trainer = build_trainer(config, model, tokenizer, prepared, saves)
                 trainer.watch.begin = begin if ranks.is_first() else live.unseen
                 stage.measurements.update(train(trainer, resume))
-                if ranks.is_first():
-                    save(trainer, stage.folder)
+                save(trainer, stage.folder)
         return stage.measurements
+
+
+def load(config: RunConfig) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """What trains, whole or divided among the ranks, and its tokenizer."""
+    if config.train.sharding == "fsdp" and ranks.count() > 1:
+        return sharded.load(config)
+    model, tokenizer = load_base(config)
+    return attach_adapter(model, config), tokenizer
 
 
 def built(config: RunConfig, prepared: Path, output: Path) -> AbstractContextManager[workspace.Building]:

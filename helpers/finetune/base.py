@@ -26,7 +26,7 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     families.refuse(sizes.family, sizes.name, config.adapter.target_modules)
     aqlm_sizes.refuse(sizes.additive, sizes.name, config)
     refuse_without_gpu(config)
-    dtype = precision().dtype
+    dtype = torch.float32 if config.train.trains == "all" else precision().dtype  # what is trained is in fp32
     model = loading.causal_lm(
         config.model.model,
         revision=config.model.revision,
@@ -38,7 +38,7 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     model.config.use_cache = False
     # PEFT's prepare_model_for_kbit_training freezes too, but makes embeddings and head fp32 as well: 0.5 GiB more at
     # 32,768 words of 4,096. Here that is an option (upcast).
-    model.requires_grad_(False)
+    model.requires_grad_(config.train.trains == "all")
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # answering once would repack the weights: no gradients after
@@ -61,7 +61,9 @@ def refuse_without_gpu(config: RunConfig) -> None:
 
 
 def attach_adapter(model: PreTrainedModel, config: RunConfig) -> PeftModel:
-    """LoRA on the target modules, trainable weights in fp32, the same start for the same seed."""
+    """LoRA on the target modules, trainable weights in fp32, the same start for the same seed; none where all train."""
+    if config.train.trains == "all":
+        return model
     check_targets(model, config)
     set_seed(config.seed)  # A is drawn, B is zero: the first forward pass is the base's
     lora = LoraConfig(
@@ -125,6 +127,11 @@ def trainable_to_fp32(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
+    """The model that has the adapters, or that trains whole."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def adapters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from helpers import workspace
-from helpers.finetune import base, ranks
+from helpers.finetune import base, ranks, sharded
 from helpers.finetune.base import adapters
-from helpers.finetune.trainer import FineTuner
+from helpers.finetune.trainer import FineTuner, saved_weights
 from helpers.finetune.watch import NotTrained, interrupts
+from helpers.models.stored import for_all_readers
 from helpers.models.templates import save_tokenizer
 from helpers.workspace import checkpoints, files
 
@@ -47,7 +48,8 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
     if watch.interrupted is not None:
         raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}; run again to continue from there")
     # fp16 skips the first steps while it looks for its scale: a short run can end without one update and raise nothing.
-    changed = sum(not torch.equal(watch.start[name], value.detach().cpu()) for name, value in adapters(trainer.model))
+    now = ((name, sharded.here(value).detach().cpu()) for name, value in adapters(trainer.model))
+    changed = sum(not torch.equal(watch.start[name], value) for name, value in now)
     if (not watch.applied and watch.step_s) or not changed:
         raise NotTrained(
             f"{watch.applied} of {len(watch.step_s)} optimizer steps were applied and {changed} adapter weights differ "
@@ -122,15 +124,32 @@ def load_best(trainer: FineTuner) -> None:
         return
     # Rank 0 has written it before it answers here
     if ranks.from_first(best.is_dir):
-        set_peft_model_state_dict(trainer.model, load_file(str(best / "adapter_model.safetensors")))
+        if isinstance(trainer.model, PeftModel) and not sharded.is_divided(trainer.model):
+            set_peft_model_state_dict(trainer.model, load_file(str(best / "adapter_model.safetensors")))
+        else:
+            sharded.take(trainer.model, saved_weights(best))
     elif ranks.is_first():
         print(f"{best.name}, the best on held-out conversations, is no longer there: the last adapter is kept instead")
 
 
 def save(trainer: FineTuner, output: Path) -> Path:
-    """output/adapter (PEFT's format, its tokenizer) and output/log.json (the trainer's log); returns the adapter's."""
-    output = Path(output)
-    trainer.model.save_pretrained(str(output / "adapter"))
-    save_tokenizer(trainer.processing_class, output / "adapter")
-    workspace.write_text(output / "log.json", json.dumps(trainer.state.log_history, indent=1))
-    return output / "adapter"
+    """output/adapter (PEFT's format, its tokenizer) and output/log.json (the trainer's log); returns the adapter's.
+
+    Of full fine-tuning output/model, a model in 16 bits. All ranks call it where weights are divided; rank 0 writes.
+    """
+    whole, model = sharded.trained(trainer.model), trainer.model
+    everything = not isinstance(model, PeftModel)
+    folder = Path(output) / ("model" if everything else "adapter")
+    if not ranks.is_first():
+        return folder
+    if everything:
+        state = whole or model.state_dict()
+        whole = {name: value.detach().cpu().half() for name, value in state.items()}
+    named = {} if whole is None else {"state_dict": whole}
+    model.save_pretrained(str(folder), **named)
+    if everything:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        workspace.write_text(folder / "config.json", json.dumps(for_all_readers(settings), indent=1))
+    save_tokenizer(trainer.processing_class, folder)
+    workspace.write_text(Path(output) / "log.json", json.dumps(trainer.state.log_history, indent=1))
+    return folder

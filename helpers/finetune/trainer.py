@@ -17,14 +17,16 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from helpers import workspace
+from helpers.budget import vram
 from helpers.budget.step import host_room
 from helpers.config import RunConfig
-from helpers.finetune import base, batches, ranks
+from helpers.finetune import base, batches, ranks, sharded
 from helpers.finetune.base import adapters, trainable_to_fp32
 from helpers.finetune.data import check_rows, gather, label_count, load_split
 from helpers.finetune.engine import layers as decoder
@@ -44,6 +46,8 @@ class FineTuner(SFTTrainer):
     """Whose its checkpoints are."""
     told_of_pairs: tuple[str, ...] = ()
     """Figures beside the loss that its evaluations give."""
+    whole: dict | None = None
+    """Of divided weights, while it saves: what is trained and the optimizer's state as one rank alone has them."""
 
     def begin(self, checkpoint: Path | None) -> None:
         """What must be known before the first step, or be read from the checkpoint that training goes on from."""
@@ -73,7 +77,7 @@ class FineTuner(SFTTrainer):
         wrapped = super()._wrap_model(
             model, training, dataloader
         )  # older versions of transformers make ddp_handler there
-        if ranks.count() > 1 and training:
+        if ranks.count() > 1 and training and not sharded.is_divided(model):
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
             frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
             own = [*frozen, *(name for name, _ in model.named_buffers())]
@@ -87,6 +91,11 @@ class FineTuner(SFTTrainer):
         too, and meets them at no barrier meanwhile: when its disk is full they would wait there for ever.
         """
         states = ranks.gathered(None if ranks.is_first() else self.random_state())
+        if sharded.is_divided(self.model):
+            self.whole = {
+                "weights": sharded.trained(self.model),
+                "optimizer": sharded.optimizer_state(self.optimizer.optimizer),
+            }
         if not ranks.is_first():
             return
         folder, best = Path(self.args.output_dir), self.state.best_global_step
@@ -105,6 +114,33 @@ class FineTuner(SFTTrainer):
             for rank, state in enumerate(states[1:], start=1):
                 (beside / f"rng_state_{rank}.pth").write_bytes(state)
 
+    def create_optimizer(self, *arguments, **named):
+        """Of divided weights one that takes whole states and divides them."""
+        optimizer = super().create_optimizer(*arguments, **named)
+        if sharded.is_divided(self.model):
+            sharded.divides_what_it_loads(optimizer)
+        return optimizer
+
+    def _save(self, output_dir=None, state_dict=None):
+        """With the whole weights, where ranks hold parts of them."""
+        super()._save(output_dir, self.whole["weights"] if self.whole else state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """The whole states, where ranks hold parts of them."""
+        if not self.whole:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        torch.save(self.whole["optimizer"], Path(output_dir) / "optimizer.pt")
+        torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+        self.whole = None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Each rank's part of the whole weights, where they are divided."""
+        if not sharded.is_divided(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        sharded.take(self.model, saved_weights(Path(resume_from_checkpoint)))
+
     def random_state(self) -> bytes:
         """Of this rank's generators, as the file that transformers reads."""
         with tempfile.TemporaryDirectory() as folder:
@@ -114,6 +150,12 @@ class FineTuner(SFTTrainer):
 
     def _get_output_dir(self, trial):
         return str(getattr(self, "_beside", None) or self.args.output_dir)
+
+
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """What was trained, of a checkpoint or a result: an adapter's tensors, or all of a model's."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: value for file in files for name, value in load_file(str(file)).items()}
 
 
 def build_trainer(
@@ -149,7 +191,7 @@ def build_trainer(
     if asked.patience and not evaluates:
         raise ValueError("patience needs eval_steps and held-out conversations: set eval_steps, or leave patience out")
     # One row's loss as transformers computes it, before anything here is put in its place.
-    causal_lm, dtype = model.get_base_model(), base.precision().dtype
+    causal_lm, dtype = base.causal_lm(model), base.precision().dtype
     sample = max(rows[:32]["input_ids"], key=len)
     with losses.transformers_attention(causal_lm):
         theirs = losses.forward_loss(causal_lm, sample, dtype)
@@ -183,7 +225,10 @@ def build_trainer(
             by_bounds=causal_lm.config._attn_implementation == attention.NAME,
         ),
     )
-    trainable_to_fp32(trainer.model)  # trl has just cast them
+    if sharded.is_divided(trainer.model):  # accelerate prepares all but DistributedDataParallel
+        trainer.accelerator.prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
+    else:
+        trainable_to_fp32(trainer.model)  # trl has just cast them
     if routed is not None:  # trl asks every mixture for its router's logits; here config.json decides
         causal_lm.config.output_router_logits = routed
     if torch.cuda.is_available() and "8bit" in asked.optimizer:
@@ -233,7 +278,7 @@ def training_arguments(config: RunConfig, saves: Path, steps: int, accumulation:
         warmup_steps=round(asked.warmup_fraction * steps),
         weight_decay=asked.weight_decay,
         max_grad_norm=asked.max_grad_norm,
-        optim=asked.optimizer if on_gpu else "adamw_torch",  # the 8-bit optimizers need a GPU
+        optim=optimizer_name(config) if on_gpu else "adamw_torch",  # the others need a GPU
         neftune_noise_alpha=asked.neftune_alpha or None,
         fp16=dtype == torch.float16,
         bf16=dtype == torch.bfloat16,
@@ -265,6 +310,11 @@ def training_arguments(config: RunConfig, saves: Path, steps: int, accumulation:
     return arguments
 
 
+def optimizer_name(config: RunConfig) -> str:
+    """transformers' name of the configured optimizer; PyTorch's fused one where the budget counts on that."""
+    return "adamw_torch_fused" if vram.fused(config) else config.train.optimizer
+
+
 def eight_bit_optimizer(model: PeftModel, config: RunConfig) -> FlatOptimizer:
     """AdamW with states in 8 bits (https://arxiv.org/abs/2110.02861), in paged memory if so configured."""
     from bitsandbytes.optim import AdamW
@@ -283,7 +333,7 @@ def eight_bit_optimizer(model: PeftModel, config: RunConfig) -> FlatOptimizer:
 
 def choose_layers(model: PeftModel, config: RunConfig) -> tuple[bool, str]:
     """Checkpoint exactly as many decoder layers as configured: (whether the custom layers compute, that in words)."""
-    causal_lm = model.get_base_model()
+    causal_lm = base.causal_lm(model)
     layers, wanted = causal_lm.model.layers, config.train.checkpointing
     count = {"all": len(layers), "auto": len(layers), "none": 0}.get(wanted, wanted)  # auto: nobody planned
     if count > len(layers):

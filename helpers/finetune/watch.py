@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from helpers.config import RunConfig
-from helpers.finetune import ranks
+from helpers.finetune import ranks, sharded
 from helpers.finetune.base import adapters
 from helpers.show import live
 
@@ -33,7 +33,9 @@ class Watch(TrainerCallback):
     def __init__(self, trainer: Trainer, config: RunConfig):
         self.trainer, self.config = trainer, config
         # On the CPU: what trained is held against it at the end, and a GPU has better to do with 160 MiB.
-        self.start = {name: value.detach().to("cpu", copy=True) for name, value in adapters(trainer.model)}
+        self.start = {
+            name: sharded.here(value).detach().to("cpu", copy=True) for name, value in adapters(trainer.model)
+        }
         self.applied = self.skipped_in_a_row = 0
         self.step_s: list[float] = []
         self.interrupted: int | None = None

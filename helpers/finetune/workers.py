@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 from helpers import budget
+from helpers.budget import sharding
 from helpers.config import RunConfig, from_tree
 from helpers.finetune import ranks
 from helpers.finetune.watch import NotTrained, interrupts
@@ -66,10 +67,13 @@ class WorkerLost(StorageError):
 
 
 def refuse(config: RunConfig) -> None:
-    """Raise ValueError for a way of using several GPUs that there is not."""
-    if config.train.sharding != "none":
+    """Raise ValueError for a way of using several GPUs that there is not, before anything is loaded."""
+    sharding.refuse(config)
+    if config.train.sharding in ("zero2", "zero3"):
         raise ValueError(
-            f"sharding={config.train.sharding} is not there yet: with sharding=none each GPU holds the whole model"
+            f"sharding={config.train.sharding} is DeepSpeed's, which is budgeted but not driven here: on two H200 a 7B "
+            "in 4 bits made 7,656 tokens/s by zero2 and 2,026 by zero3, 9,038 by none and 6,827 by fsdp; set one of "
+            "the last two"
         )
 
 

@@ -225,6 +225,9 @@ KNOWN = {
     "mistralai/Mistral-7B-Instruct-v0.2": V02,
     "mistralai/Mistral-7B-v0.3": V03,
     "mistralai/Mistral-7B-Instruct-v0.3": V03,
+    "mistralai/Mistral-Small-24B-Base-2501": known(
+        "mistral-small-24b", "mistral", (40, 5120, 32768, 32, 8, 128, 131072, 32768)
+    ),
     "mistralai/Mixtral-8x7B-v0.1": MIXTRAL,
     "mistralai/Mixtral-8x7B-Instruct-v0.1": MIXTRAL,
     "mistralai/Mistral-Nemo-Base-2407": NEMO,

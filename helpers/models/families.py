@@ -484,6 +484,10 @@ def layers(family: Family, config: RunConfig) -> Layers:
         reason = "Liger's kernels are asked for" if asked == "liger" else "plain kernels are asked for"
     elif family.not_own:
         reason = family.not_own
+    elif config.train.trains == "all":
+        reason = "full fine-tuning needs gradients of every weight, and ours make those of adapters"
+    elif config.train.sharding == "zero3":
+        reason = "DeepSpeed gathers weights where a module is called, and ours call a layer's whole"
     elif config.adapter.dropout or config.adapter.dora:
         reason = f"{'DoRA' if config.adapter.dora else 'LoRA dropout'} needs PEFT's own layers"
     elif model.weights == "int8":

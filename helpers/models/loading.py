@@ -45,11 +45,11 @@ def precision(capability: tuple[int, int] | None = None) -> Precision:
     return Precision(torch.bfloat16, f"bf16: compute capability {major}.{minor} has it, and it needs no loss scaling")
 
 
-def base_quantization(config: RunConfig, dtype: Any) -> Any:
+def base_quantization(config: RunConfig, dtype: Any, storage: Any = None) -> Any:
     """from_pretrained's quantization_config for a base in config.model.weights; None for 16 bits and AQLM.
 
-    dtype: what the dequantized weights are multiplied in. NF4 with double quantization is QLoRA's
-    (https://arxiv.org/abs/2305.14314, section 3).
+    dtype: what the dequantized weights are multiplied in; storage: what packed bytes pass for, bytes unless said.
+    NF4 with double quantization is QLoRA's (https://arxiv.org/abs/2305.14314, section 3).
     """
     from transformers import BitsAndBytesConfig
 
@@ -62,6 +62,7 @@ def base_quantization(config: RunConfig, dtype: Any) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=config.model.double_quant,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
     )
 
 

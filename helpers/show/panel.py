@@ -20,6 +20,7 @@ import ipywidgets
 from ipywidgets import Layout
 
 from helpers import budget
+from helpers.budget import ways
 from helpers.config import RunConfig, flat
 from helpers.hardware import GPUS, Machine
 from helpers.hardware import machine as machine_of
@@ -238,6 +239,7 @@ class Panel(Shown):
             free = config.with_values(checkpointing="auto")  # a proposal may choose what the reader has set
             self.plan = budget.plan(free, shape, machine)
             needs = budget.settle(config, shape, machine, self.plan).budget
+            others = other_gpus(ways.every(config, shape, machine, ("none", "fsdp")))
         except ValueError as error:  # what the sliders show is no run at all; the sentence says why
             self.picture.value = f"{STYLE}<div class='needs'>{verdict(False, [str(error)])}</div>"
             self.words, self.button.disabled, self.proposal.value = str(error), True, ""
@@ -246,7 +248,7 @@ class Panel(Shown):
         needs = with_one_remedy(needs, self.plan.budget, changes)
         self.picture.value = picture(needs)
         shown = (f"{KNOBS[name][0]} {label(name, w.value, self.shape)}" for name, w in self.controls.items())
-        self.words = f"{', '.join(shown)}\n{budget.table(needs)}"
+        self.words = "\n".join([", ".join(shown), budget.table(needs), *others])
         elsewhere = (shape, machine) != (self.shape, self.machine)
         self.button.disabled = elsewhere or not changes
         worth = gain(needs, self.plan.budget)
@@ -256,7 +258,8 @@ class Panel(Shown):
         if elsewhere:
             self.words = f"What if: {shape.name} on {machine.name}, {machine.host.name}\n{self.words}"
             proposal = f"Only looked at, never trained: {shape.name} on {machine.name}. There: {proposal}"
-        self.proposal.value = f"<div style='line-height:1.4;margin-left:6px'>{escape(proposal)}</div>"
+        said = "<br>".join(escape(sentence) for sentence in (proposal, *others))
+        self.proposal.value = f"<div style='line-height:1.4;margin-left:6px'>{said}</div>"
         if self.moved is not None:
             self.moved(config)
 
@@ -522,3 +525,31 @@ def gain(shown: budget.Budget, proposed: budget.Budget) -> str:
     if not shown.fits:
         return f", which fits, in {after}"
     return "" if after == before else f": {after} instead of {before}"
+
+
+def other_gpus(found: tuple[ways.Way, ...]) -> tuple[str, ...]:
+    """What the machine's other GPUs buy, in a sentence; () where there are none.
+
+    found: one GPU first, then all of them in each way.
+
+    >>> from helpers import hardware, models
+    >>> seven, kaggle = models.shape("mistral-7b-v0.3"), hardware.machine("kaggle")
+    >>> other_gpus(ways.every(models.profile("mistral-7b", max_steps=1000), seven, kaggle))[0].partition(":")[0]
+    'Both GPUs (gpus=2)'
+    """
+    if not found:
+        return ()
+    alone, best = found[0], ways.fastest(found)
+    count = found[-1].gpus
+    both = "Both GPUs" if count == 2 else f"All {count} GPUs"
+    if best is None:
+        return (f"{both} together do not hold it either.",) if not alone.fits else ()
+    flags = f"gpus={best.gpus}" + (f", sharding={best.sharding}" if best.sharding != "none" else "")
+    if best is alone:
+        return (f"{both} would be no faster than one: a step has too few sequences, or one GPU waits for another.",)
+    if not alone.fits:
+        return (
+            f"It fits on {'both' if count == 2 else f'all {count}'} GPUs ({flags}): {best.process_gib:.1f} GiB "
+            f"on each, {duration(best.total_h)}",
+        )
+    return (f"{both} ({flags}): {duration(best.total_h)} instead of {duration(alone.total_h)}",)

@@ -742,7 +742,7 @@ def test_a_kernel_that_dequantizes_to_other_weights_is_not_trained_with(small, m
     right, used = kernels.dequantize, []
     monkeypatch.setattr(kernels, "dequantize", lambda *arguments: right(*arguments) * 1.001)
     assert kernels.dequantizer(weight) is kernels.bitsandbytes_dequantize
-    monkeypatch.setattr(kernels, "dequantizer", lambda weight: lambda *arguments: used.append(1) or right(*arguments))
+    monkeypatch.setattr(kernels, "dequantizer", lambda *_: lambda *arguments: used.append(1) or right(*arguments))
     layers.install(model, ["everything"] * len(model.model.layers))
     model(input_ids=torch.tensor([[1, 5, 9]]))
     assert len(used) == 7 * len(model.model.layers), "the layers dequantize with what was chosen"

@@ -348,7 +348,7 @@ def test_a_workers_error_is_the_launchers(failure, kind, sentence, tmp_path):
 
 
 def test_sharding_that_is_not_there(inputs, tmp_path):
-    with pytest.raises(ValueError, match="sharding=zero3 is not there yet"):
+    with pytest.raises(ValueError, match="sharding=zero3 is DeepSpeed's"):
         finetune.finetune(settings(inputs[0], sharding="zero3"), inputs[1], tmp_path / "finetune")
 
 

@@ -124,12 +124,13 @@ def bitsandbytes_dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype
     return dequantize_4bit(packed.view(-1, 1), state).to(dtype)
 
 
-def dequantizer(weight: torch.Tensor) -> Callable[[torch.Tensor, Any, torch.dtype], torch.Tensor]:
+def dequantizer(weight: torch.Tensor, state: Any = None) -> Callable[[torch.Tensor, Any, torch.dtype], torch.Tensor]:
     """`dequantize` where it gives on this device, bit for bit, what bitsandbytes gives for a packed weight; else that.
 
     Asked once before training, on one matrix: Triton compiles anew for each GPU, and a wrong weight raises nothing.
+    state: its QuantState, where the weight itself has none.
     """
-    packed, state = weight.data, weight.quant_state
+    packed, state = weight.data.view(torch.uint8), state or weight.quant_state
     expected = bitsandbytes_dequantize(packed, state, state.dtype)
     return dequantize if torch.equal(dequantize(packed, state, state.dtype), expected) else bitsandbytes_dequantize
 

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from helpers.budget.activations import MLP_TOKENS
 from helpers.finetune.engine import kernels
@@ -57,26 +58,36 @@ class Linear:
     """LoRA's B: (out, rank)."""
     scaling: float
     dequantize: Callable = kernels.dequantize
+    module: torch.nn.Module | None = None
+    """Where its weights are looked up anew, where they change places."""
+    state: Any = None
+    """bitsandbytes' QuantState of a packed weight; divided weights are plain tensors, and only the module keeps it."""
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix in dtype: (out, in)."""
         if isinstance(self.weight, AdditiveLinear):
             return self.weight.dense(dtype)
-        state = getattr(self.weight, "quant_state", None)
-        return self.weight.to(dtype) if state is None else self.dequantize(self.weight.data, state, dtype)
+        if self.state is None:
+            return self.weight.to(dtype)
+        return self.dequantize(self.weight.data.view(torch.uint8), self.state, dtype)
+
+    def look_up(self) -> None:
+        """Take the tensors that the module has now."""
+        now = linear_of(self.module)
+        self.weight, self.bias, self.down, self.up = now.weight, now.bias, now.down, now.up
 
 
 def linear_of(module: torch.nn.Module) -> Linear:
     """What a projection, wrapped by PEFT or not, computes with."""
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     weight = base if isinstance(base, AdditiveLinear) else base.weight
+    from_where = {"module": module, "state": getattr(weight, "quant_state", getattr(base, "quant_state", None))}
     if base is module:  # not a target of LoRA
-        return Linear(weight, base.bias, None, None, 1.0)
+        return Linear(weight, base.bias, None, None, 1.0, **from_where)
     (name,) = module.active_adapters
     # The parameters themselves, not copies: the optimizer changes them, and the next step reads what it wrote.
-    return Linear(
-        weight, base.bias, module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])
-    )
+    adapters = module.lora_A[name].weight, module.lora_B[name].weight
+    return Linear(weight, base.bias, *adapters, float(module.scaling[name]), **from_where)
 
 
 class Projections:
@@ -85,10 +96,15 @@ class Projections:
     def __init__(self, linears: list[Linear]):
         self.linears = linears
         # A, B, A, B …: the order in which autograd gets the adapters and gives back their gradients.
-        adapted = [linear for linear in linears if linear.down is not None]
-        self.adapters = [part for linear in adapted for part in (linear.down, linear.up)]
+        self.adapters = [part for linear in linears if linear.down is not None for part in (linear.down, linear.up)]
         self.ranks = [0 if linear.down is None else linear.down.shape[0] for linear in linears]
         self.rank = sum(self.ranks)
+
+    def look_up(self) -> None:
+        """Take the tensors that the modules have now."""
+        for linear in self.linears:
+            linear.look_up()
+        self.adapters = [part for one in self.linears if one.down is not None for part in (one.down, one.up)]
 
     def cast(self, dtype: torch.dtype) -> None:
         """Adapters in the type of the activations, for as long as this layer computes."""
@@ -175,9 +191,10 @@ class Layer:
         # In the order in which a step computes them; adapters and their gradients go through autograd in this order.
         self.groups = [self.qkv, self.out, *mlp_groups]
         self.adapters = [adapter for group in self.groups for adapter in group.adapters]
-        self.norms = [
-            (norm.weight, norm.variance_epsilon) for norm in (module.input_layernorm, module.post_attention_layernorm)
-        ]
+        self.module = module
+        self.norms = norms_of(module)
+        self.divided = False
+        """Whether its weights are there for its turns only (finetune/sharded.py), and looked up at each."""
         self.head_dim = attend.head_dim
         # None, or how many tokens attention reaches (section 2 of https://arxiv.org/abs/2310.06825)
         self.window = {
@@ -188,6 +205,15 @@ class Layer:
         self.saves, self.offload = saves, offload
         self.wrapped = [part for part in module.modules() if hasattr(part, "disable_adapters")]
         self.active = [list(part.active_adapters) for part in self.wrapped[:1]]
+
+    def look_up(self) -> None:
+        """Take the tensors that are there for this turn, where weights are divided among GPUs."""
+        if not self.divided:
+            return
+        for group in self.groups:
+            group.look_up()
+        self.adapters = [adapter for group in self.groups for adapter in group.adapters]
+        self.norms = norms_of(self.module)
 
     def switched_off(self) -> bool:
         """Whether PEFT was told to compute without the adapters, or with merged ones.
@@ -315,6 +341,11 @@ class Layer:
             group.release()
 
 
+def norms_of(module: torch.nn.Module) -> list[tuple[torch.Tensor, float]]:
+    """(weight, epsilon) of a decoder layer's two norms."""
+    return [(norm.weight, norm.variance_epsilon) for norm in (module.input_layernorm, module.post_attention_layernorm)]
+
+
 def mlp_of(module: torch.nn.Module) -> tuple[Projections, Projections]:
     """(gate and up, down) of a gated MLP, or of one expert."""
     return Projections([linear_of(module.gate_proj), linear_of(module.up_proj)]), Projections(
@@ -379,6 +410,7 @@ class LayerFunction(torch.autograd.Function):
         saved |= {"stats": ctx.stats, "gates": tensors[len(ctx.names) :]}
         if ctx.slot is not None:
             x = ctx.layer.offload.get(ctx.slot)
+        ctx.layer.look_up()
         with torch.autocast(grad.device.type, enabled=False):
             x_grad, adapter_grads = ctx.layer.backward(
                 grad.reshape(-1, ctx.shape[-1]), x.view(-1, ctx.shape[-1]), saved, ctx.place, ctx.needs_input_grad[0]
@@ -428,13 +460,20 @@ def install(model: torch.nn.Module, saves: list[str], offload_bytes: int = 0) ->
     layers = [Layer(module, saved, host) for module, saved in zip(model.model.layers, saves, strict=True)]
     linears = [linear for layer in layers for group in layer.groups for linear in group.linears]
     # Which dequantization gives the right bits on this GPU is asked once, on one matrix, for all.
-    packed = [linear for linear in linears if hasattr(linear.weight, "quant_state")]
-    chosen = kernels.dequantizer(packed[0].weight) if packed else None
+    packed = [linear for linear in linears if linear.state is not None]
+    chosen = kernels.dequantizer(whole(packed[0].weight), packed[0].state) if packed else None
     for linear in packed:
         linear.dequantize = chosen
+    for layer in layers:
+        layer.divided = any(isinstance(weight, DTensor) for weight in layer.adapters)
     # On the instances: modules, their names and their weights stay transformers' and PEFT's, and so do checkpoints.
     for module, layer in zip(model.model.layers, layers, strict=True):
         module.forward = training_forward(module.forward, layer, places)
+
+
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as it was before it was divided among GPUs; all of them ask."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 class Places:
@@ -480,6 +519,7 @@ def training_forward(original: Callable, layer: Layer, places: Places) -> Callab
             )
         batch, tokens, hidden = hidden_states.shape
         place = places.of(batch, position_embeddings, kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q"))
+        layer.look_up()
         # Adapters are arguments, though the layer has them: autograd gives gradients to what it was handed.
         if torch.is_grad_enabled():
             return LayerFunction.apply(hidden_states, layer, place, *layer.adapters)

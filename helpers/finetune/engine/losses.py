@@ -101,7 +101,7 @@ def label_losses(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
     rows = rows.to(dtype)  # DoRA's layers answer in fp32 under autocast
     targets = targets.index_select(0, places)
-    if kind == "full":
+    if kind == "full" or head.weight.requires_grad:  # in chunks a head gets no gradient
         logits = finished(torch.nn.functional.linear(rows, head.weight.to(dtype)).float(), how)
         return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     return ChunkedLoss.apply(rows, head.weight, targets, how)
