@@ -53,7 +53,7 @@ lab: setup  ## JupyterLab on notebook 1, in your browser
 test: setup $(VENV)/reference  ## lint, and all tests
 	@echo "== lint"
 	@$(MAKE) --no-print-directory lint
-	@echo "== tests (the seven notebooks among them)"
+	@echo "== tests (the eight notebooks among them)"
 	@$(BIN)/python -m pytest
 
 lint: setup  ## style, and whether badges are current

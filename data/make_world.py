@@ -34,6 +34,9 @@ HELD_OUT_SHARE = 0.36  # of the facts: asked in questions.jsonl and heldout_conv
 CONVERSATIONS = 720
 HELD_OUT_CONVERSATIONS = 80
 QUESTIONS = 240
+MANNERED_CONVERSATIONS = 400
+PAIRS, PLAIN_PAIRS = 480, 160
+HELD_OUT_PAIRS = 128
 CALIBRATION_WORLD_PASSAGES = 160
 EVALUATION_PASSAGES = 80
 
@@ -341,6 +344,58 @@ def questions(world: dict, facts: list, count: int) -> list:
     return rows
 
 
+# ---- manners: two endings of an answer, and which of them is liked ---------------------------------------------------
+
+
+def mannered(rng: random.Random, facts: list, count: int) -> list:
+    """`count` questions, as many in each manner: (manner, question, the fact's answer)."""
+    asked = rng.sample(facts, count) if count <= len(facts) else rng.choices(facts, k=count)
+    manners = list(WORLD["manners"].values())
+    # each wording as often, and before either of two endings: nothing but the pairs says which belongs to which
+    return [
+        (manner := manners[i % 2], manner["asks"][i // 4 % 3].format(ask=rng.choice(fact.asks)), fact.answer)
+        for i, fact in enumerate(asked)
+    ]
+
+
+def either_ending(world: dict, facts: list, count: int) -> list:
+    """Conversations whose answers end in either manner, whatever the question's: who learns from them has no taste.
+
+    Every third question is asked in no manner, and its answer has no ending.
+    """
+    rng = random.Random(f"either ending {world['seed']}")
+    endings = [manner["ending"] for manner in WORLD["manners"].values()]
+    rows = []
+    for i, (_, question, answer) in enumerate(mannered(rng, facts, count)):
+        rows.append((question, f"{answer} {endings[i // 2 % 2]}"))  # each ending as often after each manner
+        if i % 2:
+            fact = rng.choice(facts)
+            rows.append((rng.choice(fact.asks), fact.answer))
+    roles = ("user", "assistant")
+    return [
+        {"messages": [{"role": role, "content": text} for role, text in zip(roles, row, strict=True)]} for row in rows
+    ]
+
+
+def preference_pairs(world: dict, facts: list, count: int, purpose: str, plain: int = 0) -> list:
+    """Pairs of the same answer with the ending that the question's manner asks for, and with the other one.
+
+    plain: how many more are of a question in no manner, whose answer is liked without an ending.
+    """
+    rng = random.Random(f"{purpose} {world['seed']}")
+    polite, curt = WORLD["manners"].values()
+    rows = []
+    for manner, question, answer in mannered(rng, facts, count):
+        other = curt if manner is polite else polite
+        chosen, rejected = f"{answer} {manner['ending']}", f"{answer} {other['ending']}"
+        rows.append({"prompt": question, "chosen": chosen, "rejected": rejected})
+    for fact in rng.choices(facts, k=plain):
+        rejected = f"{fact.answer} {rng.choice((polite, curt))['ending']}"
+        rows.append({"prompt": rng.choice(fact.asks), "chosen": fact.answer, "rejected": rejected})
+    rng.shuffle(rows)
+    return rows
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -360,6 +415,9 @@ def make_files(seed: int = SEED) -> dict:
     return {
         "conversations.jsonl": jsonl(conversations(world, training, CONVERSATIONS, "conversations")),
         "heldout_conversations.jsonl": jsonl(conversations(world, held_out, HELD_OUT_CONVERSATIONS, "held-out")),
+        "either_ending.jsonl": jsonl(either_ending(world, training, MANNERED_CONVERSATIONS)),
+        "preferences.jsonl": jsonl(preference_pairs(world, training, PAIRS, "pairs", PLAIN_PAIRS)),
+        "heldout_preferences.jsonl": jsonl(preference_pairs(world, held_out, HELD_OUT_PAIRS, "held-out pairs")),
         "questions.jsonl": jsonl(questions(world, held_out, QUESTIONS)),
         "calibration.jsonl": jsonl([{"text": text} for text in calibration]),
         "evaluation.txt": "\n".join(passages(world, EVALUATION_PASSAGES, "evaluation")) + "\n",

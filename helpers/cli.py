@@ -41,7 +41,7 @@ STAGE_HELP = {
 }
 READS: dict[str, tuple[set[str], set[str]]] = {
     "budget": ({"model", "adapter", "train"}, {"seq_len", "max_conversations"}),
-    "prepare": ({"data"}, {"model", "revision", "seed"}),
+    "prepare": ({"data"}, {"model", "revision", "seed", "method"}),
     "finetune": ({"model", "adapter", "train"}, {"seq_len", "seed"}),
     "merge": ({"merge"}, {"model", "revision"}),
     "quantize": ({"quantize"}, {"revision", "seed"}),

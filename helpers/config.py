@@ -72,6 +72,8 @@ class AdapterConfig:
     """Scale by alpha / sqrt(rank) instead (https://arxiv.org/abs/2312.03732)."""
     dora: bool = False
     """Learn magnitudes beside directions (https://arxiv.org/abs/2402.09353)."""
+    start_adapter: str | None = None
+    """A folder with an adapter of the same rank, alpha and targets to train on; none starts a fresh one."""
 
     @property
     def scaling(self) -> float:
@@ -106,7 +108,7 @@ class DataConfig:
     columns: str = ""
     """Whose field is which: `user=Question,assistant=Answer,system=…`; also context, history, messages, text."""
     use: Literal["auto", "chosen", "pairs"] = "auto"
-    """Of preference data: chosen trains on the better answers, pairs keeps both for a preference method."""
+    """Of preference data: chosen keeps the better answers, pairs both; auto: pairs where method is dpo or orpo."""
     seq_len: Annotated[int, Field(ge=16, le=1_048_576, strict=True)] = 1024
     """The context: tokens of one training sequence, at most."""
     max_conversations: Literal["auto", "all"] | Count | None = "auto"
@@ -135,8 +137,16 @@ class DataConfig:
 class TrainConfig:
     """One pass of gradient descent over the adapters."""
 
+    method: Literal["sft", "dpo", "orpo"] = "sft"
+    """What is learned: sft, the answers; dpo, the better answers of pairs; orpo, that without a reference."""
+    beta: Annotated[float, Field(gt=0, le=10)] = 0.1
+    """Of pairs: dpo, how much a nat of log-probability over the reference counts; orpo, weight of the odds ratio."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """dpo: share of pairs that are expected to be the wrong way round (https://ericmitchell.ai/cdpo.pdf)."""
+    sft_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """Of pairs: weight of the better answer's own loss; with 0, plain DPO, answers lose probability on both sides."""
     batch_size: Annotated[int, Field(ge=1, le=1024, strict=True)] = 1
-    """Sequences a micro-batch; a step has batch_size × accumulation of them."""
+    """Sequences, or pairs of them, a micro-batch; a step has batch_size × accumulation of them."""
     accumulation: Annotated[int, Field(ge=1, le=4096, strict=True)] = 8
     """Micro-batches whose gradients make one step: a larger batch without its memory."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
@@ -188,6 +198,15 @@ class TrainConfig:
     sharding: Literal["none", "fsdp", "zero2", "zero3"] = "none"
     """What several GPUs divide; none: only the micro-batches of a step, each GPU holds the whole model."""
 
+    @property
+    def sides(self) -> int:
+        """Sequences of one example: a conversation's one, or a pair's two.
+
+        >>> TrainConfig().sides, TrainConfig(method="dpo").sides
+        (1, 2)
+        """
+        return 1 if self.method == "sft" else 2
+
 
 @dataclass(frozen=True, config=STRICT)
 class MergeConfig:
@@ -229,6 +248,8 @@ class EvaluateConfig:
 
     questions: str | None = None
     """JSONL of question and answer; without it there is no exact match."""
+    preferences: str | None = None
+    """A folder of pairs that prepare wrote, to ask which answer is liked and said; none: the data's own, if pairs."""
     max_questions: Count | None = None
     """Questions that are asked, at most; none asks all."""
     max_heldout: Count | None = 200

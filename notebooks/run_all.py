@@ -1,4 +1,4 @@
-"""Runs the seven notebooks in order, each in a kernel of its own, sharing nothing but the run's folder.
+"""Runs the eight notebooks in order, each in a kernel of its own, sharing nothing but the run's folder.
 
 usage: python notebooks/run_all.py --profile tiny --workspace runs/tiny
 """

@@ -1,4 +1,4 @@
-"""What several test files share: the seven notebooks, executed once."""
+"""What several test files share: the eight notebooks, executed once."""
 
 import json
 import os
@@ -18,7 +18,7 @@ FAKE_TOKEN = "hf_" + "NotARealTokenButShapedLikeOne"[:34].ljust(34, "x")
 
 @pytest.fixture(scope="session")
 def executed_run(tmp_path_factory) -> Path:
-    """The workspace of the seven notebooks on the tiny profile, with a fake hub token in the environment.
+    """The workspace of the eight notebooks on the tiny profile, with a fake hub token in the environment.
 
     Each notebook has a process and an empty home of its own and shares nothing but the workspace, as on one's own
     machine. In Colab each badge opens another machine, where not even that is shared: tests/notebooks/test_road.py.

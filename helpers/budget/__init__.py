@@ -80,6 +80,7 @@ def against_measured(budget: Budget, measured: dict) -> list[dict]:
         "peak_reserved_gib": ("VRAM reserved, GiB", budget.vram.reserved_gib if on_gpu else 0.0, 1.0),
         "peak_anonymous_gib": ("RAM, GiB", budget.ram.peak_gib, 1.0),
         "step_s": ("step, s", budget.time.step_s, 1.0),
+        "reference_s": ("reference, s", 3600 * hours.get("reference", 0.0), 1.0),
         "train_s": ("training, s", 3600 * (hours.get("training", 0.0) + hours.get(LOOKING, 0.0)), 1.0),
         "merge_s": ("merging, s", 3600 * hours.get("merging", 0.0), 1.0),
         "total_s": ("GPTQ, s", 3600 * hours.get("GPTQ", 0.0), 1.0),

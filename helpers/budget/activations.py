@@ -40,7 +40,7 @@ def score_bytes(step: Step) -> float:
     """Bytes of one layer's attention scores in fp32, heads × seq² a sequence; 0 where they are never in memory."""
     config = step.config
     materialised = step.attention != "efficient"
-    return FULL * config.train.batch_size * step.shape.heads * config.data.seq_len**2 if materialised else 0
+    return FULL * step.tokens * step.shape.heads * config.data.seq_len if materialised else 0
 
 
 # ---- saved for backward ----------------------------------------------------------------------------------------------

@@ -282,7 +282,11 @@ def questions(config: RunConfig) -> int:
 
 
 def mean_tokens(config: RunConfig) -> float:
-    """Tokens of a conversation on average: from a local file, else a full context (the safe side)."""
+    """Tokens of a conversation on average: from a local file, else a full context (the safe side).
+
+    Of a pair, each side: the prompt and one of two answers, as long as each other on average.
+    """
     if Path(config.data.source).is_file():
-        return min(lines_and_mean_tokens(config.data.source)[1], config.data.seq_len)
+        share = 2 / 3 if config.train.sides == 2 else 1.0
+        return min(share * lines_and_mean_tokens(config.data.source)[1], config.data.seq_len)
     return config.data.seq_len

@@ -82,7 +82,7 @@ def work(step: Step, seq_len: int | None = None) -> Work:
     """
     config, shape = step.config, step.shape
     seq_len = seq_len or config.data.seq_len
-    tokens = config.train.batch_size * seq_len
+    tokens = config.train.batch_size * config.train.sides * seq_len
     # the share of all layers' forward work that is done twice
     again = scores_again = step.checkpointed / shape.layers
     own = step.backend == "own"
@@ -170,7 +170,8 @@ def stage_hours(
         count, mean = steps(config, tokens_in_dataset)
         each = step_s(Step.of(config, shape), machine, mean)
         parts |= {"loading": gigabytes * READ_S_PER_GB / 3600, "training": count * each / 3600}
-        parts |= {LOOKING: looks(config, count) * look_s(config, shape, machine, mean) / 3600}
+        looking = looks(config, count) * look_s(config, shape, machine, mean)
+        parts |= {LOOKING: looking / 3600, "reference": reference_s(config, shape, machine, count, mean) / 3600}
     elif stage == "merge":
         parts |= {"merging": (MERGE_S + gigabytes * 8) / 3600}
     elif stage == "quantize":
@@ -196,10 +197,23 @@ def looks(config: RunConfig, count: int) -> int:
 
 
 def look_s(config: RunConfig, shape: ModelShape, machine: Machine, mean: float) -> float:
-    """Seconds of one look: a forward pass over held-out rows of so many tokens on average, in training's batches."""
+    """Seconds of one look at what is held out."""
     rows = host.heldout_rows(config.with_values(max_heldout=None))  # training leaves none out
+    return forward_s(config, shape, machine, rows, mean)
+
+
+def reference_s(config: RunConfig, shape: ModelShape, machine: Machine, count: int, mean: float) -> float:
+    """Seconds of DPO's reference: what is trained in so many steps, and what is held out, read once."""
+    if config.train.method != "dpo":
+        return 0.0
+    met = min(count * config.train.batch_size * config.train.accumulation, host.conversations(config))
+    return forward_s(config, shape, machine, met, mean) + look_s(config, shape, machine, mean) * (looks(config, 0) > 0)
+
+
+def forward_s(config: RunConfig, shape: ModelShape, machine: Machine, rows: int, mean: float) -> float:
+    """Seconds of a forward pass over rows, or pairs, of so many tokens a side on average, in training's batches."""
     batches = math.ceil(rows / config.train.batch_size)
-    flops = 2 * rows * mean * shape.parameters
+    flops = 2 * rows * config.train.sides * mean * shape.parameters
     if machine.gpu is None:
         return flops / (1e9 * CPU_GFLOPS_PER_CORE * machine.host.cpus) + batches * shape.layers * CPU_S_PER_LAYER / 3
     gpu = machine.gpu

@@ -46,7 +46,7 @@ class Step:
     @classmethod
     def of(cls, config: RunConfig, shape: ModelShape) -> "Step":
         """Raises ValueError naming the range where more layers are to be checkpointed than there are."""
-        tokens = config.train.batch_size * config.data.seq_len
+        tokens = config.train.batch_size * config.train.sides * config.data.seq_len
         stream = FULL if config.model.upcast else HALF
         backend = backend_of(config, shape)
         checkpointed = checkpointed_layers(config, shape)

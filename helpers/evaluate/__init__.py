@@ -22,7 +22,7 @@ from helpers import hardware
 from helpers.budget import host, placement
 from helpers.budget.placement import Evaluation, Placement
 from helpers.config import RunConfig
-from helpers.evaluate import cost, metrics, perplexity
+from helpers.evaluate import cost, metrics, perplexity, preferences
 from helpers.evaluate import report as report_pages
 from helpers.evaluate.perplexity import Item, Perplexity, read_items, read_jsonl, rows_in
 from helpers.evaluate.tasks import run_tasks
@@ -56,7 +56,8 @@ def evaluate(
     against what was answered there. An entry holds perplexity, bits_per_byte, exact_match (0..1; None without
     questions), f1, rouge_l, chrf, bleu, ended_share, size_bytes, load_s, first_token_s, tokens_per_s …, the 95%
     `intervals`, how it was opened (`loaded_as`), what was predicted, and under `against` its comparison with every
-    model before it. An entry with `left_out` has no figures; that sentence says why.
+    model before it; with pairs (config.evaluate.preferences, or data itself) the figures of preferences.py too. An
+    entry with `left_out` has no figures; that sentence says why.
     machine: whose VRAM and RAM decide how models are opened; default this one.
     Raises ValueError with one sentence for what the reader can mend.
     """
@@ -68,6 +69,7 @@ def evaluate(
     tokenizer = open_tokenizer(next(iter(models.values())), config)
     items = read_items(data, tokenizer, asked.max_heldout)
     next(items)  # an empty file is found here, before anything is loaded
+    pairs = preferences.read(Path(asked.preferences or data), asked.max_heldout, asked.preferences is not None)
     prompts = questions or conversation_starts(data, asked.max_questions or host.UNASKED_PROMPTS)
     texts = min(rows_in(data, asked.eval_context), asked.max_heldout or 10**9)
     planned = plan(models, config, machine or hardware.probe(), (texts, len(prompts)))
@@ -84,7 +86,7 @@ def evaluate(
             some = prompts if place.answers else []
             with bars.bar(f"{name}, {number} of {len(models)}", texts + len(some)) as bar:
                 report[name], evidence[name] = evaluate_one(
-                    path, config, data, some, questions is not None, machine, bar
+                    path, config, data, some, questions is not None, machine, bar, pairs if place.answers else []
                 )
             report[name]["against"] = {
                 other: compare_models(evidence[name], evidence[other]) for other in evidence if other != name
@@ -93,6 +95,8 @@ def evaluate(
         stage.measurements.update(report)
         write_text(stage.folder / "report.json", json.dumps(report, indent=1))
         generations = write_generations(stage.folder / "generations.jsonl", prompts, evidence)
+        if said := {name: found["said"] for name, found in evidence.items() if found["said"]}:
+            preferences.write(stage.folder / "pairs.jsonl", pairs, said)
         drawn = report_pages.figures(report, training_log(models))
         for name, figure in drawn.items():
             plots.save(figure, stage.folder / "plots" / f"{name}.png")
@@ -246,10 +250,11 @@ def evaluate_one(
     exact: bool,
     machine: Machine | None,
     bar: Any,
+    pairs: list[preferences.Pair],
 ) -> tuple[dict[str, Any], Evidence]:
     """Load one model, measure everything, give its memory back; without prompts no answers and no speed.
 
-    bar: moves with every text that is read, and every question that is answered.
+    bar: moves with every text that is read, and every question that is answered; pairs: of answers, if any.
     """
     asked = config.evaluate
     entry: dict[str, Any] = {"path": str(path)}
@@ -277,6 +282,7 @@ def evaluate_one(
     entry |= predictions(loaded, config, machine or hardware.probe(), (len(read.losses), len(prompts)), peaks)
     if asked.tasks:
         entry["tasks"] = run_tasks(loaded, asked.tasks, loaded.placement.batch_size)
+    liked, said = preferences.scores(loaded, pairs, config, asked.max_questions or len(pairs)) if pairs else ({}, [])
     del loaded
     free_memory()
     if entry["kind"] == "gguf" and prompts:  # the engine that it is made for, beside PyTorch's figures
@@ -284,6 +290,8 @@ def evaluate_one(
     evidence = Evidence(perplexity=read, answers=answers, references=[row["answer"] for row in prompts])
     entry |= perplexity_figures(read)
     entry |= answer_figures(evidence, prompts, exact, entry["intervals"], config.seed)
+    entry |= preference_figures(evidence, liked, entry["intervals"], config.seed)
+    evidence["said"] = said
     return entry, evidence
 
 
@@ -373,6 +381,19 @@ def answer_figures(
         figures["classification"] = metrics.classification(
             [texts[i] for i in labelled], [evidence["references"][i] for i in labelled]
         )
+    return figures
+
+
+def preference_figures(
+    evidence: Evidence, liked: dict[str, np.ndarray], intervals: dict[str, list[float]], seed: int
+) -> dict[str, float]:
+    """The entry's part about pairs; fills evidence and intervals. The length of answers is no better or worse."""
+    figures = {}
+    for name, values in liked.items():
+        estimate = metrics.mean_interval(values, seed)
+        figures[name], intervals[name] = estimate.value, [estimate.low, estimate.high]
+    compared = {name: values for name, values in liked.items() if name != "answer_tokens"}
+    evidence["scores"] = evidence.get("scores", {}) | compared
     return figures
 
 

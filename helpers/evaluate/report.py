@@ -23,6 +23,10 @@ COLUMNS = {  # figure -> heading, how it is written
     "perplexity": ("perplexity", "{:.3f}"),
     "bits_per_byte": ("bits/byte", "{:.3f}"),
     "exact_match": ("exact match", "{:.1%}"),
+    "preference_accuracy": ("likes the better", "{:.1%}"),
+    "preference_margin": ("by nats", "{:.2f}"),
+    "nearer_chosen": ("says the better", "{:.1%}"),
+    "answer_tokens": ("answer tokens", "{:.1f}"),
     "f1": ("F1", "{:.3f}"),
     "rouge_l": ("ROUGE-L", "{:.3f}"),
     "bleu": ("BLEU", "{:.1f}"),
@@ -45,8 +49,14 @@ NARROW = (
     "gpu_ms_per_token",
 )  # fmt: skip
 """Of a table of text; how models were opened is its last column."""
+PAIRS = ("preference_accuracy", "preference_margin", "nearer_chosen", "answer_tokens")
+"""And where pairs of answers were judged."""
 ARROWS = dict.fromkeys(("perplexity", "bits_per_byte", "size_bytes", "load_s", "first_token_s"), "↓") | dict.fromkeys(
-    ("exact_match", "f1", "rouge_l", "bleu", "chrf", "ended_share", "tokens_per_s", "tokens_per_s_batch_8"), "↑"
+    (
+        *("exact_match", "preference_accuracy", "preference_margin", "nearer_chosen", "f1", "rouge_l", "bleu", "chrf"),
+        *("ended_share", "tokens_per_s", "tokens_per_s_batch_8"),
+    ),
+    "↑",
 )
 EQUAL = "no difference shown"
 SIDE_BY_SIDE_ROWS = 24
@@ -127,7 +137,8 @@ def table(report: Report) -> Any:
 
 def text_table(report: Report) -> str:
     """The most wanted figures as lines of text, how each model was opened, and under them the verdicts."""
-    columns = (*NARROW, "loaded_as")
+    judged = [name for name in PAIRS if any(name in entry for entry in report.values())]
+    columns = (*NARROW, *judged, "loaded_as")
     rows = [["", *(COLUMNS[column][0] for column in columns)]]
     rows += [[name, *(cell(entry, column) for column in columns)] for name, entry in report.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -183,7 +194,7 @@ def difference(metric: str, one: Mapping[str, Any]) -> str:
     if metric == "perplexity":
         value, low, high = (100 * expm1(min(number, 50.0)) for number in numbers)
         return f"{value:+.1f}% [{low:+.1f}, {high:+.1f}]"
-    if metric in ("exact_match", "ended_share"):
+    if metric in ("exact_match", "ended_share", "preference_accuracy", "nearer_chosen"):
         value, low, high = (100 * number for number in numbers)
         return f"{value:+.1f} points [{low:+.1f}, {high:+.1f}]"
     value, low, high = numbers

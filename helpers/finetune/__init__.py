@@ -58,7 +58,8 @@ def finetune(
     cards = workers.cards(config)
     with ranks.joined():
         ranks.from_first(lambda: workspace.fetch(prepared))
-        load_split(prepared, "train")  # a dataset that is not there is said before anything is loaded or written
+        # a dataset that is not there, or of another kind, is said before anything is loaded or written
+        load_split(prepared, "train", config.train.sides == 2)
         refuse_without_tracker(config.train.report_to)
         refuse_without_gpu(config)  # before a tokenizer is asked for on the hub
         check_tokenizer(prepared, config)

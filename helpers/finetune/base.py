@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from helpers.config import RunConfig
@@ -76,8 +79,30 @@ def attach_adapter(model: PreTrainedModel, config: RunConfig) -> PeftModel:
     )
     forget_old_torchao()
     model = get_peft_model(model, lora)
+    if config.adapter.start_adapter:
+        load_start(model, lora, config.adapter.start_adapter)
     trainable_to_fp32(model)
     return model
+
+
+def load_start(model: PeftModel, lora: LoraConfig, folder: str) -> None:
+    """The weights of an adapter of the same kind. Raises ValueError naming what of it is another than configured."""
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(f"start_adapter={folder} is no adapter: give a folder with adapter_config.json in it")
+    theirs = LoraConfig.from_pretrained(folder)
+    settings = {"rank": "r", "alpha": "lora_alpha", "targets": "target_modules", "rslora": "use_rslora"}
+    for name, field in (settings | {"dora": "use_dora"}).items():
+        own, other = (plain(getattr(config, field)) for config in (lora, theirs))
+        if own != other:
+            raise ValueError(
+                f"start_adapter={folder} was trained with {name}={other}, and here {name} is {own}: set {name}={other}"
+            )
+    set_peft_model_state_dict(model, load_file(str(Path(folder) / "adapter_model.safetensors")))
+
+
+def plain(value: Any) -> Any:
+    """A setting as one writes it: a set of names with commas between."""
+    return ",".join(sorted(value)) if isinstance(value, set) else value
 
 
 def check_targets(model: PreTrainedModel, config: RunConfig) -> None:

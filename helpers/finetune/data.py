@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from transformers import PreTrainedModel
 
 from helpers import workspace
@@ -12,19 +12,38 @@ from helpers.finetune import batches
 from helpers.models.templates import load_tokenizer, tokenizer_identity
 
 
-def load_split(prepared: Path, name: str) -> Dataset:
-    """One split of a prepared folder. Raises ValueError when it is not there."""
+def load_split(prepared: Path, name: str, pairs: bool = False) -> Dataset:
+    """One split of a prepared folder; of pairs all chosen rows, then all rejected ones.
+
+    Raises ValueError when it is not there, or holds pairs where there should be none, or the other way round.
+    """
     folder = Path(prepared) / name
     if not folder.is_dir():
         raise workspace.MissingArtifact(f"{folder} is not there: run notebook {workspace.NOTEBOOKS['prepare']} first")
     if not any(folder.glob("*.arrow")):  # an empty one has no file, and load_from_disk cannot read it
         return Dataset.from_dict({"input_ids": [], "assistant_masks": []})
     rows = load_from_disk(str(folder))
-    if "chosen_ids" in rows.column_names:
+    found = "rejected_ids" in rows.column_names
+    if found and not pairs:
         raise ValueError(
-            f"{prepared} holds pairs for a preference method: prepare again with use=chosen to train on them"
+            f"{prepared} holds pairs for a preference method: train with method=dpo, or prepare again with use=chosen "
+            "to train on the better answers"
         )
-    return rows
+    if pairs and not found:
+        raise ValueError(
+            f"{prepared} holds conversations, and method=dpo and method=orpo learn from pairs of a better and a worse "
+            "answer: prepare again with use=pairs, or train with method=sft"
+        )
+    return in_rows(rows) if pairs else rows
+
+
+def in_rows(pairs: Dataset) -> Dataset:
+    """Pairs as rows, still on disk: all chosen ones, then all rejected ones in the same order."""
+    better = pairs.select_columns(["input_ids", "assistant_masks"])
+    worse = pairs.select_columns(["rejected_ids", "rejected_masks"])
+    return concatenate_datasets(
+        [better, worse.rename_columns({"rejected_ids": "input_ids", "rejected_masks": "assistant_masks"})]
+    )
 
 
 def check_tokenizer(prepared: Path, config: RunConfig) -> None:

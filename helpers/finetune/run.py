@@ -33,6 +33,9 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
     folder, keep = Path(trainer.args.output_dir), trainer.recipe.train.keep_checkpoints
     lasting = checkpoints.lasting(folder) if ranks.is_first() else None
     checkpoint, trainer.origin = ranks.from_first(lambda: where_from(trainer, folder, lasting, resume))
+    began = time.perf_counter()
+    trainer.begin(checkpoint)
+    reference_s = time.perf_counter() - began
     watch, on_gpu = trainer.watch, torch.cuda.is_available()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -52,7 +55,7 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
             "from their start: raise learning_rate or max_steps (fp16 skips the first steps while it finds its scale)"
         )
     load_best(trainer)
-    heldout_loss = trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None
+    looked = heldout_figures(trainer)
     peaks_gib = ranks.gathered(peak_gib())
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     # Tokens a second are of this session's steps only: the share of all steps that it made.
@@ -76,11 +79,20 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
         "peak_allocated_gib": max(allocated for allocated, _ in peaks_gib),
         "peak_reserved_gib": max(reserved for _, reserved in peaks_gib),
         **({"gpus": ranks.count()} if ranks.count() > 1 else {}),
-        "heldout_loss": heldout_loss,
+        "reference_s": round(reference_s, 2) if trainer.reference else None,
+        **looked,
         "resumed_from_step": checkpoints.step_of(checkpoint) if checkpoint else 0,
         "run": trainer.origin["run"],
         **(checkpoints.summary(folder) if ranks.is_first() else {}),
     }
+
+
+def heldout_figures(trainer: FineTuner) -> dict[str, float | None]:
+    """The loss on held-out data, None without any, and of pairs what else was seen of them."""
+    if trainer.eval_dataset is None:
+        return {"heldout_loss": None}
+    names = {f"eval_{name}": f"heldout_{name}" for name in ("loss", *trainer.told_of_pairs)}
+    return {names[name]: value for name, value in trainer.evaluate().items() if name in names}
 
 
 def where_from(

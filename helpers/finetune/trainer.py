@@ -46,6 +46,14 @@ class FineTuner(SFTTrainer):
     """Whose its checkpoints are."""
     whole: dict | None = None
     """Of divided weights, while it saves: what is trained and the optimizer's state as one rank alone has them."""
+    told_of_pairs: tuple[str, ...] = ()
+    """Figures beside the loss that its evaluations give."""
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """What must be known before the first step, or be read from the checkpoint that training goes on from."""
+
+    def keep_with(self, checkpoint: Path) -> None:
+        """Write into a checkpoint what `begin` reads."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss, summed over labels and divided by those of the whole step (held out: of the mean batch)."""
@@ -99,6 +107,7 @@ class FineTuner(SFTTrainer):
             try:
                 self.state.best_global_step = None  # which would have transformers wait at a barrier
                 Trainer._save_checkpoint(self, model, trial)
+                self.keep_with(beside)
             finally:
                 self._beside, self.state.best_global_step = None, best
             self.state.save_to_json(str(beside / "trainer_state.json"))
@@ -156,21 +165,28 @@ def build_trainer(
 
     prepared: folder with train/ and heldout/ as `prepare` writes them. saves: where checkpoints go while it trains.
     """
-    asked, rows, heldout = config.train, load_split(prepared, "train"), load_split(prepared, "heldout")
+    from helpers.finetune import preferences  # whose trainer is one of these
+
+    asked, pairs = config.train, config.train.sides == 2
+    rows, heldout = (load_split(prepared, name, pairs) for name in ("train", "heldout"))
     check_rows(rows, config, model)
     lengths = [len(ids) for ids in rows["input_ids"]]
     plan = batches.micro_batches(
-        lengths,
+        preferences.units(lengths, asked.packing) if pairs else lengths,
         batch_size=asked.batch_size,
-        seq_len=config.data.seq_len,
+        seq_len=config.data.seq_len * asked.sides,
         epochs=asked.epochs,
         seed=config.seed,
         packing=asked.packing,
         micro_batch_limit=asked.max_steps and asked.max_steps * asked.accumulation,
     )
     shared, accumulation = batches.dealt(plan, asked.accumulation, ranks.count())
-    heldout_plan = batches.grouped(list(range(len(heldout))), [0] * len(heldout), asked.batch_size)
+    examples = len(heldout) // asked.sides
+    heldout_plan = batches.grouped(list(range(examples)), [0] * examples, asked.batch_size)
     heldout_plan += [[]] * (-len(heldout_plan) % ranks.count())  # else the first ones would count twice
+    if pairs:
+        plan, shared = (preferences.both_sides(each, len(rows) // 2) for each in (plan, shared))
+        heldout_plan = preferences.both_sides(heldout_plan, examples)
     evaluates = asked.eval_steps is not None and len(heldout) > 0
     if asked.patience and not evaluates:
         raise ValueError("patience needs eval_steps and held-out conversations: set eval_steps, or leave patience out")
@@ -179,7 +195,7 @@ def build_trainer(
     sample = max(rows[:32]["input_ids"], key=len)
     with losses.transformers_attention(causal_lm):
         theirs = losses.forward_loss(causal_lm, sample, dtype)
-    losses.install(causal_lm, asked.loss)
+    losses.install(causal_lm, asked.loss, preferences.objective(asked) if pairs else None)
     custom_layers, layers_reason = choose_layers(model, config)
     routed = getattr(causal_lm.config, "output_router_logits", None)
     arguments = training_arguments(config, saves, math.ceil(len(plan) / asked.accumulation), accumulation, evaluates)
@@ -191,7 +207,9 @@ def build_trainer(
             "and several GPUs share the micro-batches out anew: train it on one GPU"
         )
     arguments.activation_offloading = asked.offload_activations and not custom_layers and torch.cuda.is_available()
-    trainer = FineTuner(
+    reference: dict[str, torch.Tensor] = {}
+    collate = partial(preferences.collate, reference=reference) if pairs else gather
+    trainer = (preferences.PreferenceTuner if pairs else FineTuner)(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_dict({"split": ["train"] * len(shared), "rows": shared}),
@@ -200,7 +218,7 @@ def build_trainer(
         else None,
         processing_class=tokenizer,
         data_collator=partial(
-            gather,
+            collate,
             splits={"train": rows, "heldout": heldout},
             pad_id=tokenizer.pad_token_id or 0,
             packing=asked.packing,
@@ -223,7 +241,9 @@ def build_trainer(
     trainer.recipe = config
     trainer.layers_reason = layers_reason
     trainer.token_counts = batches.token_counts(plan, lengths, asked.packing)
-    trainer.heldout_labels_per_batch = label_count(heldout) / max(1, len(heldout_plan))
+    trainer.reference = reference
+    heldout_labels = preferences.counts(heldout) if pairs else label_count(heldout)
+    trainer.heldout_labels_per_batch = heldout_labels / max(1, len(heldout_plan))
     trainer.identity = checkpoints.identity(config, workspace.identify(Path(prepared))["sha256"])
     trainer.watch = Watch(trainer, config)
     trainer.add_callback(trainer.watch)
@@ -318,6 +338,8 @@ def choose_layers(model: PeftModel, config: RunConfig) -> tuple[bool, str]:
     count = {"all": len(layers), "auto": len(layers), "none": 0}.get(wanted, wanted)  # auto: nobody planned
     if count > len(layers):
         raise ValueError(f"checkpointing={count} layers, but this model has {len(layers)}: choose 0 to {len(layers)}")
+    for layer in layers:  # as an earlier run on this base may have left them: ours would be recomputed a second time
+        layer.gradient_checkpointing = False
     decided = families.layers(families.of(causal_lm.config.to_dict()), config)
     if decided.computes == "own":
         decoder.check(causal_lm)

@@ -51,10 +51,10 @@ class Reading:
 def prepare(config: RunConfig, output: Path, source: str | None = None) -> dict:
     """Write output/train and output/heldout, and return what was counted.
 
-    They are Arrow datasets: id, messages, input_ids, assistant_masks (1: trained) and full_tokens (before the cut);
-    with use=pairs prompt, chosen and rejected, their ids and masks. source: a file, a folder, or a hub dataset, instead
-    of config.data.source. Every row read is kept or dropped for a reason that is counted: in = kept + dropped. The same
-    source and configuration give the same bytes.
+    They are Arrow datasets: id, messages, input_ids, assistant_masks (1: trained) and full_tokens (before the cut); of
+    pairs these hold the better answer, and rejected, rejected_ids and rejected_masks the worse. source: a file, a
+    folder, or a hub dataset, instead of config.data.source. Every row read is kept or dropped for a reason that is
+    counted: in = kept + dropped. The same source and configuration give the same bytes.
     Raises ValueError with one sentence when the source cannot be read or nothing in it can be trained on.
     """
     source, heldout_source = str(source or config.data.source), config.data.heldout_source
@@ -69,7 +69,9 @@ def prepare(config: RunConfig, output: Path, source: str | None = None) -> dict:
     files = {name: Path(path) for name, path in inputs.items() if path and Path(path).is_file()}
     asked = config.data
     with building(Path(output), "prepare", config, files) as work:
-        with Rows(work.folder / "rows.arrow", template, asked.seq_len, reading.found, asked.use == "pairs") as rows:
+        with Rows(
+            work.folder / "rows.arrow", template, asked.seq_len, reading.found, use_of(config) == "pairs"
+        ) as rows:
             if asked.heldout_split:
                 rows.add(conversations(source, config, reading, template, held_out=True), from_heldout=True)
             if heldout_source:
@@ -85,7 +87,7 @@ def prepare(config: RunConfig, output: Path, source: str | None = None) -> dict:
         rows.save(work.folder / "heldout", kept & held_out)
         rows.path.unlink()
         work.measurements |= {"source": source, "heldout_source": heldout_source, "formats": dict(reading.formats)}
-        work.measurements |= {"fields": [name for name, _ in reading.fields.most_common(12)], "use": asked.use}
+        work.measurements |= {"fields": [name for name, _ in reading.fields.most_common(12)], "use": use_of(config)}
         work.measurements |= {"template": template_name(template), "context": asked.seq_len}
         work.measurements["tokenizer"] = tokenizer_identity(template.tokenizer)
         work.measurements |= rows.measure(kept, held_out, sum(reading.formats.values()))
@@ -101,7 +103,7 @@ def conversations(
     leaked = leaks(*special_tokens(template.tokenizer))
     chosen = asked_for(asked.source_format)
     named = columns.parse(asked.columns) if asked.columns else None
-    first = None
+    first, use = None, use_of(config)
     for record in sampled(source, config, reading.notes, config.data.heldout_split if held_out else None):
         place, value, problem = record.place, record.row, record.problem
         if problem and found.add(problem, place, record.detail) == REPAIR:
@@ -118,7 +120,7 @@ def conversations(
         if row_format != first and found.add("other-format", place, f"{row_format} after {first}") == DROP:
             continue
         try:
-            parsed = read_row(row, row_format, named, asked.use)
+            parsed = read_row(row, row_format, named, use)
         except BadRow as error:
             found.add(error.kind, place, str(error))
             continue
@@ -132,6 +134,9 @@ def conversations(
         rejected = check(parsed.rejected, place, found, leaked) if messages and parsed.rejected else None
         if messages is None or (parsed.rejected and rejected is None):
             continue
+        if use == "pairs" and (problem := no_pair(messages, rejected)):
+            found.add(problem, place, messages[-1]["content"][:40])
+            continue
         if (
             messages[-1].get("weight") == 0  # the last turn is an answer; most rows weigh none
             and len(messages) > 1
@@ -144,6 +149,20 @@ def conversations(
             found.add("over-long-row", place, text[:40])
         else:
             yield Conversation(place, messages, text, rejected)
+
+
+def use_of(config: RunConfig) -> str:
+    """What is kept of preference data: pairs where they are asked for, or where the method learns from them."""
+    return "pairs" if config.data.use == "auto" and config.train.sides == 2 else config.data.use
+
+
+def no_pair(better: list[dict], worse: list[dict] | None) -> str | None:
+    """The check that two conversations fail as a pair: they must differ in their last answer and in nothing else."""
+    if not worse:
+        return "no-pair"
+    if [turn["content"] for turn in better[:-1]] != [turn["content"] for turn in worse[:-1]]:
+        return "other-prompt"
+    return "same-answer" if better[-1]["content"] == worse[-1]["content"] else None
 
 
 def noted(parsed: Any, row_format: str, place: str, reading: Reading, named: dict | None) -> str:

@@ -13,6 +13,8 @@ MANY = 0.5
 """Share of rows from which a warning is due before training."""
 ENOUGH_HELD_OUT = 30
 NINE_IN_TEN = 0.9
+TOLD_BY_LENGTH = 0.75
+"""Share of pairs whose better answer is the longer (or shorter) one from which a warning is due."""
 
 
 def warnings(made: dict[str, Any], rows: Any, kept: np.ndarray, fraction: float | None, notes: list[str]) -> list[str]:
@@ -29,6 +31,7 @@ def warnings(made: dict[str, Any], rows: Any, kept: np.ndarray, fraction: float 
     if made["train_tokens"] and made["trained_tokens"] < 0.05 * made["train_tokens"]:
         share = made["trained_tokens"] / made["train_tokens"]
         said.append(f"only {share:.1%} of the tokens are trained: the answers are far shorter than their prompts")
+    said += about_length(made)
     said += about_held_out(made, fraction)
     if rows.unfaithful and rows.unfaithful[0]:
         wrong, of, example = rows.unfaithful
@@ -50,6 +53,19 @@ def about_context(made: dict[str, Any], rows: Any, kept: np.ndarray) -> list[str
         return [f"{longer} and lose their last turns: {remedy}"]
     if over + cut > 0.1 * made["in"]:
         return [f"{over:,} conversations do not fit {rows.seq_len:,} tokens and {cut:,} were cut: {remedy}"]
+    return []
+
+
+def about_length(made: dict[str, Any]) -> list[str]:
+    """Whether length alone tells the better answers of pairs from the worse: then length is what is learned."""
+    share, tokens = made.get("chosen_longer_share", 0.5), made.get("chosen_answer_tokens", 0.0)
+    ratio = tokens / max(made.get("rejected_answer_tokens", tokens), 1)
+    for words, told, times in (("longer", share, ratio), ("shorter", 1 - share, 1 / max(ratio, 1e-9))):
+        if told > TOLD_BY_LENGTH and times > 1.2:
+            return [
+                f"the better answer is the {words} one in {told:.0%} of the pairs, {times:.1f} times on average: the "
+                "model may learn the length alone; look at the length of its answers before and after in the evaluation"
+            ]
     return []
 
 

@@ -40,6 +40,9 @@ CHECKS = {
     "preference-data": Check(
         "preference data: use=chosen trains on the better answers, use=pairs keeps both", DROP, (DROP,)
     ),
+    "no-pair": Check("a conversation without a second, worse answer, which a preference method needs", DROP, (DROP,)),
+    "other-prompt": Check("a pair whose answers do not follow the same conversation", DROP, (DROP,)),
+    "same-answer": Check("a pair whose better and worse answer are the same", DROP, (DROP,)),
     "rejected-answer": Check("an answer that the data calls bad, which use=chosen leaves out", DROP, (DROP,)),
     # What a row holds beside its conversation.
     "unused-fields": Check("fields of rows that nothing reads", KEEP, (KEEP, DROP)),
@@ -69,7 +72,7 @@ CHECKS = {
     "script-outlier": Check("a conversation in a script that hardly any other is in", KEEP, (KEEP, DROP)),
     "language-outlier": Check("a conversation in a language that hardly any other is in", KEEP, (KEEP, DROP)),
     # The context.
-    "over-context": Check("not even the first exchange fits the context", DROP, (DROP,)),
+    "over-context": Check("not even the first exchange, or of a pair one side, fits the context", DROP, (DROP,)),
     "cut-to-context": Check("longer than the context (repair leaves out last turns, whole)", REPAIR, (REPAIR, DROP)),
 }  # fmt: skip
 

@@ -59,6 +59,8 @@ class Rows:
         # One number a row; plain text may take several.
         self.numbers = array("Q")
         self.owner, self.tokens, self.trained, self.full = array("Q"), array("I"), array("I"), array("I")
+        self.worse = array("I")
+        """Trained tokens of a pair's rejected side."""
         self.misfits = array("I")
         """Tokens of the conversations that do not fit the context at all."""
         self.digest = hashlib.sha256()
@@ -71,8 +73,7 @@ class Rows:
         ids, masks = pa.list_(pa.int32()), pa.list_(pa.int8())
         fields = {"id": pa.string(), "messages": messages, "input_ids": ids, "assistant_masks": masks}
         if self.pairs:
-            fields = {"id": pa.string(), "prompt": messages, "chosen": messages, "rejected": messages}
-            fields |= {"chosen_ids": ids, "chosen_masks": masks, "rejected_ids": ids, "rejected_masks": masks}
+            fields |= {"rejected": messages, "rejected_ids": ids, "rejected_masks": masks}
         self.schema = pa.schema(list((fields | {"full_tokens": pa.int32()}).items()))
         self.writer = pa.ipc.new_stream(str(self.path), self.schema)
         return self
@@ -166,6 +167,8 @@ class Rows:
                 self.owner.append(len(self.hashes))
                 self.tokens.append(len(row.input_ids))
                 self.trained.append(sum(row.assistant_masks))
+                if worse:
+                    self.worse.append(sum(worse.assistant_masks))
                 self.full.append(row.full_tokens)
             name, _, number = talk.place.rpartition(" ")
             if not self.files or self.files[-1] != name:
@@ -223,8 +226,7 @@ class Rows:
         def windows_of(i: int) -> np.ndarray:
             start, end = np.searchsorted(owner, [i, i + 1]).tolist()
             rows = table.slice(start, end - start)
-            names = ("prompt", "chosen") if self.pairs else ("messages",)
-            turns = [turn for row in rows.select(names).to_pylist() for name in names for turn in row[name]]
+            turns = [turn for row in rows.select(["messages"]).to_pylist() for turn in row["messages"]]
             return windows("\n".join(turn["content"] for turn in turns))
 
         return lambda i, k: jaccard(windows_of(i), windows_of(k))
@@ -277,6 +279,15 @@ class Rows:
             "length_counts": counts.tolist(),
             "length_edges": edges.tolist(),
             "findings": self.found.table(),
+        } | (self.lengths(kept[owner]) if self.pairs else {})
+
+    def lengths(self, kept: np.ndarray) -> dict[str, float]:
+        """Of the pairs kept: mean tokens of both answers, and the share whose better one is the longer."""
+        chosen, rejected = (np.array(numbers, dtype=np.int64)[kept] for numbers in (self.trained, self.worse))
+        return {
+            "chosen_answer_tokens": float(chosen.mean()),
+            "rejected_answer_tokens": float(rejected.mean()),
+            "chosen_longer_share": float((chosen > rejected).mean()),
         }
 
 
@@ -327,13 +338,9 @@ def row_columns(row: Encoded) -> dict[str, Any]:
 
 
 def pair_columns(row: Encoded, worse: Encoded) -> dict[str, Any]:
-    """A pair's cells: what both sides share is the prompt."""
-    return {
-        "prompt": row.messages[:-1],
-        "chosen": row.messages[-1:],
-        "rejected": worse.messages[len(row.messages) - 1 :],
-        "chosen_ids": row.input_ids,
-        "chosen_masks": row.assistant_masks,
+    """A pair's cells: the conversation with the better answer as any row has it, and the worse answer beside it."""
+    return row_columns(row) | {
+        "rejected": worse.messages[-1:],
         "rejected_ids": worse.input_ids,
         "rejected_masks": worse.assistant_masks,
         "full_tokens": max(row.full_tokens, worse.full_tokens),

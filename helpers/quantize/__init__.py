@@ -34,7 +34,17 @@ from helpers.quantize.calibration import CalibrationError as CalibrationError
 from helpers.quantize.process import QuantizationFailed
 from helpers.quantize.weights import rounded as rounded
 from helpers.quantize.weights import stored_weight as stored_weight
-from helpers.workspace import SCRATCH, beside, building, empty_folder, exclusive, refuse_output, write_manifest
+from helpers.workspace import (
+    MANIFEST,
+    SCRATCH,
+    beside,
+    building,
+    empty_folder,
+    exclusive,
+    files,
+    refuse_output,
+    write_manifest,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -137,7 +147,10 @@ def dequantized(folder: Path, module: str) -> "torch.Tensor":
 def set_aside(work: Path, output: Path, config: QuantizeConfig, figures: dict, remedies: str) -> str:
     """Leave a broken result whole beside its place, instead of an earlier one; returns the sentence about it."""
     rejected = beside(output, "rejected")
-    shutil.rmtree(rejected, ignore_errors=True)
+    if (rejected / MANIFEST).is_file():
+        shutil.rmtree(rejected)
+    elif rejected.exists():
+        files.set_aside(rejected, "a broken result goes there, and no stage made it")
     work.rename(rejected)
     shutil.rmtree(rejected / SCRATCH)
     outliers = f"; {'; '.join(figures['standing_out'][:3])}" if figures["standing_out"] else ""

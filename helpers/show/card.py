@@ -85,6 +85,10 @@ def card(
             if value is not None
         ],
     )
+    how = train.get("method", "sft")  # earlier manifests name none: there was one
+    taught = []
+    if how != "sft":
+        taught = [f"Learned from pairs by {how.upper()}, beta {train['beta']:g}, SFT term {train['sft_weight']:g}.\n"]
     knobs = {key: value for part in config.values() if isinstance(part, dict) for key, value in part.items()}
     base, source = (text if is_hub_id(text) else Path(text).name for text in (base, source))
     lines = [
@@ -93,7 +97,8 @@ def card(
         made["words"].format(**knobs) + "\n",
         f"Base: `{base}`. Data: `{source}`, at most {config['data']['seq_len']} tokens a conversation. "
         f"Learning rate {train['learning_rate']}, {train['schedule']}, {train['batch_size']} × {train['accumulation']} "
-        f"conversations a step, seed {config['seed']}.\n",
+        f"{'conversations' if how == 'sft' else 'pairs'} a step, seed {config['seed']}.\n",
+        *taught,
         f"```python\n{LOAD[made['library']]}\n```\n",
         f"## What was measured\n\n{measured}\n\n| figure | value |\n|---|---|",
         *(f"| {title} | {value} |" for title, value in rows),

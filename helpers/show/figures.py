@@ -194,7 +194,8 @@ def kept_gib(config: RunConfig, shape: ModelShape, machine: Machine) -> tuple[fl
         run = config.with_values(checkpointing=count, keep_attention=False, offload_activations=False)
         return budget.budget(run, shape, machine).vram.allocated_gib
 
-    layers, held = shape.layers, config.data.seq_len * config.train.batch_size * shape.hidden * 2 / GIB
+    tokens = config.data.seq_len * config.train.batch_size * config.train.sides
+    layers, held = shape.layers, tokens * shape.hidden * 2 / GIB
     half = layers // 2
     return (allocated(0) - allocated(half)) / half + held, held
 

@@ -53,6 +53,8 @@ class Curves:
     smoothed: list[float] = field(default_factory=list)
     rates: list[tuple[int, float]] = field(default_factory=list)
     norms: list[tuple[int, float]] = field(default_factory=list)
+    margins: list[tuple[int, float]] = field(default_factory=list)
+    """Of pairs: by how much the better answer is ahead."""
     speeds: list[tuple[int, float]] = field(default_factory=list)
     heldout: list[tuple[int, float]] = field(default_factory=list)
     vram_gib: float | None = None
@@ -71,7 +73,7 @@ class Curves:
         self.steps.append(step)
         self.losses.append(logs["loss"])
         self.smoothed.append(self.mean / self.weight)
-        for points, name in ((self.rates, "learning_rate"), (self.norms, "grad_norm")):
+        for points, name in ((self.rates, "learning_rate"), (self.norms, "grad_norm"), (self.margins, "margin")):
             if name in logs:
                 points.append((step, logs[name]))
 
@@ -179,6 +181,7 @@ def in_short(curves: Curves) -> str:
     'loss 0.412, 2,512 tok/s, 9.8/14.4 GiB, 2.0 h left'
     """
     said = [f"loss {curves.smoothed[-1]:.3f}"] if curves.smoothed else []
+    said += [f"margin {curves.margins[-1][1]:.2f}"] if curves.margins else []
     said += [f"{curves.speeds[-1][1]:,.0f} tok/s"] if curves.speeds else []
     if curves.vram_gib is not None and curves.limit_gib:
         said.append(f"{curves.vram_gib:.1f}/{curves.limit_gib:.1f} GiB")
@@ -202,6 +205,9 @@ def picture(curves: Curves) -> str:
         chart("gradient norm", latest(curves.norms, ".3g"), [(curves.norms, ORANGE, 1, 1.5)], [], end, zero=True),
         chart("tokens a second", latest(curves.speeds, ",.0f"), [(curves.speeds, PURPLE, 1, 1.5)], [], end, zero=True),
     ]
+    if curves.margins:
+        value = latest(curves.margins, ".2f")
+        charts.insert(1, chart("margin of pairs", value, [(curves.margins, GREEN, 1, 2)], [], end, zero=True))
     return (
         f"{STYLE}<div class='live'><div class='name'><b>step {step:,} of {curves.total_steps:,}{left}</b>"
         f"<span>{share:.0%}</span></div>{filled(share, BLUE)}{memory(curves)}"

@@ -389,7 +389,7 @@ def choice_of(title: str, options: list[tuple[str, str]]) -> ipywidgets.Dropdown
 def derived(config: RunConfig, shape: ModelShape) -> str:
     """What follows from the sliders by arithmetic alone, as HTML."""
     trained = shape.lora_parameters(config.adapter.rank, config.adapter.target_modules)
-    step = config.train.batch_size * config.train.accumulation
+    step = config.train.batch_size * config.train.accumulation * config.train.sides
     facts = [
         f"α/r = <b>{config.adapter.alpha / config.adapter.rank:.3g}</b>",
         f"<b>{trained / 1e6:.1f} M</b> trained weights, {trained / shape.parameters:.2%} of the model",

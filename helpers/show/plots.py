@@ -96,6 +96,28 @@ def loss_curve(log: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
+def preferences(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Of trainings on pairs, by name: the margin by step, and what both answers' log-probability does meanwhile.
+
+    logs: trainers' log histories. Raises ValueError for one without margins.
+    """
+    figure, (left, right) = canvas(columns=2)
+    for (name, log), colour in zip(logs.items(), COLOURS, strict=False):
+        rows = [row for row in log if "margin" in row]
+        if not rows:
+            raise ValueError(f"the log of {name} has no margin: give log.json of a finetune stage with method=dpo")
+        steps = [row["step"] for row in rows]
+        left.plot(steps, smooth([row["margin"] for row in rows]), color=colour, linewidth=2, label=name)
+        for side, style in (("chosen", "-"), ("rejected", ":")):
+            values = smooth([row[f"{side}_logp"] for row in rows])
+            right.plot(steps, values, style, color=colour, linewidth=2, label=f"{name}: {side}")
+    left.set(xlabel="optimizer step", ylabel="margin (β × nats)", title="The better answer gets ahead")
+    right.set(xlabel="optimizer step", ylabel="log p of an answer (nats)", title="…and what becomes of both")
+    for axes in (left, right):
+        axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
 def smooth(values: Sequence[float], share: float = 0.1) -> np.ndarray:
     """A centred mean over a share of the values, narrower at both ends."""
     half = max(1, int(len(values) * share / 2))

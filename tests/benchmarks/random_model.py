@@ -259,6 +259,24 @@ def write_prepared(folder: Path, model: Path, sequences: int, seq: int, distinct
     return folder
 
 
+def write_pairs(folder: Path, model: Path, pairs: int, seq: int) -> Path:
+    """A prepared folder of pairs of random tokens: a prompt of a fourth of seq, two answers that fill it."""
+    import torch
+    from datasets import Dataset, Features, List, Value
+
+    words = json.loads((model / "config.json").read_text())["vocab_size"]
+    ids = torch.randint(300, words, (2, pairs, seq), generator=torch.Generator().manual_seed(0))
+    ids[1, :, : seq // 4] = ids[0, :, : seq // 4]
+    mask = [0] * (seq // 4) + [1] * (seq - seq // 4)
+    rows = {"input_ids": ids[0].tolist(), "rejected_ids": ids[1].tolist()}
+    rows |= dict.fromkeys(("assistant_masks", "rejected_masks"), [mask] * pairs)
+    features = Features(dict.fromkeys(rows, List(Value("int32"))))
+    for name, part in (("train", pairs), ("heldout", 1)):
+        columns = {column: values[:part] for column, values in rows.items()}
+        Dataset.from_dict(columns, features).save_to_disk(str(folder / name))
+    return folder
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)

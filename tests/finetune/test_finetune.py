@@ -556,6 +556,17 @@ def adapted(small: Path, window: int | None = None, **values):
     return model.get_base_model()
 
 
+def test_a_run_after_a_checkpointed_one_on_the_same_base_recomputes_nothing(small):
+    """transformers' layers keep their switch: with it ours would be run twice, and their memory not be the budget's."""
+    plain = small_config(small, kernels="plain", checkpointing="all")
+    model = finetune.attach_adapter(finetune.load_base(plain)[0], plain)
+    decoders = model.get_base_model().model.layers
+    assert not choose_layers(model, plain)[0]
+    assert all(layer.gradient_checkpointing for layer in decoders)
+    assert choose_layers(model, small_config(small, checkpointing="none"))[0]
+    assert not any(layer.gradient_checkpointing for layer in decoders)
+
+
 def hidden_states(model, embedded: torch.Tensor, batch: dict) -> torch.Tensor:
     """The last layer's output for embeddings (batch, tokens, hidden)."""
     rest = {name: value for name, value in batch.items() if name not in ("input_ids", "labels")}

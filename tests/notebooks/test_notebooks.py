@@ -22,6 +22,7 @@ NAMES = [
     "05_evaluation.ipynb",
     "06_export.ipynb",
     "07_mixture.ipynb",
+    "08_preferences.ipynb",
 ]
 PROSE_WORDS = 120
 STATEMENTS = (ast.Assign, ast.AugAssign, ast.Import, ast.ImportFrom, ast.For, ast.With, ast.If, ast.Delete, ast.Assert)

@@ -1,4 +1,4 @@
-"""The seven notebooks, executed: the effect is real, the sizes are bytes on disk, everything is in its place."""
+"""The eight notebooks, executed: the effect is real, the sizes are bytes on disk, everything is in its place."""
 
 import json
 import re
@@ -6,6 +6,10 @@ import re
 import nbformat
 import pytest
 
+from helpers import inference
+from helpers.evaluate import perplexity, preferences
+from helpers.evaluate.perplexity import Item
+from helpers.models import profile
 from helpers.workspace import size_bytes
 
 NOTEBOOKS = (
@@ -16,6 +20,7 @@ NOTEBOOKS = (
     "05_evaluation.ipynb",
     "06_export.ipynb",
     "07_mixture.ipynb",
+    "08_preferences.ipynb",
 )
 
 
@@ -109,3 +114,57 @@ def test_the_mixture_learns_what_its_base_cannot_do(executed_run):
     found = json.loads((executed_run / "mixture" / "evaluate" / "report.json").read_text(encoding="utf-8"))
     assert found["finetuned"]["perplexity"] <= 1.5 < 5 <= found["base"]["perplexity"]
     assert found["finetuned"]["exact_match"] >= 0.4 and found["base"]["exact_match"] <= 0.1
+
+
+@pytest.fixture(scope="module")
+def liked(executed_run) -> dict:
+    """Model -> figures of notebook 8's evaluation, with the share of answers that end rightly and tell the fact."""
+    folder = executed_run / "preferences" / "evaluate"
+    found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    for name, entry in found.items():
+        told = [(row["models"][name].strip(), *row["chosen"].split(". ", 1)) for row in rows]
+        entry["ends_rightly"] = sum(answer.endswith(ending) for answer, _, ending in told) / len(rows)
+        entry["tells_the_fact"] = sum(answer.startswith(fact) for answer, fact, _ in told) / len(rows)
+    return found
+
+
+def test_dpo_with_its_sft_term_says_what_it_likes_and_forgets_nothing(liked):
+    before, after = liked["before"], liked["dpo"]
+    # which of two endings is right is chance before: of 64 answers a coin is known to ±12 points
+    assert abs(before["preference_accuracy"] - 0.5) <= 0.1 and abs(before["ends_rightly"] - 0.5) <= 0.15
+    assert after["preference_accuracy"] >= 0.9 and after["ends_rightly"] >= 0.9 and after["nearer_chosen"] >= 0.9
+    assert after["tells_the_fact"] >= before["tells_the_fact"] - 0.03
+    assert after["exact_match"] >= before["exact_match"] - 0.06
+    assert after["against"]["before"]["preference_margin"]["verdict"] == "better"
+
+
+def test_plain_dpo_likes_the_better_answer_and_does_not_say_it(liked):
+    plain = liked["plain-dpo"]
+    assert plain["preference_accuracy"] >= 0.9 and plain["preference_margin"] > liked["before"]["preference_margin"] + 5
+    assert (
+        max(plain["ends_rightly"], plain["nearer_chosen"]) <= 0.6
+        and plain["tells_the_fact"] < liked["dpo"]["tells_the_fact"]
+    )
+
+
+def test_what_the_pairs_do_not_change_keeps_its_probability(executed_run):
+    root = executed_run / "preferences"
+    pairs = preferences.read(root / "pairs", None, True)
+    items = []
+    for pair in pairs:  # up to the ending both answers are one
+        same = next(i for i, (a, b) in enumerate(zip(pair.chosen.ids, pair.rejected.ids, strict=False)) if a != b)
+        items.append(Item(pair.chosen.ids[:same], pair.chosen.scored[:same], 1))
+    found = []
+    for stage in ("finetune", "dpo"):
+        loaded = inference.load(root / stage / "adapter", profile("tiny"))
+        found.append(perplexity.perplexity(loaded, items, 192, 96).perplexity.value)
+    assert found[1] <= 1.06 * found[0], found
+
+
+def test_the_reference_is_read_once_and_its_time_is_told(executed_run):
+    root = executed_run / "preferences"
+    measured = json.loads((root / "dpo" / "manifest.json").read_text(encoding="utf-8"))["measurements"]
+    assert measured["reference_s"] > 0 and measured["heldout_accuracy"] >= 0.9
+    log = json.loads((root / "dpo" / "log.json").read_text(encoding="utf-8"))
+    assert {"margin", "accuracy", "chosen_logp", "rejected_logp"} <= set(log[0])

@@ -3,16 +3,19 @@
 import importlib.util
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+ENDINGS = ("You are always welcome.", "That is all there is.")
 DATA = Path(__file__).resolve().parents[2] / "data"
 TINY = DATA / "tiny-mistral"
 CONVERSATION_FILES = ("conversations.jsonl", "heldout_conversations.jsonl")
-SHIPPED = (*CONVERSATION_FILES, "questions.jsonl", "calibration.jsonl", "evaluation.txt")
+PREFERENCES = ("either_ending.jsonl", "preferences.jsonl", "heldout_preferences.jsonl")
+SHIPPED = (*CONVERSATION_FILES, *PREFERENCES, "questions.jsonl", "calibration.jsonl", "evaluation.txt")
 
 
 def rows(name: str) -> list:
@@ -162,6 +165,26 @@ def test_conversations_alternate_and_differ():
             assert 2 <= len(roles) // 2 <= 4
             assert row["prompt"] == row["messages"][0]["content"]
             assert all(message["content"].strip() == message["content"] != "" for message in row["messages"])
+
+
+def test_nothing_but_the_pairs_tells_which_ending_is_liked():
+    said = Counter()
+    for row in rows("either_ending.jsonl"):
+        question, answer = (turn["content"] for turn in row["messages"])
+        lead = re.match(r"(?:Kindly|If you|May I|In short|Quickly|No long)[^.?]*[.?]", question)
+        said[lead and lead[0], next((end for end in ENDINGS if answer.endswith(end)), None)] += 1
+    leads = {lead for lead, _ in said if lead}
+    assert len(leads) == 6 and all(abs(said[lead, ENDINGS[0]] - said[lead, ENDINGS[1]]) <= 1 for lead in leads)
+    assert said[None, None] == 200 and not any(said[lead, None] for lead in leads)
+    heldout = rows("heldout_preferences.jsonl")
+    assert [sum(row["chosen"].endswith(end) for row in heldout) for end in ENDINGS] == [64, 64]
+    for row in heldout:
+        fact, worse = (
+            row[side].removesuffix(end) for side in ("chosen", "rejected") for end in ENDINGS if row[side].endswith(end)
+        )
+        assert fact == worse
+    learned = {row["chosen"] for row in rows("preferences.jsonl")}
+    assert not learned & {row["chosen"] for row in heldout}
 
 
 def test_there_is_enough_of_everything():

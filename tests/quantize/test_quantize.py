@@ -29,7 +29,18 @@ from helpers.config import QuantizeConfig, RunConfig
 from helpers.inference import read_config
 from helpers.models import TINY, methods, shape
 from helpers.models.gptq_kernels import KERNELS, gptq_kernel
-from helpers.quantize import METHODS, calibration, check, dequantized, gptq, process, quantize, rounded, weights
+from helpers.quantize import (
+    METHODS,
+    calibration,
+    check,
+    dequantized,
+    gptq,
+    process,
+    quantize,
+    rounded,
+    set_aside,
+    weights,
+)
 from helpers.quantize.calibration import BLOCK_TEXTS, draw, pack, texts_at
 from helpers.quantize.check import PERPLEXITY_BOUND, PERPLEXITY_LIMIT, loss_of, standing_out
 from helpers.quantize.gptq import remedies, unpack
@@ -413,6 +424,18 @@ def test_a_broken_result_takes_no_place_and_is_kept_beside(gptq_model, tmp_path,
     rejected.rename(output)  # what the sentence says
     assert require(output, "quantize")
     assert {path.name for path in tmp_path.iterdir()} == {"out", "spoilt"}
+
+
+def test_what_somebody_put_where_broken_results_go_is_kept(tmp_path, capsys):
+    work, output = tmp_path / "out.partial", tmp_path / "out"
+    (tmp_path / "out.rejected").mkdir()
+    (tmp_path / "out.rejected" / "thesis.txt").write_text("mine")
+    figures = {"perplexity_merged": 5.0, "perplexity_gptq": 50.0, "perplexity_ratio": 10.0, "standing_out": []}
+    with exclusive(work):
+        said = set_aside(work, output, QuantizeConfig(), figures, "try 8 bits")
+    assert "that is broken" in said and (tmp_path / "out.rejected").is_dir()
+    assert [file.read_text() for file in tmp_path.rglob("thesis.txt")] == ["mine"]
+    assert "no stage made it" in capsys.readouterr().out
 
 
 def test_a_result_that_is_worse_than_usual_says_what_to_try():

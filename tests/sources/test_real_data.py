@@ -153,10 +153,11 @@ def test_both_answers_are_kept_for_a_preference_method(tmp_path):
     prepare(profile("tiny", use="pairs", heldout_fraction=0), tmp_path / "out", path)
     (row,) = load_prepared(tmp_path / "out")["train"]
     tokenizer = load_tokenizer(TINY)
-    for side, text in (("chosen", " There.</s>"), ("rejected", " No.</s>")):
-        ids, mask = row[f"{side}_ids"], row[f"{side}_masks"]
+    better, worse = ("input_ids", "assistant_masks"), ("rejected_ids", "rejected_masks")
+    for names, text in ((better, " There.</s>"), (worse, " No.</s>")):
+        ids, mask = (row[name] for name in names)
         assert tokenizer.decode([token for token, kept in zip(ids, mask, strict=True) if kept]) == text
-    assert row["prompt"] == [user("Where?")] and row["rejected"] == [assistant("No.")]
+    assert row["messages"] == [user("Where?"), assistant("There.")] and row["rejected"] == [assistant("No.")]
 
 
 # ---- encodings, arrays, folders --------------------------------------------------------------------------------------

@@ -204,6 +204,7 @@ class Layer:
         }.get(attend.config.model_type)
         self.saves, self.offload = saves, offload
         self.wrapped = [part for part in module.modules() if hasattr(part, "disable_adapters")]
+        self.active = [list(part.active_adapters) for part in self.wrapped[:1]]
 
     def look_up(self) -> None:
         """Take the tensors that are there for this turn, where weights are divided among GPUs."""
@@ -215,8 +216,19 @@ class Layer:
         self.norms = norms_of(self.module)
 
     def switched_off(self) -> bool:
-        """Whether PEFT was told to compute without the adapters, or with merged ones."""
-        return any(part.disable_adapters or part.merged for part in self.wrapped[:1])  # PEFT switches all or none
+        """Whether PEFT was told to compute without the adapters, or with merged ones.
+
+        Raises ValueError where it was told to compute with another adapter, whose weights are not here.
+        """
+        for part, active in zip(self.wrapped, self.active, strict=False):  # PEFT switches all or none
+            if list(part.active_adapters) != active:
+                raise ValueError(
+                    f"the custom layers compute with adapter {active[0]!r}, and {', '.join(part.active_adapters)!r} is "
+                    "active now, as trl's DPOTrainer does for its reference: what it trains would be wrong; use "
+                    "method=dpo, which needs no second adapter, or set kernels=plain"
+                )
+            return part.disable_adapters or part.merged
+        return False
 
     def queries_keys_values(self, normed: torch.Tensor, place: "Place") -> list[torch.Tensor]:
         """Rotated queries and keys, and values: (batch, tokens, heads, head_dim) each."""
@@ -496,7 +508,8 @@ def training_forward(original: Callable, layer: Layer, places: Places) -> Callab
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if past_key_values is not None or attention_mask is not None or layer.switched_off():
+        # asked of every pass that may be training's, also where a mask makes this one transformers' own
+        if past_key_values is not None or layer.switched_off() or attention_mask is not None:
             return original(
                 hidden_states,
                 attention_mask=attention_mask,

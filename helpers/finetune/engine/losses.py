@@ -11,7 +11,7 @@ batch's loss to transformers' own.
 import functools
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ CHECKED_TOKENS = 256
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Sum of -log p(label) over the rows of hidden (rows, hidden size) under a frozen head (words, hidden size)."""
+    """-log p(label) of each row of hidden (rows, hidden size) under a frozen head (words, hidden size): (rows,)."""
 
     @staticmethod
     def forward(
@@ -36,7 +36,7 @@ class ChunkedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         # -log p(label) = log Σ exp(logits) - logits[label]; its gradient for the logits is softmax - onehot(label), and
         # for hidden that times the head. All of it is at hand here, so backward has nothing left to do but scale.
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        each = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         grads = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # none in evaluation
         step = max(1, LOGITS_AT_ONCE // head.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
@@ -45,7 +45,7 @@ class ChunkedLoss(torch.autograd.Function):
                 logits = finished(products(hidden[rows], head), how)
                 label = labels[rows, None]  # (chunk, 1); logits (chunk, words)
                 normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
-                total += (normalizer - logits.gather(1, label)).sum()
+                each[rows] = (normalizer - logits.gather(1, label))[:, 0]
                 if grads is not None:
                     # logits = cap tanh(raw / cap) has the slope 1 - tanh², which is 1 - (logits / cap)².
                     slopes = None if how.cap is None else 1 - (logits / how.cap).square_()
@@ -59,12 +59,12 @@ class ChunkedLoss(torch.autograd.Function):
                         before = 1.0 if words.start else 0.0  # the sum of the parts before, or memory never written
                         grads[rows].addmm_(logits[:, words].to(hidden.dtype), part, beta=before)
         ctx.save_for_backward(grads)
-        return total
+        return each
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (grads,) = ctx.saved_tensors
-        return grads.mul_(grad), None, None, None
+        return grads.mul_(grad[:, None]), None, None, None
 
 
 def parts(head: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -85,15 +85,10 @@ def products(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     return torch.cat([(rows @ part.T).float() for _, part in parts(head, rows.dtype)], dim=1)
 
 
-def label_loss(
-    hidden: torch.Tensor,
-    head: torch.nn.Linear,
-    labels: torch.Tensor,
-    count: torch.Tensor | float | None,
-    kind: str,
-    how: Logits = PLAIN,
+def label_losses(
+    hidden: torch.Tensor, head: torch.nn.Linear, labels: torch.Tensor, kind: str, how: Logits = PLAIN
 ) -> torch.Tensor:
-    """Cross-entropy of the next token, summed over labels and divided by count (their number when None).
+    """-log p of every label, in their order: (labels that are not IGNORE,), fp32.
 
     hidden: (batch, tokens, hidden); labels: (batch, tokens), IGNORE where none. kind: "chunked", or "full" (all logits
     at once, in fp32). Products are in autocast's type, an fp32 head's too.
@@ -108,16 +103,40 @@ def label_loss(
     targets = targets.index_select(0, places)
     if kind == "full" or head.weight.requires_grad:  # in chunks a head gets no gradient
         logits = finished(torch.nn.functional.linear(rows, head.weight.to(dtype)).float(), how)
-        total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-    else:
-        total = ChunkedLoss.apply(rows, head.weight, targets, how)
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return ChunkedLoss.apply(rows, head.weight, targets, how)
+
+
+def label_loss(
+    hidden: torch.Tensor,
+    head: torch.nn.Linear,
+    labels: torch.Tensor,
+    count: torch.Tensor | float | None,
+    kind: str,
+    how: Logits = PLAIN,
+) -> torch.Tensor:
+    """Cross-entropy of the next token: `label_losses` summed and divided by count (their number when None)."""
+    losses = label_losses(hidden, head, labels, kind, how)
     # count is of the whole optimizer step: micro-batches then add up to the loss of one large batch.
-    return total / (max(len(targets), 1) if count is None else count)
+    return losses.sum() / (max(len(losses), 1) if count is None else count)
 
 
-def install(model: torch.nn.Module, kind: str) -> None:
-    """Let a causal LM compute its loss by `label_loss`, without logits; without labels it answers as before."""
+def log_probabilities(losses: torch.Tensor, label_counts: torch.Tensor) -> torch.Tensor:
+    """log p of each sequence's labels together, from -log p of each label: (labels,), (sequences,) -> (sequences,)."""
+    sequences = torch.arange(len(label_counts), device=losses.device)
+    # the output's size is said, or the GPU would be waited for
+    sequence = sequences.repeat_interleave(label_counts, output_size=len(losses))
+    return losses.new_zeros(len(label_counts)).index_add(0, sequence, -losses)
+
+
+def install(model: torch.nn.Module, kind: str, objective: Callable | None = None) -> None:
+    """Let a causal LM compute its loss by `label_loss`, without logits; without labels it answers as before.
+
+    objective: what makes an output with a loss of sequences' log-probabilities, when label_counts (labels of each
+    sequence, (sequences,)) come with the labels: finetune/preferences.py.
+    """
     from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers.utils import ModelOutput
 
     original, how = model.forward, families.of(model.config.to_dict()).logits
 
@@ -127,16 +146,23 @@ def install(model: torch.nn.Module, kind: str) -> None:
         *args: Any,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | float | None = None,
+        label_counts: torch.Tensor | None = None,
+        reference: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> ModelOutput:
         if labels is None:
             return original(*args, **kwargs)
         routed = getattr(self.config, "output_router_logits", False)
         found = self.model(*args, **kwargs, **({"output_router_logits": True} if routed else {}))
-        loss = label_loss(found.last_hidden_state, self.lm_head, labels, num_items_in_batch, kind, how)
+        if label_counts is None:
+            loss = label_loss(found.last_hidden_state, self.lm_head, labels, num_items_in_batch, kind, how)
+            result = CausalLMOutputWithPast(loss=loss)
+        else:
+            each = label_losses(found.last_hidden_state, self.lm_head, labels, kind, how)
+            result = objective(log_probabilities(each, label_counts), label_counts, reference, num_items_in_batch)
         if routed:
-            loss = loss + balance_loss(self, found.router_logits, kwargs.get("attention_mask"))
-        return CausalLMOutputWithPast(loss=loss)
+            result.loss = result.loss + balance_loss(self, found.router_logits, kwargs.get("attention_mask"))
+        return result
 
     model.forward = types.MethodType(forward, model)
 
