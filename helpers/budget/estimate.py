@@ -190,6 +190,7 @@ def vram_of(
     paged = vram.optimizer_states(config, shape)[1] / GIB
     usable = planning.usable_gib(machine, step.backend)
     gpus = sharding.world(config, machine)
+    overhead += sharding.held_apart(step, gpus) / GIB
     return largest(machine, sharding.phases(step, gpus, capability), lambda _: overhead, usable, paged)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from helpers import budget, cli, hardware, models
 from helpers.budget import hours, planning, sharding, vram, ways
 from helpers.budget.step import Step
+from helpers.models import ROOT
 from helpers.show import panel
 
 SEVEN = models.shape("mistral-7b-v0.3")
@@ -83,6 +84,22 @@ def test_memory_of_runs_on_two_gpus_was_within_three_percent(name):
     measured_gib, values = MEASURED[name]
     config = seven(batch_size=1, seq_len=2048, accumulation=values.get("gpus", 1), optimizer="adamw_torch", **values)
     assert memory(config, H200).reserved_gib == pytest.approx(measured_gib, rel=0.03)
+
+
+def test_runs_with_divided_weights_reserved_what_was_predicted_within_three_percent():
+    """Of our own layers under FSDP2 (h200x2_sharding.jsonl): a 7B in 4 and in 16 bits, a 24B on two T4s' memory."""
+    rows = map(json.loads, (ROOT / "data/measurements/h200x2_sharding.jsonl").read_text().splitlines())
+    found = [row for row in rows if "stopped" not in row and "own" not in row["mode"]]
+    assert len(found) >= 4
+    for row in found:
+        weights = "fp16" if row["mode"].startswith("lora16") else "nf4"
+        layers = int(row["layers"].split()[0])
+        config = seven(
+            weights=weights, seq_len=row["context"], accumulation=2, checkpointing=layers, gpus=2, sharding="fsdp"
+        )
+        predicted = memory(config, H200, models.shape(row["model"]))
+        assert predicted.allocated_gib == pytest.approx(row["allocated_gib"], rel=0.03)
+        assert predicted.reserved_gib == pytest.approx(row["reserved_gib"], rel=0.03)
 
 
 def test_a_machine_with_two_t4s_takes_half_the_time_and_the_averaging_is_its_price():
