@@ -420,7 +420,7 @@ def starting_point(options: argparse.Namespace, given: dict[str, object]) -> Run
     """
     named = options.profile or "mistral-7b"
     if options.workspace is None and options.stage == "budget":
-        return models.profile(named)
+        return models.profile(named, method=given.get("method"))
     run = Workspace(options.workspace or Path("runs") / named)
     chosen = choices.last(run)
     stages = () if chosen else ("finetune", "prepare")
@@ -429,7 +429,8 @@ def starting_point(options: argparse.Namespace, given: dict[str, object]) -> Run
     made = [path for path in (run.folder(stage) / "config.yaml" for stage in stages) if path.is_file()]
     if made and options.profile is None:
         return load_yaml(made[0])
-    return choices.start(run, models.profile(options.profile or chosen.get("profile", named)), **given)
+    profile = models.profile(options.profile or chosen.get("profile", named), method=given.get("method"))
+    return choices.start(run, profile, **given)
 
 
 def flag_value(text: str | bool) -> object:

@@ -35,18 +35,23 @@ PROFILES: dict[str, dict[str, Any]] = {
         "max_new_tokens": 32,
     },
 }
+PAIRS: dict[str, dict[str, Any]] = {"mistral-7b": {"learning_rate": 5e-6}, "tiny": {"learning_rate": 1e-3}}
+"""What else differs where a profile learns from pairs; for a 7B the learning rate of Zephyr's QLoRA recipe
+(https://github.com/huggingface/alignment-handbook)."""
 
 
 def profile(name: str, **values: Any) -> RunConfig:
     """The configuration of a profile, with some fields changed; None keeps the profile's own value.
 
-    Raises ValueError naming field and range.
+    With another method than SFT the profile's own values are those of PAIRS. Raises ValueError naming field and range.
 
     >>> profile("tiny", rank=8).adapter.rank
     8
+    >>> profile("mistral-7b", method="dpo").train.learning_rate
+    5e-06
     """
     if name not in PROFILES:
         raise ValueError(f"profile must be {' or '.join(PROFILES)}, not {name!r}")
-    return RunConfig(profile=name).with_values(
-        **(PROFILES[name] | {key: value for key, value in values.items() if value is not None})
-    )
+    given = {key: value for key, value in values.items() if value is not None}
+    own = PROFILES[name] | (PAIRS[name] if given.get("method", "sft") != "sft" else {})
+    return RunConfig(profile=name).with_values(**(own | given))

@@ -310,7 +310,7 @@ def plan(config: RunConfig, shape: ModelShape, machine: Machine) -> Plan:
     """The configuration that does the same and finishes first of those that fit (or, when none fits, comes nearest)."""
     refuse(config, shape, "train")
     chosen, reasons = planning.search(config, shape, machine, training_needs(shape, machine))
-    said = families.fallbacks(shape.family, chosen)
+    said = (*families.fallbacks(shape.family, chosen), *vram.another_optimizer(chosen))
     return Plan(chosen, budget(chosen, shape, machine), (*reasons, *said))
 
 

@@ -67,6 +67,14 @@ def optimizer(config: RunConfig) -> str:
     return "adamw_torch" if fused(config) else config.train.optimizer
 
 
+def another_optimizer(config: RunConfig) -> tuple[str, ...]:
+    """A sentence where another optimizer computes than is set; () where the set one does."""
+    if optimizer(config) == config.train.optimizer:
+        return ()
+    why = "all weights are trained" if config.train.trains == "all" else f"{config.train.sharding} divides the weights"
+    return (f"the optimizer is PyTorch's AdamW with states in fp32, not {config.train.optimizer}: {why}",)
+
+
 def additive_weights(config: RunConfig, shape: ModelShape) -> Parts:
     """Bytes of an AQLM checkpoint: codes, codebooks and scales of every matrix, and what is not quantized."""
     layout = shape.additive

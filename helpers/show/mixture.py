@@ -64,32 +64,34 @@ def fitting(machine: Machine) -> list[dict[str, Any]]:
     return rows
 
 
-def start(name: str, machine: Machine, folder: Path, model: str | None = None) -> RunConfig:
+def start(name: str, machine: Machine, folder: Path, model: str = "", targets: str = "auto") -> RunConfig:
     """The settings of a run of a mixture: `model`, else the largest that fits, else the tiny one, made in `folder`.
 
-    name: the profile that the machine can train. A banner says so where it is the tiny one, and why.
+    name: the profile that the machine can train. targets: what adapters are put on; auto: attention, of the tiny
+    mixture all-linear. A banner says so where it is the tiny one, and why.
     """
     fits = {one: longest(one, "attention", machine) for one in MIXTURES} if machine.gpu else {}
     chosen = model or next((one for one, context in fits.items() if context), None)
     if chosen and (model or name != "tiny"):
         context = min(fits.get(chosen) or 1024, 1024)
-        return settings(chosen, targets="attention", seq_len=context)
+        return settings(chosen, targets="attention" if targets == "auto" else targets, seq_len=context)
     from helpers.models import experts
 
     if name != "tiny":
         rows = ", ".join(Path(one).name for one in MIXTURES)
         say(f"<p role='alert'><b>DEMO: a toy of four experts</b>, because none of {rows} fits this {machine.name}.</p>")
     made = experts.tiny_mixture(folder / "tiny-mixture")
-    return profile("tiny", model=str(made), max_steps=TINY_STEPS, learning_rate=1e-3, max_questions=16, max_heldout=24)
+    small = {"max_steps": TINY_STEPS, "learning_rate": 1e-3, "max_questions": 16, "max_heldout": 24}
+    return profile("tiny", model=str(made), targets=None if targets == "auto" else targets, **small)
 
 
-def open_run(name: str, folder: str | Path | None = None) -> workspace.Workspace:
+def open_run(name: str, folder: str | Path | None = None, use_drive: bool = False) -> workspace.Workspace:
     """The run's folder, beside that of the dense model: runs/<profile>-mixture, or `mixture` in a folder that is given.
 
-    Raises and says what workspace.open_run does.
+    use_drive: in Colab, mount Google Drive first. Raises and says what workspace.open_run does.
     """
     root = Path(folder) / "mixture" if folder else workspace.runs.home() / "runs" / f"{name}-mixture"
-    return workspace.open_run(profile(name), root)
+    return workspace.open_run(profile(name), root, use_drive)
 
 
 def compared(config: RunConfig, adapter: Path, machine: Machine) -> dict[str, str | Path]:

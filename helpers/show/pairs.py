@@ -10,7 +10,7 @@ from typing import Any
 
 from helpers import workspace
 from helpers.config import RunConfig
-from helpers.profiles import ROOT, profile
+from helpers.profiles import PAIRS, ROOT, profile
 
 DATA = ROOT / "data"
 ULTRAFEEDBACK = {
@@ -20,15 +20,13 @@ ULTRAFEEDBACK = {
     "max_conversations": 2000,
 }
 """Pairs for a 7B: answers of several models, the better one chosen by a larger model."""
-RATE = {"tiny": 1e-3, "mistral-7b": 5e-6}
-"""Learning rate of DPO; for a 7B that of Zephyr's QLoRA recipe (https://github.com/huggingface/alignment-handbook)."""
 PLAIN_STEPS = 50
 """Of plain DPO on a 7B: enough to see where it goes, and no second night."""
 
 
 def habits(name: str, source: str | None = None) -> RunConfig:
     """What is trained first: for the tiny model both manners of answering by lot, for a 7B the better answers alone."""
-    if name == "tiny" and source is None:
+    if name == "tiny" and not source:
         own = {"source": str(DATA / "either_ending.jsonl"), "heldout_source": None, "heldout_fraction": 0.05}
         return profile("tiny").with_values(**own, epochs=4.0, learning_rate=1e-3, batch_size=16)
     return pairs_of(name, source).with_values(use="chosen")
@@ -47,7 +45,7 @@ def pairs_of(name: str, source: str | None) -> RunConfig:
 def lessons(name: str, adapter: Path | str, source: str | None = None, **values: Any) -> RunConfig:
     """DPO on pairs, from an adapter on; values: settings that are not None."""
     small = {"batch_size": 16, "epochs": 1.5} if name == "tiny" else {}
-    chosen = {"learning_rate": RATE[name], **small} | {key: value for key, value in values.items() if value is not None}
+    chosen = PAIRS[name] | small | {key: value for key, value in values.items() if value is not None}
     return pairs_of(name, source).with_values(method="dpo", start_adapter=str(adapter), **chosen)
 
 
@@ -56,7 +54,7 @@ def elsewhere(name: str, prepared: Path, source: str | None = None) -> Path:
 
     prepared: what was trained on first.
     """
-    return DATA / "heldout_conversations.jsonl" if name == "tiny" and source is None else prepared
+    return DATA / "heldout_conversations.jsonl" if name == "tiny" and not source else prepared
 
 
 def plain(config: RunConfig) -> RunConfig:
@@ -75,10 +73,10 @@ def shown(rows: Iterable[Mapping[str, Any]], count: int = 4) -> list[dict[str, s
     return found
 
 
-def open_run(name: str, folder: str | Path | None = None) -> workspace.Workspace:
+def open_run(name: str, folder: str | Path | None = None, use_drive: bool = False) -> workspace.Workspace:
     """The run's folder, beside that of the notebooks before: runs/<profile>-preferences, or `preferences` in a folder.
 
-    Raises and says what workspace.open_run does.
+    use_drive: in Colab, mount Google Drive first. Raises and says what workspace.open_run does.
     """
     root = Path(folder) / "preferences" if folder else workspace.runs.home() / "runs" / f"{name}-preferences"
-    return workspace.open_run(profile(name), root)
+    return workspace.open_run(profile(name), root, use_drive)

@@ -187,3 +187,9 @@ def test_a_number_in_front_of_a_gpu_is_how_many():
 def test_both_gpus_of_a_run_share_the_hosts_memory_for_offloaded_inputs():
     config = seven(gpus=2, offload_activations=True, offload_gib=100.0)
     assert planning.within_host(config, KAGGLE).train.offload_gib <= KAGGLE.host.ram_gib / 4
+
+
+@pytest.mark.parametrize("values", [{"sharding": "fsdp", "gpus": 2}, {"trains": "all", "weights": "fp16"}, {}])
+def test_another_optimizer_than_is_set_is_said(values):
+    reasons = " ".join(budget.plan(seven(**values), SEVEN, hardware.machine("8xh100")).reasons)
+    assert ("states in fp32, not paged_adamw_8bit" in reasons) == bool(values)
