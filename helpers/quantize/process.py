@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 
@@ -83,8 +83,12 @@ def worker(job: dict, log: Path, environment: Mapping[str, str] = MappingProxyTy
         )
     try:
         with process:
-            process.stdin.write(json.dumps(job) + "\n")
-            process.stdin.flush()
+            try:
+                process.stdin.write(json.dumps(job) + "\n")
+                process.stdin.flush()
+            except BrokenPipeError:  # dead already: its log says why
+                with suppress(BrokenPipeError):
+                    process.stdin.close()
             yield from map(json.loads, process.stdout)
     finally:
         process.kill()  # when the notebook's cell is interrupted

@@ -472,6 +472,12 @@ def test_killed_at_counted_moments_the_next_run_finishes(one_layer, tmp_path):
     assert {path.name for path in folder.iterdir()} == {"out"}
 
 
+def test_a_process_that_dies_before_it_read_its_job_says_why(tmp_path):
+    job = {"output": str(tmp_path), "config": {"quant_method": "gptq"}, "rows": [[1] * 100_000]}
+    with pytest.raises(process.QuantizationFailed, match="exit status 1.*its log is"):
+        list(process.worker(job, tmp_path / "log", {"PYTHONHASHSEED": "no number"}))
+
+
 def test_the_check_frees_the_merged_model_before_it_opens_the_quantized_one(gptq_model, monkeypatch):
     """On a small card layers of the merged model wait in host memory, and hooks that fetch them make cycles of it."""
     import weakref
