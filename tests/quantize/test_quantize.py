@@ -474,7 +474,7 @@ def test_killed_at_counted_moments_the_next_run_finishes(one_layer, tmp_path):
 
 def test_a_process_that_dies_before_it_read_its_job_says_why(tmp_path):
     job = {"output": str(tmp_path), "config": {"quant_method": "gptq"}, "rows": [[1] * 100_000]}
-    with pytest.raises(process.QuantizationFailed, match="exit status 1.*its log is"):
+    with pytest.raises(process.QuantizationFailed, match=r"exit status 1.*its log is"):
         list(process.worker(job, tmp_path / "log", {"PYTHONHASHSEED": "no number"}))
 
 
