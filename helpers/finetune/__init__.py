@@ -55,7 +55,7 @@ def finetune(
         raise ValueError(f"resume must be auto or never, not {resume!r}")
     workers.refuse(config)
     config = planning.with_train(config, optimizer=vram.optimizer(config))
-    cards = workers.cards(config)
+    gpus = workers.count(config)
     with ranks.joined():
         ranks.from_first(lambda: workspace.fetch(prepared))
         # a dataset that is not there, or of another kind, is said before anything is loaded or written
@@ -63,8 +63,8 @@ def finetune(
         refuse_without_tracker(config.train.report_to)
         refuse_without_gpu(config)  # before a tokenizer is asked for on the hub
         check_tokenizer(prepared, config)
-        if cards > 1:
-            return workers.launch(config, prepared, output, resume, cards)
+        if gpus > 1:
+            return workers.launch(config, prepared, output, resume, gpus)
         config = planning.with_train(config, gpus=ranks.count())
         with built(config, prepared, output) as stage:
             saves = stage.folder / workspace.SCRATCH

@@ -114,12 +114,12 @@ def smallest(machine: Machine) -> Machine:
         return machine
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", count()))
     machines = gathered(replace(machine, host=replace(machine.host, ram_gib=machine.host.ram_gib / beside)))
-    cards = [one.gpu for one in machines]
-    if any(card is not None for card in cards):
-        other = next((card for card in cards if card.capability[0] != cards[0].capability[0]), None)
+    gpus = [one.gpu for one in machines]
+    if any(one is not None for one in gpus):
+        other = next((one for one in gpus if one.capability[0] != gpus[0].capability[0]), None)
         if other is not None:
             raise ValueError(
-                f"GPU 0 is a {cards[0].name} and GPU {cards.index(other)} a {other.name}, which compute in different "
+                f"GPU 0 is a {gpus[0].name} and GPU {gpus.index(other)} a {other.name}, which compute in different "
                 "types: train on GPUs of one kind (CUDA_VISIBLE_DEVICES chooses them)"
             )
     free_gib = [one.vram_gib for one in machines]

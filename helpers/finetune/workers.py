@@ -1,6 +1,6 @@
 """Several GPUs: a worker process each, started, followed and ended here; and what such a worker does.
 
-    measured = launch(config, prepared, output, resume, cards=2)
+    measured = launch(config, prepared, output, resume, gpus=2)
 
 The process that starts them trains nothing and uses no GPU. It shows what rank 0 reports (progress, prints, the
 result) as if that ran here, in a terminal as in a notebook, and raises a worker's error as its own. One that dies ends
@@ -77,7 +77,7 @@ def refuse(config: RunConfig) -> None:
         )
 
 
-def cards(config: RunConfig) -> int:
+def count(config: RunConfig) -> int:
     """How many workers to start: 1 where one process trains, or this one was started with others already.
 
     Raises ValueError for more GPUs than there are, or than a step has sequences.
@@ -115,7 +115,7 @@ class Worker:
     """Ended by the launcher."""
 
 
-def launch(config: RunConfig, prepared: Path, output: Path, resume: str, cards: int) -> dict[str, Any]:
+def launch(config: RunConfig, prepared: Path, output: Path, resume: str, gpus: int) -> dict[str, Any]:
     """Train in a process a GPU; returns what rank 0 measured. Raises what one raised, WorkerLost for a dead one.
 
     Frees this process's own GPU memory first. Leaves no process behind, whatever happens.
@@ -127,8 +127,8 @@ def launch(config: RunConfig, prepared: Path, output: Path, resume: str, cards: 
     workers: list[Worker] = []
     with TemporaryDirectory(prefix="workers-") as logs:
         try:
-            for rank in range(cards):
-                workers.append(started(rank, cards, store.port, Path(logs)))
+            for rank in range(gpus):
+                workers.append(started(rank, gpus, store.port, Path(logs)))
                 workers[-1].process.stdin.write(json.dumps(job, default=str) + "\n")
                 workers[-1].process.stdin.flush()
             return followed(workers)
@@ -138,13 +138,13 @@ def launch(config: RunConfig, prepared: Path, output: Path, resume: str, cards: 
                 worker.process.wait()
 
 
-def started(rank: int, cards: int, port: int, logs: Path) -> Worker:
+def started(rank: int, gpus: int, port: int, logs: Path) -> Worker:
     """A worker's process, which waits for its job on standard input."""
     on_gpu = os.environ.get(ON_CPU) != "1"
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {
-        # Its own card is the only one that it sees, and so card 0: imports alone make CUDA look
-        **{"RANK": str(rank), "WORLD_SIZE": str(cards), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(cards)},
+        # Its own GPU is the only one that it sees, and so GPU 0: imports alone make CUDA look
+        **{"RANK": str(rank), "WORLD_SIZE": str(gpus), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(gpus)},
         **(gpu.seeing_one(rank) if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}),
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
         # torch.distributed's word for: the store is there, be its client
@@ -153,7 +153,7 @@ def started(rank: int, cards: int, port: int, logs: Path) -> Worker:
         "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",  # the machine's name may lead nowhere
     }
     if not on_gpu:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // cards))
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // gpus))
     log = logs / f"{rank}.log"
     with log.open("wb") as stream:
         process = subprocess.Popen(

@@ -290,7 +290,7 @@ def test_more_gpus_than_there_are(there, asked, sentence, inputs, tmp_path, monk
     with pytest.raises(ValueError) as caught:
         finetune.finetune(settings(model, gpus=asked), prepared, tmp_path / "finetune")
     assert str(caught.value) == sentence
-    assert workers.cards(settings(model, gpus="all")) == max(there, 1)
+    assert workers.count(settings(model, gpus="all")) == max(there, 1)
 
 
 def test_more_gpus_than_a_step_has_sequences(inputs, monkeypatch):
@@ -298,7 +298,7 @@ def test_more_gpus_than_a_step_has_sequences(inputs, monkeypatch):
     with pytest.raises(
         ValueError, match=r"a step has 2 sequences .* too few for 4 GPUs .* set accumulation=4, or gpus=2"
     ):
-        workers.cards(settings(inputs[0], gpus=4, batch_size=1, accumulation=2))
+        workers.count(settings(inputs[0], gpus=4, batch_size=1, accumulation=2))
 
 
 def test_a_mixture_that_balances_its_experts_by_micro_batch_is_refused(inputs, tmp_path, monkeypatch):
@@ -402,7 +402,7 @@ def test_a_full_disk_while_two_train_costs_a_checkpoint_and_nobody_waits(monkeyp
     monkeypatch.setattr(ranks, "gathered", lambda state: calls.append(type(state)) or [None, state])
     monkeypatch.setattr(torch.distributed, "barrier", lambda *group: calls.append("barrier"))
     trainer = object.__new__(FineTuner)
-    trainer.random_state = lambda: b"state"
+    trainer.model, trainer.random_state = torch.nn.Linear(1, 1), lambda: b"state"
     FineTuner._save_checkpoint(trainer, None, None)
     assert calls == [bytes]
 
