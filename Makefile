@@ -1,10 +1,11 @@
 # All without a GPU and without reaching a model hub.
-# Settings: PYTHON=python3.12  TORCH="torch==2.13.0"  PROFILE=tiny  RUN=runs/tiny  REPO=owner/name (default: git's origin)
+# Settings: PYTHON=python3.12  TORCH="torch==2.13.0"  PROFILE=tiny  RUN=runs/tiny  TESTERS=2  REPO=owner/name (default: git's origin)
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell command -v $(p)),$(p))))
 TORCH ?= torch==2.13.0
 PROFILE ?= tiny
 RUN ?= runs/$(PROFILE)
+TESTERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
@@ -54,7 +55,7 @@ test: setup $(VENV)/reference  ## lint, and all tests
 	@echo "== lint"
 	@$(MAKE) --no-print-directory lint
 	@echo "== tests (the eight notebooks among them)"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
 
 lint: setup  ## style, and whether badges are current
 	@$(BIN)/ruff check .
