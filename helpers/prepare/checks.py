@@ -72,7 +72,7 @@ CHECKS = {
     "script-outlier": Check("a conversation in a script that hardly any other is in", KEEP, (KEEP, DROP)),
     "language-outlier": Check("a conversation in a language that hardly any other is in", KEEP, (KEEP, DROP)),
     # The context.
-    "over-context": Check("not even the first exchange, or of a pair one side, fits the context", DROP, (DROP,)),
+    "over-context": Check("its first exchange, or a pair's side, is too long", DROP, (DROP,)),
     "cut-to-context": Check("longer than the context (repair leaves out last turns, whole)", REPAIR, (REPAIR, DROP)),
 }  # fmt: skip
 

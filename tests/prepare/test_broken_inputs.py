@@ -438,6 +438,7 @@ def test_the_corpus_is_large_enough():
     assert {kind for *_, kind, _, _ in FOUND.values()} | {"unknown-fields", "over-context"} >= set(CHECKS) - {
         "edge-spaces", "near-duplicate", "also-held-out", "length-outlier", "script-outlier", "language-outlier",
         "cut-to-context", "rejected-answer", "repeated-piece",
+        "no-pair", "other-prompt", "same-answer",  # of pairs: tests/sources/test_preferences.py
     }  # fmt: skip
 
 
