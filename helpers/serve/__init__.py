@@ -6,8 +6,10 @@ and any OpenAI client takes http://127.0.0.1:8000/v1 as its base URL. `door` is 
 for folders, `llama` for GGUF files, `asked` says what requests may ask for.
 """
 
+import asyncio
 import contextlib
 import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -64,6 +66,7 @@ def serve(
         server.config = uvicorn.Config(
             api, log_level="warning", access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=STOP_S
         )
+        logging.getLogger("uvicorn.error").addFilter(no_answer_cut_off)
         address = f"http://{f'[{host}]' if ':' in host else host}:{wire.getsockname()[1]}"
         wire.listen(128)  # who comes from now on waits for uvicorn
         say(served, address, page, api_key)
@@ -74,6 +77,17 @@ def serve(
             raise RuntimeError(f"{', '.join(died)} stopped while it answered: see the error above")
         about = {name: {"path": str(paths[name]), "how": model.how} for name, model in served.items()}
         return {"address": address, "models": about, "requests": api.state.places.served}
+
+
+def no_answer_cut_off(record: logging.LogRecord) -> bool:
+    """Whether a line of uvicorn's log is anything but the trace of an answer that did not end in STOP_S.
+
+    uvicorn has said before, in one line, that it cancels it.
+
+    >>> no_answer_cut_off(logging.makeLogRecord({"exc_info": (asyncio.CancelledError, None, None)}))
+    False
+    """
+    return not (record.exc_info and record.exc_info[0] is asyncio.CancelledError)
 
 
 def stop(server: Any, died: list[str], name: str) -> None:
