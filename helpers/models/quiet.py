@@ -3,13 +3,18 @@
 import contextlib
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep banners, progress bars and warnings of the model libraries out of a notebook."""
+    """Keep banners, progress bars and warnings of the model libraries out of a notebook.
+
+    sys.stdout is the whole process's: in a thread of its own (a chat that opens its model) nothing is redirected, else
+    the cell that runs meanwhile would lose its words, and might get a closed file back.
+    """
     import transformers
 
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
@@ -17,11 +22,14 @@ def quiet() -> Iterator[None]:
     transformers.logging.disable_progress_bar()
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere:  # noqa: PTH123 (os.devnull is no path)
+    with warnings.catch_warnings(), contextlib.ExitStack() as silent:
         warnings.simplefilter("ignore")
+        if threading.current_thread() is threading.main_thread():
+            nowhere = silent.enter_context(open(os.devnull, "w"))  # noqa: PTH123 (os.devnull is no path)
+            silent.enter_context(contextlib.redirect_stdout(nowhere))
+            silent.enter_context(contextlib.redirect_stderr(nowhere))
         try:
-            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-                yield
+            yield
         finally:
             logging.disable(disabled)
             transformers.logging.set_verbosity(level)
