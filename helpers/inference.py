@@ -173,15 +173,16 @@ def load(
     name = pinned(name, config)
     what = kind(name)
     source = base_of(Path(name), config) if what == "adapter" else str(name)
-    shape = shape_from_config(read_config(source), source)
+    settings = read_config(source)
+    shape = shape_from_config(settings, source)
     machine = machine or hardware.probe()
     place = placement.place(what, config, shape, machine)
     if place.problem:
         raise ValueError(f"{name} cannot be opened: {place.problem}")
     dtype, placed = dtype or loading.precision().dtype, loading.device()
     how = Opening(dtype)  # an explicit quantization of None would make from_pretrained forget a quantized model's own
-    if method := methods.of(read_config(source)):  # also of an adapter's base: its folder decides, not the run
-        how = method.opening(read_config(source), dtype, placed, say)
+    if method := methods.of(settings):  # also of an adapter's base: its folder decides, not the run
+        how = method.opening(settings, dtype, placed, say)
     elif what == "adapter" and config.model.weights != "fp16":
         how = Opening(dtype, {"quantization_config": loading.base_quantization(config, dtype)})
     started = time.perf_counter()  # a kernel's build, once a machine, is not the model's loading
@@ -191,7 +192,7 @@ def load(
             source,
             dtype=how.dtype,
             device_map=where,
-            attn_implementation=attention_kernel(config, read_config(source)),
+            attn_implementation=attention_kernel(config, settings),
             **how.options,
         )
         if place.away_in == "host memory":

@@ -228,14 +228,6 @@ def weights(found: Placement, config: RunConfig, shape: ModelShape) -> dict[str,
     return held | ({"buffer for a waiting layer": layer} if found.away else {})
 
 
-def weights_room(free_bytes: int) -> int:
-    """Bytes of a GPU's free memory that weights may take where rows are read one at a time, as after GPTQ.
-
-    The rest, 1.5 GiB, is for a row's logits in fp32, a dequantized matrix, and what the allocator reserves beyond them.
-    """
-    return free_bytes - 3 * GIB // 2
-
-
 def layer_bytes(shape: ModelShape) -> float:
     """Bytes of one decoder layer in 16 bits; norms and biases are too small to count."""
     return vram.HALF * shape.layer_linear_parameters
