@@ -55,7 +55,10 @@ def serve(
     paths = names(models)
     with contextlib.ExitStack() as opened:
         wire = opened.enter_context(bound(host, port, api_key))
-        server = uvicorn.Server(uvicorn.Config(lambda: None))
+        # log_config=None: uvicorn's own closes every handler of the process, and absl's closes its stream with it
+        options = {"log_config": None, "log_level": "warning", "access_log": False, "lifespan": "off", "ws": "none"}
+        options["timeout_graceful_shutdown"] = STOP_S
+        server = uvicorn.Server(uvicorn.Config(lambda: None, **options))
         died: list[str] = []
         served: dict[str, Any] = {}
         for name, path in paths.items():
@@ -63,9 +66,7 @@ def serve(
             served[name] = model = one(name, path, config, lambda name=name: stop(server, died, name))
             opened.callback(model.close)
         api = door(served, api_key, page)
-        server.config = uvicorn.Config(
-            api, log_level="warning", access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=STOP_S
-        )
+        server.config = uvicorn.Config(api, **options)
         logging.getLogger("uvicorn.error").addFilter(no_answer_cut_off)
         address = f"http://{f'[{host}]' if ':' in host else host}:{wire.getsockname()[1]}"
         wire.listen(128)  # who comes from now on waits for uvicorn

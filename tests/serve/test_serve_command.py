@@ -1,7 +1,9 @@
 """`python -m helpers serve`: what it refuses, how it stops; and the parts beneath that need no server."""
 
 import http.client
+import io
 import json
+import logging
 import os
 import signal
 import socket
@@ -50,6 +52,15 @@ def test_what_cannot_be_served_is_one_sentence(tmp_path, capsys, gguf):
     assert "no whole GGUF file" in refused(capsys, "--model", tmp_path / "cut.gguf")
     assert "two models are called tiny" in refused(capsys, "--model", gguf, gguf)
     assert "has no model to serve" in refused(capsys, "--workspace", tmp_path / "no-run")
+
+
+def test_nobody_elses_log_is_closed(tmp_path, capsys, monkeypatch):
+    log = logging.StreamHandler(io.StringIO())
+    closed = []
+    monkeypatch.setattr(log, "close", lambda: closed.append(True))  # absl's closes its stream here
+    (tmp_path / "empty").mkdir()
+    assert "is not a model folder" in refused(capsys, "--model", tmp_path / "empty")
+    assert not closed
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
