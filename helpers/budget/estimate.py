@@ -228,13 +228,24 @@ def counted(opened: tuple[placement.Placement, ...]) -> tuple[placement.Placemen
 def ram_of(
     config: RunConfig, shape: ModelShape, machine: Machine, stage: str, opened: tuple[placement.Placement, ...] = ()
 ) -> dict[str, float]:
-    """Component -> GiB of host memory at a stage's peak, of an evaluation with the largest of the models opened."""
+    """Component -> GiB of host memory at a stage's peak, of an evaluation with the largest of the models opened.
+
+    Of GPTQ the largest of what its process does one after another: quantizing, perplexity of the merged model, and, the
+    first time on a machine with a GPU, compiling the kernel that opens the result.
+    """
     if stage == "train":  # a process a GPU
         gpus = sharding.on_this_host(config, machine)
         parts = {name: gpus * size for name, size in host.ram(config, shape, machine, stage).items()}
         if config.train.trains == "all" and machine.gpu:  # fp32 weights and both moments on rank 0; the start on all
             parts["whole weights and states, for checkpoints"] = 16 * shape.parameters / GIB
         return parts
+    if stage == "quantize":
+        place = placement.place("model", config.with_values(eval_batch_size=1), shape, machine)
+        phases = [host.ram(config, shape, machine, stage)]
+        phases += [host.checking(placement.ram(place, config, shape, machine), machine.gpu is not None)]
+        if machine.gpu and (config.quantize.quant_method, config.quantize.bits) == ("gptq", 4):
+            phases.append(host.building_kernel(machine))
+        return max(phases, key=lambda parts: sum(parts.values()))
     if stage != "inference":
         return host.ram(config, shape, machine, stage)
     each = (placement.ram(found, config, shape, machine) for found in counted(opened))

@@ -250,6 +250,8 @@ def ram_remedy(parts: dict[str, float]) -> str:
         return "offload_activations=False needs less"
     if "calibration activations" in parts:
         return "fewer calibration_samples need less"
+    if host.COMPILERS in parts:
+        return "MAX_JOBS=1 in the environment compiles one file after another"
     return "close what else runs, or take a smaller model"
 
 
