@@ -113,11 +113,13 @@ def budget(
     stage: str = "train",
     tokens_in_dataset: int | None = None,
     evaluated: Mapping[str, str] = placement.EVALUATED,
+    asked: RunConfig | None = None,
 ) -> Budget:
     """VRAM, RAM, disk and hours of a stage on a machine.
 
     tokens_in_dataset: of all conversations, cut to seq_len. evaluated: name -> kind (model, adapter, gptq) of the
-    models that an evaluation opens. Raises ValueError naming the field and its range.
+    models that an evaluation opens. asked: what was asked for, where `config` is what a plan made of it: remedies are
+    changes of that. Raises ValueError naming the field and its range.
     """
     refuse(config, shape, stage)
     stages = PARTS_OF_A_RUN if stage == "run" else (stage,)
@@ -141,7 +143,7 @@ def budget(
     disk_parts = host.disk(config, shape, stage)
     disk = Disk(sum(disk_parts.values()), machine.host.disk_gib, disk_parts)
     time = time_of(config, shape, machine, stages, tokens_in_dataset, opened)
-    reasons = tuple(shortages(config, shape, machine, stage, memory, ram, disk))
+    reasons = tuple(shortages(asked or config, shape, machine, stage, memory, ram, disk))
     return Budget(stage, machine, memory, ram, disk, time, not reasons, reasons, notes)
 
 
@@ -345,7 +347,7 @@ def settle(
     found = proposed or plan(config, shape, machine)
     runs = planning.within_host(requested(config, found), machine)
     same = stage == "train" and runs == found.config
-    return Settled(runs, found.budget if same else budget(runs, shape, machine, stage), found)
+    return Settled(runs, found.budget if same else budget(runs, shape, machine, stage, asked=config), found)
 
 
 def requested(config: RunConfig, plan: Plan) -> RunConfig:
