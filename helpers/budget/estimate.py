@@ -8,7 +8,7 @@ from helpers.budget import host, hours, placement, planning, sharding, vram
 from helpers.budget.step import Step, checkpointed_layers
 from helpers.config import RunConfig
 from helpers.hardware import Machine
-from helpers.models import ModelShape, aqlm_sizes, families
+from helpers.models import ModelShape, aqlm_sizes, families, refuse_packed
 
 GIB = 2**30
 STAGES = ("train", "merge", "quantize", "inference", "run")
@@ -160,6 +160,8 @@ def refuse(config: RunConfig, shape: ModelShape, stage: str) -> None:
     if stage in ("merge", "quantize") and shape.additive is not None:
         raise ValueError(f"{shape.name}: {aqlm_sizes.NO_MERGE}")
     aqlm_sizes.refuse(shape.additive, shape.name, config)
+    if stage in ("train", "run"):
+        refuse_packed(shape)
     checkpointed_layers(config, shape)
 
 
