@@ -361,6 +361,19 @@ def test_sharding_that_is_not_there(inputs, tmp_path):
         finetune.finetune(settings(inputs[0], sharding="zero3"), inputs[1], tmp_path / "finetune")
 
 
+def test_another_optimizer_than_is_set_is_said_once_by_rank_0(inputs, tmp_path, monkeypatch, capsys):
+    config = settings(inputs[0], sharding="fsdp", optimizer="paged_adamw_8bit")
+    for rank, said in (
+        (0, "the optimizer is PyTorch's AdamW with states in fp32, not paged_adamw_8bit: fsdp"),
+        (1, ""),
+    ):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(ValueError, match="is not there"):  # it says this before anything is read
+            finetune.finetune(config, tmp_path / "nowhere", tmp_path / "finetune")
+        heard = capsys.readouterr().out
+        assert heard.startswith(said) and heard.count("\n") == bool(said)
+
+
 def test_a_port_in_use(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
