@@ -25,8 +25,8 @@ ALL = [*PAGES, *NOTEBOOKS]
 OTHER_PROGRAMS = {"--dtype", "--groups", "--help", "--name", "--shape", "--tokens", "--toy"}
 """Flags of vLLM, of the command itself, and of the scripts that pages name beside them."""
 EVERYDAY = """
-    API AWQ CPU CSV CUDA GB GPU GPUs GiB HF_TOKEN HTML JSON JSONL KiB LM MB MiB NVIDIA NaN OpenAI OpenDocCN PEFT PyTorch
-    RAM RTX UTF VRAM YAML
+    API AWQ AutoGPTQ CPU CSV CUDA ExLlamaV2 GB GPTQModel GPU GiB HF_TOKEN HTML JSON JSONL KiB LM MB MiB NVIDIA NaN
+    OpenAI OpenDocCN PEFT PyTorch RAM RTX UTF VRAM YAML
 """
 """Capitals that a Python programmer has met, and names of programs."""
 
@@ -159,7 +159,7 @@ def test_every_word_in_capitals_is_explained_before_it_is_used_or_where_it_stand
     for path in NOTEBOOKS:
         text = re.sub(r"```.*?```|<!--.*?-->|`[^`]+`", "", prose(path), flags=re.DOTALL)
         glossary = re.findall(r"(?m)^\|.*\|$", text.partition("</details>")[0]) if path == NOTEBOOKS[0] else []
-        told = re.findall(r"\*\*[^*]+\*\*|\[[^]]+\]\(https|\S+ \(|\([^)]+\)", text)
+        told = re.findall(r"\*\*[^*]+\*\*|\[[^]]+\]\(https|(?:\S+ )?\([^)]+\)", text)
         known |= {word for part in [*glossary, *told] for word in re.findall(r"\w+", part)}
-        said = set(re.findall(r"\b[A-Z][A-Za-z]*[A-Z]\w*\b", text)) - known
+        said = {word.removesuffix("s") for word in re.findall(r"\b[A-Z][A-Za-z]*[A-Z]\w*\b", text)} - known
         assert not said, f"{path.name}: {sorted(said)}"
