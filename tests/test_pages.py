@@ -12,6 +12,7 @@ import pytest
 
 from helpers import cli
 from helpers.config import RunConfig, field_parts
+from helpers.models import families
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
@@ -145,6 +146,14 @@ def test_every_file_and_heading_that_a_page_links_or_names_is_there(path):
     for name in typed(text):
         if re.fullmatch(r"(helpers|tests|data|notebooks|requirements)/[\w./-]+", name):
             assert (ROOT / name).exists(), name
+
+
+def test_the_readme_counts_families_and_notebooks_as_they_are():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{len(families.KINDS)} families" in text
+    assert text.count("(notebooks/0") == len(NOTEBOOKS)
+    own = [name for name, kind in families.KINDS.items() if kind.own]
+    assert own == ["mistral", "llama", "qwen2", "mixtral"], "README names them under Fewer models"
 
 
 def anchors(page: Path) -> set[str]:
