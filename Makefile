@@ -12,7 +12,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 REQUIREMENTS := requirements.txt requirements/pins.txt
 NO_DEPS := requirements/trl.txt requirements/gptq.txt requirements/gguf.txt
 
-.PHONY: setup environment run test lint format badges clean lab help colab-check test-colab-versions
+.PHONY: setup environment run test lint format badges clean docs lab help colab-check test-colab-versions
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -47,6 +47,10 @@ $(VENV)/reference: tests/models/reference.txt tests/finetune/triton.txt $(VENV)/
 
 run: setup  ## the notebooks in order on the tiny Mistral; everything lands in runs/tiny
 	@$(BIN)/python notebooks/run_all.py --profile $(PROFILE) --workspace $(RUN)
+
+docs: setup  ## pages of the executed notebooks, in runs/tiny/html: outputs to look at without a kernel or a network
+	@test -d $(RUN)/notebooks || $(MAKE) --no-print-directory run
+	@$(BIN)/python notebooks/pages.py --workspace $(RUN)
 
 lab: setup  ## JupyterLab on notebook 1, in your browser
 	@$(BIN)/jupyter lab notebooks/01_environment_setup.ipynb
