@@ -129,7 +129,7 @@ def conversations(
         if noted(parsed, row_format, place, reading, named) == DROP:
             continue
         if row_format == "plain-text" and not chosen:
-            reading.marked.update(set(markers.UNKNOWN.findall(parsed.messages[0]["content"])))
+            reading.marked.update(markers.strange(parsed.messages[0]["content"]))
         messages = check(parsed.messages, place, found, leaked)
         rejected = check(parsed.rejected, place, found, leaked) if messages and parsed.rejected else None
         if messages is None or (parsed.rejected and rejected is None):
@@ -222,8 +222,8 @@ def sampled(source: str, config: RunConfig, notes: list[str], split_name: str | 
 def refuse_markers(reading: Reading, source: str) -> None:
     """Raise ValueError when most texts without roles hold markers of a chat that no format here reads."""
     texts = reading.formats["plain-text"]
-    if reading.marked and max(reading.marked.values()) > 0.5 * texts:
-        marker, count = reading.marked.most_common(1)[0]
+    if found := markers.refused(reading.marked, texts):
+        marker, count = found
         raise ValueError(
             f"{source} holds chats with markers that are not known here ({count:,} of {texts:,} texts hold {marker}): "
             "give messages of role and content, or say --source-format plain-text to learn the markers as text"
