@@ -75,7 +75,7 @@ def test_a_cap_takes_rows_at_random_by_the_seed_and_says_of_how_many(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", pairs(60))
     counts, rows = made(path, tmp_path / "a", max_conversations=20)
     places = [pairs(60).index({"prompt": question, "completion": answer}) for question, answer in rows]
-    assert counts["in"] == 20 and places == sorted(places) and max(places) >= 40
+    assert counts["in"] == 20 and places == sorted(places) and max(places) >= 40 and counts["available"] == 60
     assert any("20 of the 60 rows" in warning for warning in counts["warnings"])
     assert made(path, tmp_path / "b", max_conversations=20)[1] == rows
     assert made(path, tmp_path / "c", max_conversations=20, heldout_fraction=0)[0]["warnings"]
