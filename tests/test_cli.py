@@ -61,7 +61,7 @@ def test_what_does_not_fit_exits_with_3_and_says_the_number(capfd):
         (["budget", "--seq-len", "100000", "--gpu", "t4"], "seq_len"),
         (["budget", "--model", "no-such-model", "--gpu", "t4"], "model must be"),
         (["budget", "--gpu", "geforce-256"], "geforce-256"),
-        (["finetune", "--profile", "tiny", "--workspace", "WORK"], "02_dataset_preparation.ipynb"),
+        (["finetune", "--profile", "tiny", "--workspace", "WORK"], "run python -m helpers prepare first"),
         (["merge", "--profile", "tiny", "--workspace", "WORK"], "adapter"),
         (["quantize", "--profile", "tiny", "--workspace", "WORK"], "merge"),
         (["evaluate", "--profile", "tiny", "--models", "base"], "NAME=DIR"),

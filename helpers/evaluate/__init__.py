@@ -41,7 +41,7 @@ from helpers.models import gguf_engine, gguf_header
 from helpers.models.gpu import free_memory, gives_back
 from helpers.models.methods import METHODS
 from helpers.show import bars, plots
-from helpers.workspace import MANIFEST, building, read_manifest, write_text
+from helpers.workspace import MANIFEST, building, maker, read_manifest, write_text
 from helpers.workspace.prepared import scored, with_own_questions
 
 
@@ -139,7 +139,7 @@ def best(models: dict[str, str | Path]) -> str | Path:
     for name in (*METHODS, "finetuned", "merged"):
         if name in models:
             return models[name]
-    raise ValueError("there is no model of yours yet, only the base: run notebook 03_qlora_finetuning.ipynb first")
+    raise ValueError(f"there is no model of yours yet, only the base: run {maker('finetune')} first")
 
 
 def write_cards(report: dict[str, dict[str, Any]], config: RunConfig, folder: Path) -> None:

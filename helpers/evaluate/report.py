@@ -14,7 +14,7 @@ from typing import Any
 
 from helpers.evaluate.pages import TEMPLATES
 from helpers.show import card, plots
-from helpers.workspace import MANIFEST, checksum, read_manifest, seal, write_text
+from helpers.workspace import MANIFEST, checksum, maker, read_manifest, seal, write_text
 
 MIB = 2**20
 Report = Mapping[str, Mapping[str, Any]]
@@ -205,7 +205,7 @@ def read_generations(folder: Path) -> list[dict[str, Any]]:
     """generations.jsonl of an evaluation. Raises ValueError when there is none."""
     path = Path(folder) / "generations.jsonl"
     if not path.is_file():
-        raise ValueError(f"{folder} has no generations.jsonl: run notebook 05_evaluation.ipynb first")
+        raise ValueError(f"{folder} has no generations.jsonl: run {maker('evaluate')} first")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -70,9 +70,7 @@ def take_home(run: Workspace) -> TakeHome:
     """The buttons for what a run has finished. Raises ValueError when it has finished no model."""
     stages = {name: run.folder(name) for name in OPENS if (run.folder(name) / workspace.MANIFEST).is_file()}
     if not stages:
-        raise ValueError(
-            f"{run.root} has no finished model to take home: run notebook {workspace.NOTEBOOKS['finetune']}"
-        )
+        raise ValueError(f"{run.root} has no finished model to take home: run {workspace.maker('finetune')}")
     return TakeHome(stages)
 
 

@@ -1,4 +1,4 @@
-"""Seven figures that explain the method, each drawn from numbers that a function computes and a test checks.
+"""Figures that explain the method, each drawn from numbers that a function computes and a test checks.
 
 For each figure there is a function that computes and one that draws: stage_sizes and stages, lora_shapes and lora,
 nf4_block and nf4_rounding, card_filling and card, recomputation and timeline, column_sweep and sweep;

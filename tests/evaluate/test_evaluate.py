@@ -201,7 +201,7 @@ def test_data_without_a_token_to_score_is_a_sentence(base, tmp_path, name, conte
 def test_data_that_is_not_there_is_a_sentence(base, tmp_path):
     with pytest.raises(ValueError, match="there is no evaluation data"):
         list(read_items(tmp_path / "gone.txt", base.tokenizer))
-    with pytest.raises(ValueError, match="02_dataset_preparation"):
+    with pytest.raises(ValueError, match="run python -m helpers prepare first"):
         list(read_items(tmp_path, base.tokenizer))
 
 
@@ -584,7 +584,7 @@ def test_one_talks_to_the_best_model_that_there_is():
     models = {"base": "b", "finetuned": "f", "merged": "m", "gptq": "g"}
     assert evaluate.best(models) == "g"
     assert evaluate.best({name: models[name] for name in ("base", "finetuned", "merged")}) == "f"
-    with pytest.raises(ValueError, match=r"only the base: run notebook 03_qlora_finetuning\.ipynb first"):
+    with pytest.raises(ValueError, match="only the base: run python -m helpers finetune first"):
         evaluate.best({"base": "b"})
 
 
