@@ -78,8 +78,8 @@ badges: setup  ## write the notebooks' Colab badges: REPO=owner/name
 colab-check: setup  ## would pip leave Colab's image as it is? PACKAGES=LIST for another image
 	@$(BIN)/python tests/notebooks/colab_check.py $(if $(PACKAGES),--packages $(PACKAGES))
 
-# The notebooks' tests with the versions of Colab's image, in a second environment
-test-colab-versions: setup  ## the notebooks' tests with the versions of Colab's image, in .venv-colab
+# The notebooks' tests, and those of what rests on transformers' inner parts, with the versions of Colab's image
+test-colab-versions: setup  ## the tests that those versions can break, with Colab's image's, in .venv-colab
 	@$(BIN)/python tests/notebooks/colab_versions.py --torch "$(TORCH)"
 
 clean:  ## delete .venv, .venv-colab, runs/ and caches
