@@ -65,7 +65,7 @@ def way(config: RunConfig, shape: ModelShape, machine: Machine, gpus: int, how: 
 
 
 def fastest(ways: tuple[Way, ...]) -> Way | None:
-    """Of those that fit and can be run, the first that is within `NEAR` of the fastest: less is divided, and less can go wrong."""
+    """Of those that fit and run, the first within `NEAR` of the fastest: less is divided, and less can go wrong."""
     fitting = [way for way in ways if way.fits and way.sharding in sharding.RUN]
     least_s = min((way.step_s for way in fitting), default=0.0)
     return next((way for way in fitting if way.step_s <= (1 + NEAR) * least_s), None)
