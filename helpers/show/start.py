@@ -112,7 +112,8 @@ def several(config: RunConfig, machine: Machine) -> None:
     if training == 1:
         now = f"One of them trains. With <code>gpus = {count}</code> among the parameters, {count} share each step."
     else:
-        now = f"{training} of them train: each step's micro-batches are shared, each GPU holds the whole model."
+        held = "each GPU holds the whole model" if config.train.sharding == "none" else "they divide the weights"
+        now = f"{training} of them train: each step's micro-batches are shared, {held}."
     say(
         f"<div style='{LINE}'><b>{count} × {escape(machine.gpu.name)}.</b> {now} The run is the same on any number of "
         "GPUs, step by step, and goes on with another number after an interruption.</div>"
