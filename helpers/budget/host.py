@@ -235,7 +235,9 @@ def disk(config: RunConfig, shape: ModelShape, stage: str, in_cache: bool = True
 
 def base_part(shape: ModelShape) -> str:
     """What the base's files are called among the parts of a disk."""
-    return "base, 16 bits" if shape.additive is None else f"base, AQLM {shape.additive.name}"
+    if shape.additive is not None:
+        return f"base, AQLM {shape.additive.name}"
+    return "base, NF4" if shape.packed == "bitsandbytes" else "base, 16 bits"
 
 
 def stored_bytes(shape: ModelShape) -> float:
@@ -245,7 +247,8 @@ def stored_bytes(shape: ModelShape) -> float:
     >>> round(stored_bytes(shape("mixtral-8x7b-aqlm")) / 1e9, 2)
     13.09
     """
-    return 2 * shape.parameters if shape.additive is None else sum(vram.weights(RunConfig(), shape).values())
+    as_loaded = shape.additive is not None or shape.packed == "bitsandbytes"
+    return sum(vram.weights(RunConfig(), shape).values()) if as_loaded else 2 * shape.parameters
 
 
 def prepared_gib(config: RunConfig) -> float:

@@ -252,6 +252,44 @@ def test_a_reason_holds_the_number_and_the_remedy_and_the_remedy_is_true():
     assert budget.budget(seven(seq_len=4096, batch_size=2, checkpointing="all"), SEVEN, T4).fits
 
 
+TWO_BITS = {"model": "mixtral-8x7b-aqlm", "weights": "aqlm"}
+LEAN = {
+    "checkpointing": "all",
+    "batch_size": 1,
+    "accumulation": 8,
+    "keep_attention": False,
+    "offload_activations": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "setting", "step", "more"),
+    [
+        (TWO_BITS | {"targets": "attention"}, "seq_len", 128, 8192),
+        (TWO_BITS | {"targets": "attention"} | LEAN, "seq_len", 128, 8192),
+        (TWO_BITS, "rank", 4, 64),
+    ],
+    ids=["planned", "as given", "rank"],
+)
+def test_a_remedy_names_the_largest_value_that_fits_as_it_would_be_run(values, setting, step, more):
+    asked = seven(**values, **{setting: more})
+    shape = models.shape(asked.model.model)
+    settled = budget.settle(asked, shape, T4)
+    found = re.search(rf"{setting}=(\d+) fits, with ([\d.]+) GiB", settled.budget.reasons[0])
+    assert found, settled.budget.reasons
+    fitting = int(found[1])
+    assert budget.settle(asked.with_values(**{setting: fitting}), shape, T4).budget.fits
+    assert not budget.settle(asked.with_values(**{setting: fitting + step}), shape, T4).budget.fits
+    if "checkpointing" not in values:  # the plan cuts to the same
+        assert f"to {fitting}" in settled.plan.reasons[0] and settled.plan.budget.fits
+
+
+def test_settings_that_a_plan_would_make_fit_are_told_to_be_planned():
+    (reason,) = budget.settle(seven(seq_len=32768, checkpointing="all"), SEVEN, T4).budget.reasons
+    assert "checkpointing=auto fits" in reason
+    assert budget.settle(seven(seq_len=32768), SEVEN, T4).budget.fits
+
+
 def test_check_raises_one_sentence_with_all_reasons():
     found = budget.budget(seven(seq_len=32768, checkpointing="none"), SEVEN, T4)
     with pytest.raises(budget.DoesNotFit, match=r"training needs .* GiB of VRAM"):
