@@ -16,11 +16,12 @@ from matplotlib.patches import Rectangle
 
 from helpers import budget
 from helpers.budget import nf4
+from helpers.budget.hours import duration
 from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape
 from helpers.show.plots import BLUE, COLOURS, GREEN, HATCHES, ORANGE, RED, SKY, canvas, mark_limit
-from helpers.show.words import duration, joined
+from helpers.show.words import joined
 
 GIB = 2**30
 # ---- 1. the line of stages -------------------------------------------------------------------------------------------

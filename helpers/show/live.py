@@ -19,9 +19,9 @@ from typing import Any
 from IPython import get_ipython
 from IPython.display import display
 
+from helpers.budget.hours import duration
 from helpers.show.plots import GREEN, ORANGE, PURPLE, RED
 from helpers.show.shown import plain
-from helpers.show.words import duration
 
 REDRAW_S = 3.0
 """A notebook's page is redrawn at most so often."""
