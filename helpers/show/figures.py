@@ -358,6 +358,7 @@ def first_block(folder: Path, module: str = "model.layers.0.self_attn.q_proj") -
 def additive(weights: Sequence[float], parts: Sequence[Sequence[float]], group: int = 8) -> Figure:
     """Weights of a row, and the vectors whose sum stands for each run of them: one out of each codebook."""
     figure, axes = canvas(height=3.4)
+    axes.use_sticky_edges = False  # bars end below the frame
     at, before = np.arange(len(weights)), np.zeros(len(weights))
     for number, part in enumerate(parts):
         # one beside the other, and the second starts where the first one ends: they are added, whatever their signs

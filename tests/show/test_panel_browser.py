@@ -53,9 +53,11 @@ def browser(tmp_path_factory):
 
 
 def drag(browser, name, pixels):
-    """Drag a slider's handle sideways."""
+    """Drag a slider's handle sideways, at most to the window's edge."""
     handle = control(browser, name).find_element(By.CSS_SELECTOR, ".noUi-handle, .ui-slider-handle")
     to_middle(browser, handle)
+    left, right = 20 - handle.rect["x"], browser.execute_script("return innerWidth") - handle.rect["x"] - 40
+    pixels = int(max(left, min(right, pixels)))
     ActionChains(browser).drag_and_drop_by_offset(handle, pixels, 0).perform()
 
 
