@@ -45,7 +45,7 @@ READS: dict[str, tuple[set[str], set[str]]] = {
     "finetune": ({"model", "adapter", "train"}, {"seq_len", "seed"}),
     "merge": ({"merge"}, {"model", "revision"}),
     "quantize": ({"quantize"}, {"revision", "seed"}),
-    "evaluate": ({"model", "evaluate"}, {"seed"}),
+    "evaluate": ({"model", "evaluate"}, {"seed", "gpus"}),
     "export": (set(), {"model"}),
     "serve": ({"model"}, set()),
     "run": ({"model", "adapter", "data", "train", "merge", "quantize", "evaluate"}, {"seed"}),
