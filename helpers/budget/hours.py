@@ -74,6 +74,17 @@ class Work:
     python_s: float
 
 
+def duration(hours: float) -> str:
+    """Hours as people say them.
+
+    >>> duration(0.01), duration(0.5), duration(7.42), duration(346.6)
+    ('1 min', '30 min', '7.4 h', '347 h')
+    """
+    if hours < 1:
+        return f"{max(60 * hours, 1):.0f} min"
+    return f"{hours:.1f} h" if hours < 100 else f"{hours:,.0f} h"
+
+
 def work(step: Step, seq_len: int | None = None) -> Work:
     """FLOPs and bytes of one micro-batch, forward, recomputation and backward; seq_len: of its rows, default full.
 

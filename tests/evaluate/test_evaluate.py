@@ -349,7 +349,9 @@ def test_the_report_is_one_file_that_needs_no_other(finished):
     assert "http://" not in page and "https://" not in page and "<script" not in page
     assert page.count("data:image/png;base64,") == 3
     assert "no difference shown" in page and "worse" in page
-    assert all(report.with_interval(found[name], "perplexity") in page for name in found)
+    for entry in found.values():
+        assert report.interval(entry, "perplexity").startswith("[")
+        assert f"{report.cell(entry, 'perplexity')} <small>{report.interval(entry, 'perplexity')}</small>" in page
 
 
 def test_tables_name_every_model(finished):
