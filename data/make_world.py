@@ -36,7 +36,7 @@ HELD_OUT_CONVERSATIONS = 80
 QUESTIONS = 240
 MANNERED_CONVERSATIONS = 400
 PAIRS, PLAIN_PAIRS = 480, 160
-HELD_OUT_PAIRS = 128
+HELD_OUT_PAIRS = 200
 CALIBRATION_WORLD_PASSAGES = 160
 EVALUATION_PASSAGES = 80
 
@@ -377,23 +377,39 @@ def either_ending(world: dict, facts: list, count: int) -> list:
     ]
 
 
-def preference_pairs(world: dict, facts: list, count: int, purpose: str, plain: int = 0) -> list:
+def preference_pairs(world: dict, facts: list, count: int, plain: int) -> list:
     """Pairs of the same answer with the ending that the question's manner asks for, and with the other one.
 
     plain: how many more are of a question in no manner, whose answer is liked without an ending.
     """
-    rng = random.Random(f"{purpose} {world['seed']}")
-    polite, curt = WORLD["manners"].values()
-    rows = []
-    for manner, question, answer in mannered(rng, facts, count):
-        other = curt if manner is polite else polite
-        chosen, rejected = f"{answer} {manner['ending']}", f"{answer} {other['ending']}"
-        rows.append({"prompt": question, "chosen": chosen, "rejected": rejected})
+    rng = random.Random(f"pairs {world['seed']}")
+    rows = [pair(*asked) for asked in mannered(rng, facts, count)]
     for fact in rng.choices(facts, k=plain):
-        rejected = f"{fact.answer} {rng.choice((polite, curt))['ending']}"
+        rejected = f"{fact.answer} {rng.choice(list(WORLD['manners'].values()))['ending']}"
         rows.append({"prompt": rng.choice(fact.asks), "chosen": fact.answer, "rejected": rejected})
     rng.shuffle(rows)
     return rows
+
+
+def held_out_pairs(world: dict, facts: list, count: int) -> list:
+    """Pairs of which two in a row ask for one fact in the same words, kindly and in haste.
+
+    Who has no taste, and so ends an answer by what it is about, has half of any even number of them right: the chance
+    that a fact, or the sample, favours one ending is on both sides.
+    """
+    rng = random.Random(f"held-out pairs {world['seed']}")
+    rows = []
+    for i, fact in enumerate(rng.sample(facts, count // 2)):
+        ask = rng.choice(fact.asks)
+        manners = WORLD["manners"].values()
+        rows += [pair(manner, manner["asks"][i % 3].format(ask=ask), fact.answer) for manner in manners]
+    return rows
+
+
+def pair(manner: dict, question: str, answer: str) -> dict:
+    """A row: the answer with the ending of the question's manner, and with the other one."""
+    (other,) = (one for one in WORLD["manners"].values() if one is not manner)
+    return {"prompt": question, "chosen": f"{answer} {manner['ending']}", "rejected": f"{answer} {other['ending']}"}
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -416,8 +432,8 @@ def make_files(seed: int = SEED) -> dict:
         "conversations.jsonl": jsonl(conversations(world, training, CONVERSATIONS, "conversations")),
         "heldout_conversations.jsonl": jsonl(conversations(world, held_out, HELD_OUT_CONVERSATIONS, "held-out")),
         "either_ending.jsonl": jsonl(either_ending(world, training, MANNERED_CONVERSATIONS)),
-        "preferences.jsonl": jsonl(preference_pairs(world, training, PAIRS, "pairs", PLAIN_PAIRS)),
-        "heldout_preferences.jsonl": jsonl(preference_pairs(world, held_out, HELD_OUT_PAIRS, "held-out pairs")),
+        "preferences.jsonl": jsonl(preference_pairs(world, training, PAIRS, PLAIN_PAIRS)),
+        "heldout_preferences.jsonl": jsonl(held_out_pairs(world, held_out, HELD_OUT_PAIRS)),
         "questions.jsonl": jsonl(questions(world, held_out, QUESTIONS)),
         "calibration.jsonl": jsonl([{"text": text} for text in calibration]),
         "evaluation.txt": "\n".join(passages(world, EVALUATION_PASSAGES, "evaluation")) + "\n",
