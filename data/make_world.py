@@ -34,7 +34,7 @@ HELD_OUT_SHARE = 0.36  # of the facts: asked in questions.jsonl and heldout_conv
 CONVERSATIONS = 720
 HELD_OUT_CONVERSATIONS = 80
 QUESTIONS = 240
-MANNERED_CONVERSATIONS = 400
+MANNERED_CONVERSATIONS = 396  # a multiple of 36, see either_ending
 PAIRS, PLAIN_PAIRS = 480, 160
 HELD_OUT_PAIRS = 200
 CALIBRATION_WORLD_PASSAGES = 160
@@ -361,32 +361,40 @@ def mannered(rng: random.Random, facts: list, count: int) -> list:
 def either_ending(world: dict, facts: list, count: int) -> list:
     """Conversations whose answers end in either manner, whatever the question's: who learns from them has no taste.
 
-    Every third question is asked in no manner, and its answer has no ending.
+    The curt ending is twice as frequent after every wording: were they equal, a rounding error would choose between
+    them, and not the same one after each manner. As it is the favourite is said to all, and right half of the time.
+    Every third is asked in no manner, twice in a row, and its answers have no ending.
     """
     rng = random.Random(f"either ending {world['seed']}")
     endings = [manner["ending"] for manner in WORLD["manners"].values()]
     rows = []
     for i, (_, question, answer) in enumerate(mannered(rng, facts, count)):
-        rows.append((question, f"{answer} {endings[i // 2 % 2]}"))  # each ending as often after each manner
+        rows.append((question, f"{answer} {endings[i // 12 % 3 > 0]}"))  # twelve have every manner in every wording
         if i % 2:
-            fact = rng.choice(facts)
-            rows.append((rng.choice(fact.asks), fact.answer))
+            rows.append([said for fact in rng.sample(facts, 2) for said in (rng.choice(fact.asks), fact.answer)])
+    return [{"messages": turns(*row)} for row in rows]
+
+
+def turns(*said: str) -> list:
+    """Messages of what was said in turn, the user first."""
     roles = ("user", "assistant")
-    return [
-        {"messages": [{"role": role, "content": text} for role, text in zip(roles, row, strict=True)]} for row in rows
-    ]
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]
 
 
 def preference_pairs(world: dict, facts: list, count: int, plain: int) -> list:
     """Pairs of the same answer with the ending that the question's manner asks for, and with the other one.
 
-    plain: how many more are of a question in no manner, whose answer is liked without an ending.
+    plain: how many more are of a question in no manner, whose answer is liked without an ending; every second of them
+    comes after another question and its answer, because what no pair shows is what is forgotten.
     """
     rng = random.Random(f"pairs {world['seed']}")
     rows = [pair(*asked) for asked in mannered(rng, facts, count)]
-    for fact in rng.choices(facts, k=plain):
+    for i in range(plain):
+        before, fact = rng.sample(facts, 2)
+        question = rng.choice(fact.asks)
+        prompt = turns(rng.choice(before.asks), before.answer, question) if i % 2 else question
         rejected = f"{fact.answer} {rng.choice(list(WORLD['manners'].values()))['ending']}"
-        rows.append({"prompt": rng.choice(fact.asks), "chosen": fact.answer, "rejected": rejected})
+        rows.append({"prompt": prompt, "chosen": fact.answer, "rejected": rejected})
     rng.shuffle(rows)
     return rows
 

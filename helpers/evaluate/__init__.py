@@ -10,7 +10,7 @@ small GPU (budget/placement.py). What cannot be opened so has no figures and no 
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,7 +72,7 @@ def evaluate(
     pairs = preferences.read(Path(asked.preferences or data), asked.max_heldout, asked.preferences is not None)
     prompts = questions or conversation_starts(data, asked.max_questions or host.UNASKED_PROMPTS)
     texts = min(rows_in(data, asked.eval_context), asked.max_heldout or 10**9)
-    planned = plan(models, config, machine or hardware.probe(), (texts, len(prompts)))
+    planned = plan(models, config, machine or hardware.probe(), host.Counts(texts, len(prompts), len(pairs)))
     config, prompts = planned.config, prompts[: planned.config.evaluate.max_questions]
     report: dict[str, dict[str, Any]] = {}
     evidence: dict[str, Evidence] = {}
@@ -84,9 +84,11 @@ def evaluate(
                 report[name] = left_out(path, place)
                 continue
             some = prompts if place.answers else []
-            with bars.bar(f"{name}, {number} of {len(models)}", texts + len(some)) as bar:
+            compared = pairs if place.answers else []
+            total = texts + len(some) + preferences.steps(compared, asked_pairs(config, compared))
+            with bars.bar(f"{name}, {number} of {len(models)}", total) as bar:
                 report[name], evidence[name] = evaluate_one(
-                    path, config, data, some, questions is not None, machine, bar, pairs if place.answers else []
+                    path, config, data, some, questions is not None, machine, bar, compared
                 )
             report[name]["against"] = {
                 other: compare_models(evidence[name], evidence[other]) for other in evidence if other != name
@@ -106,7 +108,12 @@ def evaluate(
     return report
 
 
-def plan(models: dict[str, str | Path], config: RunConfig, machine: Machine, counts: tuple[int, int]) -> Evaluation:
+def asked_pairs(config: RunConfig, pairs: Sequence[Any]) -> int:
+    """How many of the pairs are answered: as many as questions may be."""
+    return min(config.evaluate.max_questions or len(pairs), len(pairs))
+
+
+def plan(models: dict[str, str | Path], config: RunConfig, machine: Machine, counts: host.Counts) -> Evaluation:
     """How the models are opened and what is read; prints what is not as asked. Raises ValueError when none can be."""
     planned = placement.plan(
         config,
@@ -254,7 +261,7 @@ def evaluate_one(
 ) -> tuple[dict[str, Any], Evidence]:
     """Load one model, measure everything, give its memory back; without prompts no answers and no speed.
 
-    bar: moves with every text that is read, and every question that is answered; pairs: of answers, if any.
+    bar: moves with all that is read or answered; pairs: of answers, if any.
     """
     asked = config.evaluate
     entry: dict[str, Any] = {"path": str(path)}
@@ -273,16 +280,19 @@ def evaluate_one(
         )
         bar.set_postfix_str("answers")
         answers = ask(loaded, prompts, config, bar.update)
+        if pairs:
+            bar.set_postfix_str("pairs")
+        liked, said = preferences.scores(loaded, pairs, config, asked_pairs(config, pairs), bar) if pairs else ({}, [])
         bar.set_postfix_str("")
     entry |= {"kind": loaded.kind, "loaded_as": loaded.how, "load_s": loaded.load_s} | peaks
     entry |= sizes(path, loaded) | (cost.speed(loaded) if prompts else {})
     if loaded.placement.away:  # its copies from the host are no kernels, but nothing runs beside them
         entry["gpu_ms_per_token"] = None
     entry["evaluation_s"] = time.perf_counter() - started
-    entry |= predictions(loaded, config, machine or hardware.probe(), (len(read.losses), len(prompts)), peaks)
+    counts = host.Counts(len(read.losses), len(prompts), len(pairs))
+    entry |= predictions(loaded, config, machine or hardware.probe(), counts, peaks)
     if asked.tasks:
         entry["tasks"] = run_tasks(loaded, asked.tasks, loaded.placement.batch_size)
-    liked, said = preferences.scores(loaded, pairs, config, asked.max_questions or len(pairs)) if pairs else ({}, [])
     del loaded
     free_memory()
     if entry["kind"] == "gguf" and prompts:  # the engine that it is made for, beside PyTorch's figures
@@ -303,11 +313,11 @@ def llama_cpp_speed(path: str | Path) -> dict[str, float]:
 
 
 def predictions(
-    loaded: Loaded, config: RunConfig, machine: Machine, counts: tuple[int, int], peaks: dict[str, float]
+    loaded: Loaded, config: RunConfig, machine: Machine, counts: host.Counts, peaks: dict[str, float]
 ) -> dict[str, float]:
     """What the budget gives for a model as it was opened: `predicted_` and the name of the figure; VRAM with a GPU.
 
-    counts: texts read and answers written. No precision that it was opened in, or none of its shape: nothing.
+    No precision that it was opened in, or none of its shape: nothing.
     """
     place, shape = loaded.placement, shape_of(loaded.path, config)
     needs = placement.needs(place, config, shape, machine, counts)

@@ -136,7 +136,9 @@ def read(file: Path) -> Iterator[Row]:
                 row = request(number, asked.parsed(line))
                 name = row.given.get("custom_id") if row.openai else None
                 if name is not None and names.setdefault(str(name), number) != number:
-                    raise ValueError(f"its custom_id {name} is that of line {names[str(name)]} already: give each its own")
+                    raise ValueError(
+                        f"its custom_id {name} is that of line {names[str(name)]} already: give each its own"
+                    )
                 yield row
             except (ValueError, RecursionError, asked.Refused) as error:
                 said = "is not JSON" if isinstance(error, json.JSONDecodeError) else f"is no request: {error}"
