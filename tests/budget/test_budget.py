@@ -617,3 +617,14 @@ def test_a_gguf_file_s_blocks_are_paid_for_at_every_pass_on_a_cpu_too():
     for part in ("reading", "answers", "speed"):
         least = hours.evaluation_s(config, shape, machine, plain)[part]
         assert least < hours.evaluation_s(config, shape, machine, packed)[part] < 4 * least, part
+
+
+def test_the_hours_of_an_evaluation_count_both_sides_of_its_pairs_and_the_answers_to_them():
+    config, machine = RunConfig().with_values(max_questions=32), hardware.machine("t4")
+    found = placement.place("gptq", config, SEVEN, machine)
+    none, pairs = (hours.evaluation_s(config, SEVEN, machine, found, (200, 32, pairs)) for pairs in (0, 200))
+    assert pairs["reading"] == pytest.approx(3 * none["reading"]) and pairs["speed"] == none["speed"]
+    assert pairs["answers"] == pytest.approx(2 * none["answers"])  # the first 32 of 200
+    asked = config.with_values(method="dpo")
+    assert host.counts(config).pairs == 0 and host.counts(asked).pairs == host.counts(asked).texts > 0
+    assert host.counts(config.with_values(preferences="somewhere")).pairs == 200
