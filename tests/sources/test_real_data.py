@@ -413,6 +413,12 @@ def test_a_quotation_mark_that_nothing_closes_says_which_lines_went_with_it(tmp_
     assert "lines 3 to 5 went with it" in second.detail
 
 
+def test_a_comma_in_a_quoted_name_separates_nothing(tmp_path):
+    (tmp_path / "a.csv").write_text('"Question, in full, please";"Answer"\n"Why, then?";So.\n')
+    (record,) = read(str(tmp_path / "a.csv"))
+    assert record.row == {"Question, in full, please": "Why, then?", "Answer": "So."}
+
+
 def test_a_cell_of_a_megabyte_and_excel_s_first_line_are_read(tmp_path):
     (tmp_path / "a.csv").write_text(f"sep=;\nquestion;answer\nWhy?;{'because ' * 140_000}\n")
     (record,) = read(str(tmp_path / "a.csv"))
@@ -454,7 +460,7 @@ def test_too_short_a_context_says_the_length_that_would_do(tmp_path):
 
 def test_help_says_what_each_setting_of_prepare_does(capsys):
     with pytest.raises(SystemExit):
-        cli.parser().parse_args(["prepare", "--help"])
+        cli.main(["prepare", "--help"])
     told = " ".join(capsys.readouterr().out.split())
     for flag in ("--columns", "--use", "--source-format", "--on-finding", "--heldout-fraction", "--seq-len"):
         assert flag in told
