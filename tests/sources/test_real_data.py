@@ -18,7 +18,7 @@ from helpers.prepare import load_prepared, prepare
 from helpers.prepare.checks import Findings, actions, check, leaks
 from helpers.prepare.duplicates import groups, jaccard, sketches, windows
 from helpers.prepare.outliers import language_name, languages
-from helpers.sources import columns, encodings
+from helpers.sources import columns, encodings, formats
 from helpers.sources.readers import FromUtf16, read
 from helpers.workspace import building
 from helpers.workspace.prepared import with_own_questions
@@ -354,6 +354,26 @@ def test_a_transcript_of_a_chat_is_not_learned_as_lines_of_text(name, tmp_path):
     with pytest.raises(ValueError, match="give messages of role and content, or say --source-format plain-text"):
         made(tmp_path / name, tmp_path / "out")
     assert made(tmp_path / name, tmp_path / "out", source_format="plain-text")[0]["kept"] > 1
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("Q: Why?\nA: So.", [user("Why?"), assistant("So.")]),
+        ("Question: Why?\n\nAnswer: So,\nand so.\n", [user("Why?"), assistant("So,\nand so.")]),
+        ("On page 3.\nQ: Why?\nA: So.", [{"role": "text", "content": "On page 3.\nQ: Why?\nA: So."}]),
+        ("Vitamin A: good.", [{"role": "text", "content": "Vitamin A: good."}]),
+    ],
+)
+def test_a_text_that_opens_with_a_question_and_goes_on_with_its_answer_is_an_exchange(text, wanted):
+    assert formats.to_messages({"text": text}, formats.recognise({"text": text})) == wanted
+
+
+def test_a_first_line_of_two_rows_costs_no_other_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}{"text": "b"}\n{"text": "c"}\n{oops\n{"text": "d"}\n')
+    assert [record.row for record in read(str(tmp_path / "a.jsonl")) if not record.problem] == [
+        {"text": "c"}, {"text": "d"},
+    ]  # fmt: skip
 
 
 def test_a_story_with_talk_in_it_stays_a_text(tmp_path):
