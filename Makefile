@@ -12,7 +12,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 REQUIREMENTS := requirements.txt requirements/pins.txt
 NO_DEPS := requirements/trl.txt requirements/gptq.txt requirements/gguf.txt
 
-.PHONY: setup environment run test lint format badges clean lab help colab-check test-colab-versions
+.PHONY: setup environment run test lint format badges clean docs lab help colab-check test-colab-versions
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -48,6 +48,10 @@ $(VENV)/reference: tests/models/reference.txt tests/finetune/triton.txt $(VENV)/
 run: setup  ## the notebooks in order on the tiny Mistral; everything lands in runs/tiny
 	@$(BIN)/python notebooks/run_all.py --profile $(PROFILE) --workspace $(RUN)
 
+docs: setup  ## pages of the executed notebooks, in runs/tiny/html: outputs to look at without a kernel or a network
+	@test -d $(RUN)/notebooks || $(MAKE) --no-print-directory run
+	@$(BIN)/python notebooks/pages.py --workspace $(RUN)
+
 lab: setup  ## JupyterLab on notebook 1, in your browser
 	@$(BIN)/jupyter lab notebooks/01_environment_setup.ipynb
 
@@ -74,8 +78,8 @@ badges: setup  ## write the notebooks' Colab badges: REPO=owner/name
 colab-check: setup  ## would pip leave Colab's image as it is? PACKAGES=LIST for another image
 	@$(BIN)/python tests/notebooks/colab_check.py $(if $(PACKAGES),--packages $(PACKAGES))
 
-# The notebooks' tests with the versions of Colab's image, in a second environment
-test-colab-versions: setup  ## the notebooks' tests with the versions of Colab's image, in .venv-colab
+# The notebooks' tests, and those of what rests on transformers' inner parts, with the versions of Colab's image
+test-colab-versions: setup  ## the tests that those versions can break, with Colab's image's, in .venv-colab
 	@$(BIN)/python tests/notebooks/colab_versions.py --torch "$(TORCH)"
 
 clean:  ## delete .venv, .venv-colab, runs/ and caches

@@ -194,7 +194,7 @@ class TrainConfig:
     trains: Literal["adapter", "all"] = "adapter"
     """What is trained; adapter: LoRA's matrices; all: every weight (full fine-tuning), 16 bytes each."""
     gpus: Literal["all"] | Count = 1
-    """GPUs that train together, a worker process each; a step stays the step of one GPU and is shared among them."""
+    """GPUs that share each training step, which stays the step of one GPU; an evaluation opens a model on each."""
     sharding: Literal["none", "fsdp", "zero2", "zero3"] = "none"
     """What several GPUs divide; none: only the micro-batches of a step, each GPU holds the whole model."""
 

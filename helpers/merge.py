@@ -86,7 +86,7 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, re
         earlier = read_state(progress)
         # Shards of the base that an earlier try has merged and deleted are known from its notes alone.
         tensors = stored_tensors(
-            base_folder, freed=[Stored(n, base_folder / f, tuple(s), k) for n, f, s, k in earlier.get("tensors", [])]
+            base_folder, freed=[Stored(n, base_folder / f, tuple(s), *k) for n, f, s, *k in earlier.get("tensors", [])]
         )
         check_fits_base(loaded, tensors, base)
         plan = plan_shards(tensors, int(config.shard_gib * GIB))
@@ -102,7 +102,7 @@ def merge(base: str | Path, adapter: Path, output: Path, config: MergeConfig, re
                         file.unlink()
                 state = {
                     "identity": identity,
-                    "tensors": [[t.name, t.file.name, t.shape, t.kind] for t in tensors],
+                    "tensors": [[t.name, t.file.name, t.shape, t.kind, t.key] for t in tensors],
                     "finished": finished,
                 }
                 resumed = len(finished)
@@ -376,7 +376,7 @@ def merged_tensor(
     from safetensors import safe_open
 
     with safe_open(tensor.file, "pt") as shard:
-        weight = shard.get_tensor(tensor.name)
+        weight = shard.get_tensor(tensor.in_file)
     module = tensor.name.removesuffix(".weight")
     adapted = module in adapter.modules and tensor.name.endswith(".weight")
     change = 0.0

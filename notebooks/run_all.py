@@ -51,7 +51,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="tiny", choices=("tiny", "mistral-7b"))
     parser.add_argument("--workspace", type=Path, default=Path("runs/tiny"))
-    parser.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="names of notebooks to run, of the seven")
+    names = sorted(path.name for path in HERE.glob("*.ipynb"))
+    parser.add_argument("--only", nargs="+", metavar="NOTEBOOK", choices=names, help=f"some of {', '.join(names)}")
     options = parser.parse_args()
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:

@@ -15,13 +15,13 @@ FLOORS = [
     {"show", "inference", "budget", "sources"},
     {"models"},
     {"workspace"},
-    {"profiles"},
+    {"profiles", "jobs"},
     {"config", "hardware", "tokens"},
 ]
 """From the top of the house to its ground. Rooms of one floor may use each other, but for the stages."""
 STAGES = FLOORS[1]
 FLOOR = {room: depth for depth, rooms in enumerate(FLOORS) for room in rooms}
-WITHOUT_TORCH = ["budget", "models", "workspace", "config", "hardware", "profiles"]
+WITHOUT_TORCH = ["budget", "models", "workspace", "config", "hardware", "profiles", "jobs"]
 
 
 def room_of(path: Path) -> str:

@@ -21,7 +21,7 @@ INSTEAD = {
     r"\b(small|fast|second|other|graphics) cards?\b": "GPU",
 }
 """What is not said here -> what is."""
-PROSE = [ROOT / "README.md", ROOT / "data" / "measurements" / "README.md", *sorted(ROOT.glob("helpers/*.md"))]
+PROSE = [ROOT / "README.md", *sorted(ROOT.glob("data/**/*.md")), *sorted(ROOT.glob("helpers/**/*.md"))]
 CODE = sorted([*ROOT.glob("helpers/**/*.py"), *ROOT.glob("notebooks/*.py"), *ROOT.glob("tests/benchmarks/*.py")])
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 

@@ -8,7 +8,7 @@ from helpers.budget import host, hours, placement, planning, sharding, vram
 from helpers.budget.step import Step, checkpointed_layers
 from helpers.config import RunConfig
 from helpers.hardware import Machine
-from helpers.models import ModelShape, aqlm_sizes, families
+from helpers.models import ModelShape, aqlm_sizes, families, refuse_packed
 
 GIB = 2**30
 STAGES = ("train", "merge", "quantize", "inference", "run")
@@ -113,11 +113,13 @@ def budget(
     stage: str = "train",
     tokens_in_dataset: int | None = None,
     evaluated: Mapping[str, str] = placement.EVALUATED,
+    asked: RunConfig | None = None,
 ) -> Budget:
     """VRAM, RAM, disk and hours of a stage on a machine.
 
     tokens_in_dataset: of all conversations, cut to seq_len. evaluated: name -> kind (model, adapter, gptq) of the
-    models that an evaluation opens. Raises ValueError naming the field and its range.
+    models that an evaluation opens. asked: what was asked for, where `config` is what a plan made of it: remedies are
+    changes of that. Raises ValueError naming the field and its range.
     """
     refuse(config, shape, stage)
     stages = PARTS_OF_A_RUN if stage == "run" else (stage,)
@@ -141,7 +143,7 @@ def budget(
     disk_parts = host.disk(config, shape, stage)
     disk = Disk(sum(disk_parts.values()), machine.host.disk_gib, disk_parts)
     time = time_of(config, shape, machine, stages, tokens_in_dataset, opened)
-    reasons = tuple(shortages(config, shape, machine, stage, memory, ram, disk))
+    reasons = tuple(shortages(asked or config, shape, machine, stage, memory, ram, disk))
     return Budget(stage, machine, memory, ram, disk, time, not reasons, reasons, notes)
 
 
@@ -158,6 +160,8 @@ def refuse(config: RunConfig, shape: ModelShape, stage: str) -> None:
     if stage in ("merge", "quantize") and shape.additive is not None:
         raise ValueError(f"{shape.name}: {aqlm_sizes.NO_MERGE}")
     aqlm_sizes.refuse(shape.additive, shape.name, config)
+    if stage in ("train", "run"):
+        refuse_packed(shape)
     checkpointed_layers(config, shape)
 
 
@@ -228,13 +232,24 @@ def counted(opened: tuple[placement.Placement, ...]) -> tuple[placement.Placemen
 def ram_of(
     config: RunConfig, shape: ModelShape, machine: Machine, stage: str, opened: tuple[placement.Placement, ...] = ()
 ) -> dict[str, float]:
-    """Component -> GiB of host memory at a stage's peak, of an evaluation with the largest of the models opened."""
+    """Component -> GiB of host memory at a stage's peak, of an evaluation with the largest of the models opened.
+
+    Of GPTQ the largest of what its process does one after another: quantizing, perplexity of the merged model, and, the
+    first time on a machine with a GPU, compiling the kernel that opens the result.
+    """
     if stage == "train":  # a process a GPU
         gpus = sharding.on_this_host(config, machine)
         parts = {name: gpus * size for name, size in host.ram(config, shape, machine, stage).items()}
         if config.train.trains == "all" and machine.gpu:  # fp32 weights and both moments on rank 0; the start on all
             parts["whole weights and states, for checkpoints"] = 16 * shape.parameters / GIB
         return parts
+    if stage == "quantize":
+        place = placement.place("model", config.with_values(eval_batch_size=1), shape, machine)
+        phases = [host.ram(config, shape, machine, stage)]
+        phases += [host.checking(placement.ram(place, config, shape, machine), machine.gpu is not None)]
+        if machine.gpu and (config.quantize.quant_method, config.quantize.bits) == ("gptq", 4):
+            phases.append(host.building_kernel(machine))
+        return max(phases, key=lambda parts: sum(parts.values()))
     if stage != "inference":
         return host.ram(config, shape, machine, stage)
     each = (placement.ram(found, config, shape, machine) for found in counted(opened))
@@ -345,7 +360,7 @@ def settle(
     found = proposed or plan(config, shape, machine)
     runs = planning.within_host(requested(config, found), machine)
     same = stage == "train" and runs == found.config
-    return Settled(runs, found.budget if same else budget(runs, shape, machine, stage), found)
+    return Settled(runs, found.budget if same else budget(runs, shape, machine, stage, asked=config), found)
 
 
 def requested(config: RunConfig, plan: Plan) -> RunConfig:

@@ -27,6 +27,13 @@ CUDA_HOST_GIB = {"train": 0.7, "merge": 0.36, "quantize": 0.25, "inference": 0.5
 """What CUDA's libraries take of the host's memory, beside that (merge, quantize: merge_quantize.csv)."""
 BITSANDBYTES_GIB = 0.55
 """What bitsandbytes takes beside them where nothing else has imported it (merge_quantize.csv)."""
+COMMAND = {"command that waits": 0.21}
+"""The command, or notebook, that has read the calibration text and waits for the process that quantizes."""
+COMPILER_GIB = 1.5
+"""g++ and nvcc's host pass on a source that includes PyTorch's headers: 1.50 of ext_gptq.cpp (CUDA 13.0, g++ 12)."""
+KERNEL_SOURCES = 3
+"""Files of ExLlamaV2's kernel, compiled by as many processes at once as there are cores (models/gptq_kernels.py)."""
+COMPILERS = "compilers of the 4-bit kernel"
 UNASKED_PROMPTS = 32
 """Without questions, so many held-out conversations begin the answers of an evaluation."""
 KNOWN_CONVERSATIONS = {"HuggingFaceH4/ultrachat_200k": 207_865, "kaitchup/ultrachat-100k-flattened": 100_000}
@@ -53,11 +60,11 @@ def ram(
     are not on the GPU.
     """
     on_gpu = machine.gpu is not None
-    libraries = {"Python and libraries": LIBRARIES_GIB[stage] + (CUDA_HOST_GIB[stage] if on_gpu else 0.0)}
+    libraries = libraries_of(stage, on_gpu)
     if stage == "merge":
         return libraries | merging(config, shape, on_gpu)
     if stage == "quantize":
-        return libraries | quantizing(config, shape, on_gpu)
+        return libraries | COMMAND | quantizing(config, shape, on_gpu)
     if on_gpu:
         at_once = 1 if stage == "inference" else 4  # measured: h200_evaluate_new.json
         parts = libraries | {"tensors on their way to the GPU": at_once * 2 * largest_tensor(shape) / GIB}
@@ -86,12 +93,40 @@ def merging(config: RunConfig, shape: ModelShape, on_gpu: bool) -> dict[str, flo
 
 
 def quantizing(config: RunConfig, shape: ModelShape, on_gpu: bool) -> dict[str, float]:
-    """Component -> GiB of GPTQ, which holds a layer at a time and that layer's inputs for the whole calibration set."""
+    """Component -> GiB of GPTQ, which holds a layer at a time and that layer's inputs for the whole calibration set.
+
+    What comes after it in the same process, the check, may take more: `checking`, `building_kernel`.
+    """
     rest, layer = 2 * (shape.parameters - shape.linear_parameters), 2 * shape.layer_linear_parameters
     wide = 1 if on_gpu else 2  # a CPU computes in fp32
     parts = {"embedding and head": wide * rest / GIB, "one layer": wide * layer / GIB}
     parts["calibration activations"] = wide * calibration_bytes(config, shape) / GIB
     return parts if on_gpu else parts | {"Hessians": gptq_hessian_bytes(shape) / GIB}
+
+
+def checking(opened: dict[str, float], on_gpu: bool) -> dict[str, float]:
+    """Component -> GiB of the process that quantized while it measures the merged model's perplexity.
+
+    opened: of a process that does nothing else (placement.ram).
+    """
+    return opened | libraries_of("quantize", on_gpu) | COMMAND
+
+
+def building_kernel(machine: Machine) -> dict[str, float]:
+    """Component -> GiB while the kernel that opens the result is compiled, which a machine does once.
+
+    >>> from helpers import hardware
+    >>> round(sum(building_kernel(hardware.machine("t4")).values()), 2)  # 5.09 measured: h200_whole_way.jsonl
+    5.26
+    """
+    jobs = min(machine.host.cpus, KERNEL_SOURCES)
+    compiling = {"process that starts compilers": LIBRARIES_GIB["quantize"], COMPILERS: jobs * COMPILER_GIB}
+    return libraries_of("quantize", on_gpu=True) | COMMAND | compiling
+
+
+def libraries_of(stage: str, on_gpu: bool) -> dict[str, float]:
+    """Component -> GiB of a stage's process before it does anything."""
+    return {"Python and libraries": LIBRARIES_GIB[stage] + (CUDA_HOST_GIB[stage] if on_gpu else 0.0)}
 
 
 def largest_tensor(shape: ModelShape) -> int:
@@ -201,7 +236,9 @@ def disk(config: RunConfig, shape: ModelShape, stage: str, in_cache: bool = True
 
 def base_part(shape: ModelShape) -> str:
     """What the base's files are called among the parts of a disk."""
-    return "base, 16 bits" if shape.additive is None else f"base, AQLM {shape.additive.name}"
+    if shape.additive is not None:
+        return f"base, AQLM {shape.additive.name}"
+    return "base, NF4" if shape.packed == "bitsandbytes" else "base, 16 bits"
 
 
 def stored_bytes(shape: ModelShape) -> float:
@@ -211,7 +248,8 @@ def stored_bytes(shape: ModelShape) -> float:
     >>> round(stored_bytes(shape("mixtral-8x7b-aqlm")) / 1e9, 2)
     13.09
     """
-    return 2 * shape.parameters if shape.additive is None else sum(vram.weights(RunConfig(), shape).values())
+    as_loaded = shape.additive is not None or shape.packed == "bitsandbytes"
+    return sum(vram.weights(RunConfig(), shape).values()) if as_loaded else 2 * shape.parameters
 
 
 def prepared_gib(config: RunConfig) -> float:

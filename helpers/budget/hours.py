@@ -74,6 +74,17 @@ class Work:
     python_s: float
 
 
+def duration(hours: float) -> str:
+    """Hours as people say them.
+
+    >>> duration(0.01), duration(0.5), duration(7.42), duration(346.6)
+    ('1 min', '30 min', '7.4 h', '347 h')
+    """
+    if hours < 1:
+        return f"{max(60 * hours, 1):.0f} min"
+    return f"{hours:.1f} h" if hours < 100 else f"{hours:,.0f} h"
+
+
 def work(step: Step, seq_len: int | None = None) -> Work:
     """FLOPs and bytes of one micro-batch, forward, recomputation and backward; seq_len: of its rows, default full.
 
@@ -162,7 +173,7 @@ def stage_hours(
     tokens_in_dataset: int | None = None,
     places: Iterable["Placement"] = (),
 ) -> dict[str, float]:
-    """Part -> hours of one stage; places: of the models that an evaluation opens, one after the other."""
+    """Part -> hours of one stage; places: of the models that an evaluation opens, on each GPU one."""
     base_gib = host.disk(config, shape, "inference").get(host.base_part(shape), 0.0)
     parts = {"download": base_gib * host.GIB / 1e6 / machine.host.download_mb_s / 3600}
     gigabytes = host.stored_bytes(shape) / 1e9
@@ -180,9 +191,22 @@ def stage_hours(
         found = list(places)
         stored = dict.fromkeys(METHODS, host.quantized_bytes(config, shape) / 1e9) | {"aqlm": gigabytes}
         read = sum(one.stored_bytes / 1e9 or stored.get(one.kind, gigabytes) for one in found)
-        seconds = sum(sum(evaluation_s(config, shape, machine, one).values()) for one in found)
+        each_s = [sum(evaluation_s(config, shape, machine, one).values()) for one in found]
+        seconds = side_by_side(each_s, sharding.on_this_host(config, machine))
         parts |= {"loading": read * READ_S_PER_GB / 3600, "evaluation": seconds / 3600}
     return {name: hours for name, hours in parts.items() if hours}
+
+
+def side_by_side(each_s: list[float], gpus: int) -> float:
+    """Seconds until all are done, in their order and each on the first GPU that is free.
+
+    >>> side_by_side([3.0, 2.0, 2.0], 1), side_by_side([3.0, 2.0, 2.0], 2)
+    (7.0, 4.0)
+    """
+    busy_s = [0.0] * gpus
+    for one_s in each_s:
+        busy_s[busy_s.index(min(busy_s))] += one_s
+    return max(busy_s)
 
 
 def looks(config: RunConfig, count: int) -> int:

@@ -1,6 +1,7 @@
 """Finding the configuration that fits and finishes first, and the words for what mends one that does not fit."""
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,8 @@ from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape
 
-CONTEXTS = (32768, 24576, 16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 128)
-RANKS = (256, 128, 64, 32, 16, 8, 4)
+CONTEXT_STEP, RANK_STEP = 128, 4
+"""What a context or a rank is cut by: the largest multiple that fits is looked for."""
 MARGIN = {"own": 0.03, "other": 0.05}
 """Share of the VRAM that must stay free: what a process took of rows that nothing was calibrated on was at most 2.5 %
 above its prediction with our own layers, and 4.8 % with transformers' (tests/benchmarks/tables.py)."""
@@ -19,6 +20,8 @@ LEANEST = {"keep_attention": False, "offload_activations": True}
 
 Needs = Callable[[RunConfig], float]
 """GiB of VRAM that training with a configuration needs."""
+Cut = tuple[str, RunConfig]
+"""What was changed, in words, and the configuration with it."""
 
 
 def search(config: RunConfig, shape: ModelShape, machine: Machine, needs: Needs) -> tuple[RunConfig, tuple[str, ...]]:
@@ -42,10 +45,9 @@ def search(config: RunConfig, shape: ModelShape, machine: Machine, needs: Needs)
     if found is not None:
         return found, reasons(found, shape, machine, needs(found))
     smaller = with_train(config, optimizer="paged_adamw_8bit")
-    for said, cut in shrunk(smaller):
-        found = fastest(cut, shape, machine, needs, room)
-        if found is not None:
-            return found, (f"{said}: no way of training more fits", *reasons(found, shape, machine, needs(found)))
+    if cut := shrunk(smaller, lambda less: fastest(less, shape, machine, needs, room) is not None):
+        found = fastest(cut[1], shape, machine, needs, room)
+        return found, (f"{cut[0]}: no way of training more fits", *reasons(found, shape, machine, needs(found)))
     nearest = with_train(smallest(smaller), checkpointing="all", keep_attention=False)
     return nearest, ("nothing fits: this comes nearest",)
 
@@ -74,19 +76,49 @@ def usable_gib(machine: Machine, backend: str = "") -> float:
     return machine.vram_gib * (1 - MARGIN["own" if backend == "own" else "other"])
 
 
-def shrunk(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """(what was cut, configuration): shorter contexts, then lower ranks with the context as asked or shorter."""
-    contexts = [length for length in CONTEXTS if length < config.data.seq_len]
-    for seq_len in contexts:
-        said = f"the context is cut from {config.data.seq_len} to {seq_len} tokens"
-        yield said, replace(config, data=replace(config.data, seq_len=seq_len))
-    for rank in (rank for rank in RANKS if rank < config.adapter.rank):
-        alpha = config.adapter.alpha * rank / config.adapter.rank  # the same scaling
-        lower = replace(config, adapter=replace(config.adapter, rank=rank, alpha=alpha))
-        yield f"the rank is cut from {config.adapter.rank} to {rank}", lower
-        for seq_len in contexts:
-            said = f"rank and context are cut from {config.adapter.rank} to {rank}, {config.data.seq_len} to {seq_len}"
-            yield said, replace(lower, data=replace(config.data, seq_len=seq_len))
+def shrunk(config: RunConfig, fits: Callable[[RunConfig], bool]) -> Cut | None:
+    """The longest context that fits; where none does, the highest rank, alone or with the context; None: nothing does.
+
+    fits: whether some way of training a configuration does.
+    """
+    asked, lowest = config.data.seq_len, (lower_ranks(config) or [config])[-1]
+    if not fits(shortest(lowest)):
+        return None
+    if found := largest(contexts(config), fits):
+        return f"the context is cut from {asked} to {found.data.seq_len} tokens", found
+    rank = config.adapter.rank
+    if found := largest(lower_ranks(config), fits):
+        return f"the rank is cut from {rank} to {found.adapter.rank}", found
+    lower = largest(lower_ranks(config), lambda less: fits(shortest(less)))
+    found = largest(contexts(lower), fits) if lower else None
+    if found is None:
+        return None
+    said = f"rank and context are cut from {rank} to {lower.adapter.rank}, {asked} to {found.data.seq_len}"
+    return said, found
+
+
+def contexts(config: RunConfig) -> list[RunConfig]:
+    """The same with each shorter context, in steps, the longest first."""
+    lengths = range((config.data.seq_len - 1) // CONTEXT_STEP * CONTEXT_STEP, 0, -CONTEXT_STEP)
+    return [replace(config, data=replace(config.data, seq_len=length)) for length in lengths]
+
+
+def shortest(config: RunConfig) -> RunConfig:
+    """With the shortest context that a plan would cut to, or the one that it has."""
+    return (contexts(config) or [config])[-1]
+
+
+def lower_ranks(config: RunConfig) -> list[RunConfig]:
+    """The same with each lower rank, in steps, the highest first; alpha keeps its ratio, and so the update its size."""
+    asked = config.adapter
+    ranks = range((asked.rank - 1) // RANK_STEP * RANK_STEP, 0, -RANK_STEP)
+    return [replace(config, adapter=replace(asked, rank=rank, alpha=asked.alpha * rank / asked.rank)) for rank in ranks]
+
+
+def largest(less: Sequence[RunConfig], fits: Callable[[RunConfig], bool]) -> RunConfig | None:
+    """The first that fits of configurations that need ever less, by halving the interval; None when none does."""
+    place = bisect_left(less, True, key=fits)
+    return less[place] if place < len(less) else None
 
 
 def fastest(config: RunConfig, shape: ModelShape, machine: Machine, needs: Needs, room_gib: float) -> RunConfig | None:
@@ -195,36 +227,45 @@ def reasons(config: RunConfig, shape: ModelShape, machine: Machine, needed_gib: 
     return tuple(said)
 
 
-def single_changes(config: RunConfig, shape: ModelShape) -> Iterator[tuple[str, RunConfig]]:
-    """(in words, configuration) for each single setting that needs less VRAM, what costs least first."""
+def single_changes(config: RunConfig, shape: ModelShape) -> Iterator[list[Cut]]:
+    """(in words, configuration) for each single setting that needs less VRAM, what costs least first.
+
+    Values of one setting come together, what needs most first. What the plan chooses where checkpointing is "auto" is
+    no change then.
+    """
     train, model, step = config.train, config.model, Step.of(config, shape)
-    if step.checkpointed < shape.layers:
-        yield "checkpointing=all", with_train(config, checkpointing="all")
-    elif train.keep_attention and step.backend == "own":
-        yield "keep_attention=False", with_train(config, keep_attention=False)
+    given = train.checkpointing != "auto"
+    if given and step.checkpointed < shape.layers:
+        yield [("checkpointing=all", with_train(config, checkpointing="all"))]
+    elif given and train.keep_attention and step.backend == "own":
+        yield [("keep_attention=False", with_train(config, keep_attention=False))]
     if model.attention != "efficient":
-        yield "attention=efficient", replace(config, model=replace(model, attention="efficient"))
+        yield [("attention=efficient", replace(config, model=replace(model, attention="efficient")))]
     if model.weights not in ("nf4", "aqlm"):
-        yield "weights=nf4", replace(config, model=replace(model, weights="nf4"))
+        yield [("weights=nf4", replace(config, model=replace(model, weights="nf4")))]
     if model.upcast:
-        yield "upcast=False", replace(config, model=replace(model, upcast=False))
+        yield [("upcast=False", replace(config, model=replace(model, upcast=False)))]
     if train.loss == "full":
-        yield "loss=chunked", with_train(config, loss="chunked")
+        yield [("loss=chunked", with_train(config, loss="chunked"))]
     if train.optimizer == "adamw_torch" and not vram.fused(config):
-        yield "optimizer=paged_adamw_8bit", with_train(config, optimizer="paged_adamw_8bit")
-    for batch in reversed([size for size in batch_sizes(config) if size < train.batch_size]):
-        split = with_batch(config, batch)
-        yield f"batch_size={batch} with accumulation={split.train.accumulation}", split
-    if not train.offload_activations and step.checkpointed:
-        yield "offload_activations=True", with_train(config, offload_activations=True)
-    for seq_len in (length for length in CONTEXTS if length < config.data.seq_len):
-        yield f"seq_len={seq_len}", replace(config, data=replace(config.data, seq_len=seq_len))
-    for rank in (rank for rank in RANKS if rank < config.adapter.rank):
-        yield f"rank={rank}", replace(config, adapter=replace(config.adapter, rank=rank))
+        yield [("optimizer=paged_adamw_8bit", with_train(config, optimizer="paged_adamw_8bit"))]
+    if given:
+        smaller = reversed([with_batch(config, size) for size in batch_sizes(config) if size < train.batch_size])
+        yield [
+            (f"batch_size={one.train.batch_size} with accumulation={one.train.accumulation}", one) for one in smaller
+        ]
+        if not train.offload_activations and step.checkpointed:
+            yield [("offload_activations=True", with_train(config, offload_activations=True))]
+        yield [("checkpointing=auto", with_train(config, checkpointing="auto"))]
+    yield [(f"seq_len={one.data.seq_len}", one) for one in contexts(config)]
+    yield [(f"rank={one.adapter.rank}", one) for one in lower_ranks(config)]
 
 
 def vram_remedy(config: RunConfig, shape: ModelShape, machine: Machine, stage: str, needs: Needs) -> str:
-    """Which single change fits; when none does, which frees most."""
+    """Which single change fits, and of its values which is the largest; when none does, which change frees most.
+
+    config: as it was asked for: with checkpointing="auto" a change fits where some way of training it does.
+    """
     if stage == "inference":
         return "a smaller eval_batch_size or eval_context needs less"
     if stage == "quantize":
@@ -232,10 +273,23 @@ def vram_remedy(config: RunConfig, shape: ModelShape, machine: Machine, stage: s
     weights_gib = sum(vram.weights(config, shape).values()) / vram.GIB
     if weights_gib > machine.allocator_gib and config.model.weights in ("nf4", "aqlm"):
         return f"the weights alone take {weights_gib:.1f} GiB, and no setting makes them less; take a GPU with more"
-    best, best_gib = "", needs(config)
-    for words, candidate in single_changes(config, shape):
-        needed = needs(within_host(candidate, machine))
-        if needed <= usable_gib(machine, Step.of(candidate, shape).backend):
+
+    def as_run(change: Cut) -> tuple[RunConfig, bool]:
+        one = change[1]
+        room_gib = usable_gib(machine, Step.of(one, shape).backend)
+        if one.train.checkpointing == "auto":
+            found = fastest(one, shape, machine, needs, room_gib)
+            leanest = with_train(smallest(one), checkpointing="all", **LEANEST)
+            return found or within_host(leanest, machine), found is not None
+        one = within_host(one, machine)
+        return one, needs(one) <= room_gib
+
+    best, best_gib = "", needs(as_run(("", config))[0])
+    for changes in single_changes(config, shape):
+        place = bisect_left(changes, True, key=lambda change: as_run(change)[1])
+        words, found = changes[min(place, len(changes) - 1)] if changes else ("", config)
+        needed = needs(as_run((words, found))[0])
+        if place < len(changes):
             return f"{words} fits, with {needed:.1f} GiB"
         if needed < best_gib:
             best, best_gib = words, needed
@@ -250,6 +304,8 @@ def ram_remedy(parts: dict[str, float]) -> str:
         return "offload_activations=False needs less"
     if "calibration activations" in parts:
         return "fewer calibration_samples need less"
+    if host.COMPILERS in parts:
+        return "MAX_JOBS=1 in the environment compiles one file after another"
     return "close what else runs, or take a smaller model"
 
 

@@ -3,12 +3,14 @@
     report = evaluate({"base": base, "finetuned": adapter, "merged": merged, "gptq": gptq}, config, prepared, output)
     print(table(report))
 
-One model is in memory at a time. Every figure is from the same held-out texts and questions for all of them, so that
-each pair of models is compared item by item; and each model is what its folder holds, never rounded again to fit a
-small GPU (budget/placement.py). What cannot be opened so has no figures and no verdict, and a sentence says why.
+One model is in memory at a time, or one on each of several GPUs (workers.py). Every figure is from the same held-out
+texts and questions for all of them, so that each pair of models is compared item by item; and each model is what its
+folder holds, never rounded again to fit a small GPU (budget/placement.py). What cannot be opened so has no figures and
+no verdict, and a sentence says why.
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -22,7 +24,7 @@ from helpers import hardware
 from helpers.budget import host, placement
 from helpers.budget.placement import Evaluation, Placement
 from helpers.config import RunConfig
-from helpers.evaluate import cost, metrics, perplexity, preferences
+from helpers.evaluate import cost, metrics, perplexity, preferences, workers
 from helpers.evaluate import report as report_pages
 from helpers.evaluate.perplexity import Item, Perplexity, read_items, read_jsonl, rows_in
 from helpers.evaluate.tasks import run_tasks
@@ -41,7 +43,7 @@ from helpers.models import gguf_engine, gguf_header
 from helpers.models.gpu import free_memory, gives_back
 from helpers.models.methods import METHODS
 from helpers.show import bars, plots
-from helpers.workspace import MANIFEST, building, read_manifest, write_text
+from helpers.workspace import MANIFEST, building, maker, read_manifest, write_text
 from helpers.workspace.prepared import scored, with_own_questions
 
 
@@ -57,9 +59,11 @@ def evaluate(
     questions), f1, rouge_l, chrf, bleu, ended_share, size_bytes, load_s, first_token_s, tokens_per_s …, the 95%
     `intervals`, how it was opened (`loaded_as`), what was predicted, and under `against` its comparison with every
     model before it; with pairs (config.evaluate.preferences, or data itself) the figures of preferences.py too. An
-    entry with `left_out` has no figures; that sentence says why.
+    entry with `left_out` has no figures; that sentence says why. With config.train.gpus above 1 so many models are
+    evaluated at once.
     machine: whose VRAM and RAM decide how models are opened; default this one.
-    Raises ValueError with one sentence for what the reader can mend.
+    Raises ValueError with one sentence for what the reader can mend. A model that fails when there are figures of
+    others is left out.
     """
     data, config = Path(data), with_own_questions(config, Path(data))
     asked = config.evaluate
@@ -72,24 +76,37 @@ def evaluate(
     pairs = preferences.read(Path(asked.preferences or data), asked.max_heldout, asked.preferences is not None)
     prompts = questions or conversation_starts(data, asked.max_questions or host.UNASKED_PROMPTS)
     texts = min(rows_in(data, asked.eval_context), asked.max_heldout or 10**9)
-    planned = plan(models, config, machine or hardware.probe(), host.Counts(texts, len(prompts), len(pairs)))
+    here = machine or hardware.probe()
+    planned = plan(models, config, here, host.Counts(texts, len(prompts), len(pairs)))
     config, prompts = planned.config, prompts[: planned.config.evaluate.max_questions]
     report: dict[str, dict[str, Any]] = {}
     evidence: dict[str, Evidence] = {}
     named = {name: Path(path) for name, path in models.items()}
     with building(output, "evaluate", config, {**named, "data": data}) as stage:
+        tasks = []
         for number, (name, path) in enumerate(models.items(), 1):
             place = planned.places[name]
-            if place.problem:
-                report[name] = left_out(path, place)
-                continue
             some = prompts if place.answers else []
+            arguments = {"path": path, "config": config, "data": data, "prompts": some, "exact": questions is not None}
             compared = pairs if place.answers else []
-            total = texts + len(some) + preferences.steps(compared, asked_pairs(config, compared))
-            with bars.bar(f"{name}, {number} of {len(models)}", total) as bar:
-                report[name], evidence[name] = evaluate_one(
-                    path, config, data, some, questions is not None, machine, bar, compared
-                )
+            arguments |= {"machine": machine, "pairs": compared, "host": here.host}
+            ram_gib = sum(placement.ram(place, config, shape_of(path, config), here).values())
+            title = f"{name}, {number} of {len(models)}"
+            if not place.problem:
+                steps = texts + len(some) + preferences.steps(compared, asked_pairs(config, compared))
+                tasks.append(workers.Task(name, title, steps, ram_gib, arguments))
+        gpus = workers.count(config, len(tasks))
+        found = workers.at_once(tasks, gpus, here.host.ram_gib) if gpus > 1 else dict(one_by_one(tasks))
+        if all(isinstance(outcome, str) for outcome in found.values()):
+            raise ValueError("; ".join(f"{name} is not evaluated: {why}" for name, why in found.items()))
+        for name, path in models.items():
+            place, outcome = planned.places[name], found.get(name, planned.places[name].problem)
+            if isinstance(outcome, str):
+                report[name] = left_out(path, place, outcome)
+                continue
+            report[name], evidence[name] = outcome
+            if place.kind == "gguf" and place.answers and prompts:  # beside PyTorch, the engine it is made for
+                report[name] |= llama_cpp_speed(path)
             report[name]["against"] = {
                 other: compare_models(evidence[name], evidence[other]) for other in evidence if other != name
             }
@@ -102,8 +119,9 @@ def evaluate(
         drawn = report_pages.figures(report, training_log(models))
         for name, figure in drawn.items():
             plots.save(figure, stage.folder / "plots" / f"{name}.png")
-        about = describe(report, data, len(prompts), asked.questions, planned.notes)
-        made = report_pages.made_with(trained_with(models) or asdict(config), (machine or hardware.probe()).name)
+        failed = [f"{name} is not evaluated: {why}" for name, why in found.items() if isinstance(why, str)]
+        about = describe(report, data, len(prompts), asked.questions, (*planned.notes, *failed))
+        made = report_pages.made_with(trained_with(models) or asdict(config), here.name)
         report_pages.write_html(stage.folder / "report.html", report, generations, drawn, about, made)
     return report
 
@@ -133,9 +151,24 @@ def stored_bytes(path: str | Path) -> int:
     return gguf_header.weight_bytes(Path(path)) if kind(path) == "gguf" else 0
 
 
-def left_out(path: str | Path, place: Placement) -> dict[str, Any]:
+def one_by_one(tasks: list[workers.Task]) -> Iterator[tuple[str, workers.Outcome]]:
+    """Each task's outcome, in this process. The first model's error is raised: as yet there is nothing to keep."""
+    for task in tasks:
+        arguments = {name: value for name, value in task.arguments.items() if name != "host"}
+        with bars.bar(task.title, task.steps) as bar:
+            try:
+                outcome = evaluate_one(**arguments, bar=bar)
+            except Exception as error:
+                if task is tasks[0]:
+                    raise
+                outcome = workers.in_words(error)
+                print(f"{workers.came_from(error)}{task.name} is not evaluated: {outcome}.", file=sys.stderr)
+        yield task.name, outcome
+
+
+def left_out(path: str | Path, place: Placement, why: str) -> dict[str, Any]:
     """The entry of a model that is not evaluated."""
-    return {"path": str(path), "kind": place.kind, "loaded_as": "not evaluated", "left_out": place.problem}
+    return {"path": str(path), "kind": place.kind, "loaded_as": "not evaluated", "left_out": why}
 
 
 def best(models: dict[str, str | Path]) -> str | Path:
@@ -146,7 +179,7 @@ def best(models: dict[str, str | Path]) -> str | Path:
     for name in (*METHODS, "finetuned", "merged"):
         if name in models:
             return models[name]
-    raise ValueError("there is no model of yours yet, only the base: run notebook 03_qlora_finetuning.ipynb first")
+    raise ValueError(f"there is no model of yours yet, only the base: run {maker('finetune')} first")
 
 
 def write_cards(report: dict[str, dict[str, Any]], config: RunConfig, folder: Path) -> None:
@@ -249,6 +282,7 @@ def conversation_starts(data: Path, limit: int) -> list[dict[str, Any]]:
     return starts
 
 
+@gives_back
 def evaluate_one(
     path: str | Path,
     config: RunConfig,
@@ -295,8 +329,6 @@ def evaluate_one(
         entry["tasks"] = run_tasks(loaded, asked.tasks, loaded.placement.batch_size)
     del loaded
     free_memory()
-    if entry["kind"] == "gguf" and prompts:  # the engine that it is made for, beside PyTorch's figures
-        entry |= llama_cpp_speed(path)
     evidence = Evidence(perplexity=read, answers=answers, references=[row["answer"] for row in prompts])
     entry |= perplexity_figures(read)
     entry |= answer_figures(evidence, prompts, exact, entry["intervals"], config.seed)

@@ -54,6 +54,8 @@ def finetune(
     if resume not in ("auto", "never"):
         raise ValueError(f"resume must be auto or never, not {resume!r}")
     workers.refuse(config)
+    if gpu.is_first():
+        print(*(f"{said}\n" for said in vram.another_optimizer(config)), sep="", end="")
     config = planning.with_train(config, optimizer=vram.optimizer(config))
     gpus = workers.count(config)
     with ranks.joined():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from helpers.config import RunConfig
-from helpers.models import aqlm_sizes, families, loading, shape
+from helpers.models import aqlm_sizes, families, loading, refuse_packed, shape
 from helpers.models.loading import precision
 from helpers.models.templates import load_tokenizer
 from helpers.workspace.versions import forget_old_torchao
@@ -25,6 +25,7 @@ def load_base(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     sizes = shape(config.model.model, config.model.revision)
     families.refuse(sizes.family, sizes.name, config.adapter.target_modules)
     aqlm_sizes.refuse(sizes.additive, sizes.name, config)
+    refuse_packed(sizes)
     refuse_without_gpu(config)
     dtype = torch.float32 if config.train.trains == "all" else precision().dtype  # what is trained is in fp32
     model = loading.causal_lm(

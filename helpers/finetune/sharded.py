@@ -23,7 +23,7 @@ from peft.tuners.lora import LoraLayer
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from helpers.config import RunConfig
@@ -93,7 +93,7 @@ def skeleton(config: RunConfig, folder: Path, dtype: torch.dtype) -> PreTrainedM
     family = shape(str(folder)).family
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(folder),
+            loading.config_of(folder)[0],
             dtype=dtype,
             attn_implementation=loading.attention_implementation(family, config.model.attention),
         )
@@ -127,7 +127,7 @@ def reader(folder: Path, model: PreTrainedModel, device: torch.device) -> Read:
 
     def read(name: str) -> torch.Tensor:
         with safe_open(files[name].file, framework="pt") as stream:
-            return stream.get_tensor(name).to(device).to(types[name])
+            return stream.get_tensor(files[name].in_file).to(device).to(types[name])
 
     return read
 

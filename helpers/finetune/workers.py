@@ -8,11 +8,10 @@ the others; when the launcher itself is gone, its workers finish the step, save 
 notebook's stop button or SIGTERM let the step finish and save; twice is at once.
 
 torchrun's workers outlive a killed agent, accelerate's notebook launcher forks a process that has imported what must
-not be forked: so a worker here is a plain new process, with a pipe of JSON lines in each direction. Where torchrun,
-accelerate launch or Slurm have started several processes already, they join as they are (ranks.py).
+not be forked: so a worker here is a plain new process with a job (jobs.py). Where torchrun, accelerate launch or Slurm
+have started several processes already, they join as they are (ranks.py).
 """
 
-import json
 import os
 import queue
 import signal
@@ -24,7 +23,6 @@ import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
-from io import TextIOBase
 from multiprocessing.pool import RemoteTraceback
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,20 +31,16 @@ from typing import Any
 
 import torch
 
-from helpers import budget
+from helpers import budget, jobs
 from helpers.budget import sharding
 from helpers.config import RunConfig, from_tree
 from helpers.finetune import ranks
 from helpers.finetune.watch import NotTrained, interrupts
 from helpers.models import gpu
-from helpers.profiles import ROOT
 from helpers.show import live
 from helpers.workspace import DamagedArtifact, MissingArtifact, StaleArtifact, StorageError
 from helpers.workspace.checkpoints import ChangedRun
 
-ON_CPU = "RECIPES_WORKERS_ON_CPU"
-"""Set to 1, workers train on the CPU and meet through gloo: to try this out, and for the tests. It is slower than one
-process."""
 GRACE_S = 3.0
 """After the first worker failed, the others, which wait for it, get so long to say something themselves."""
 ORPHAN_S = 8
@@ -59,7 +53,6 @@ KNOWN = {
     )
 }
 """Errors that are raised here as in the worker: their message is a sentence for whoever started the training."""
-Report = Callable[[dict[str, Any]], None]
 
 
 class WorkerLost(StorageError):
@@ -69,7 +62,7 @@ class WorkerLost(StorageError):
 def refuse(config: RunConfig) -> None:
     """Raise ValueError for a way of using several GPUs that there is not, before anything is loaded."""
     sharding.refuse(config)
-    if config.train.sharding in ("zero2", "zero3"):
+    if config.train.sharding not in sharding.RUN:
         raise ValueError(
             f"sharding={config.train.sharding} is DeepSpeed's, which is budgeted but not driven here: on two H200 a 7B "
             "in 4 bits made 7,656 tokens/s by zero2 and 2,026 by zero3, 9,038 by none and 6,827 by fsdp; set one of "
@@ -89,7 +82,7 @@ def count(config: RunConfig) -> int:
         asked = max(there, 1)
     if asked == 1:
         return 1
-    if os.environ.get(ON_CPU) != "1" and asked > there:
+    if not gpu.on_cpu() and asked > there:
         seen = f"{there} GPU{'s' if there > 1 else ''}" if there else "no GPU"
         remedy = f"choose at most {there}, or all" if there else "leave gpus out, and one process trains on the CPU"
         raise ValueError(f"gpus={asked}, and PyTorch sees {seen} here: {remedy}")
@@ -128,9 +121,7 @@ def launch(config: RunConfig, prepared: Path, output: Path, resume: str, gpus: i
     with TemporaryDirectory(prefix="workers-") as logs:
         try:
             for rank in range(gpus):
-                workers.append(started(rank, gpus, store.port, Path(logs)))
-                workers[-1].process.stdin.write(json.dumps(job, default=str) + "\n")
-                workers[-1].process.stdin.flush()
+                workers.append(started(rank, gpus, store.port, Path(logs), job))
             return followed(workers)
         finally:
             for worker in workers:
@@ -138,34 +129,19 @@ def launch(config: RunConfig, prepared: Path, output: Path, resume: str, gpus: i
                 worker.process.wait()
 
 
-def started(rank: int, gpus: int, port: int, logs: Path) -> Worker:
-    """A worker's process, which waits for its job on standard input."""
-    on_gpu = os.environ.get(ON_CPU) != "1"
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+def started(rank: int, gpus: int, port: int, logs: Path, job: dict[str, Any]) -> Worker:
+    """A worker's process with its job."""
     environment = {
-        # Its own GPU is the only one that it sees, and so GPU 0: imports alone make CUDA look
+        **gpu.of_worker(rank, gpus),
         **{"RANK": str(rank), "WORLD_SIZE": str(gpus), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(gpus)},
-        **(gpu.seeing_one(rank) if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}),
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
         # torch.distributed's word for: the store is there, be its client
         **{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"},
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",  # the machine's name may lead nowhere
     }
-    if not on_gpu:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // gpus))
     log = logs / f"{rank}.log"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "helpers.finetune"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stream,
-            env=os.environ | environment,
-            start_new_session=True,  # a Ctrl-C of the terminal reaches the launcher alone, which passes it on
-            text=True,
-        )
-    return Worker(rank, process, log)
+    # Of a session of its own: a Ctrl-C of the terminal reaches the launcher alone, which passes it on
+    return Worker(rank, jobs.start("helpers.finetune", job, log, environment, start_new_session=True), log)
 
 
 def followed(workers: list[Worker]) -> dict[str, Any]:
@@ -207,9 +183,8 @@ def followed(workers: list[Worker]) -> dict[str, Any]:
 
 def listen(worker: Worker, messages: queue.Queue) -> None:
     """Put a worker's messages into the queue, and None when it has ended."""
-    for line in worker.process.stdout:
-        with suppress(ValueError):  # cut off by its death
-            messages.put((worker, json.loads(line)))
+    for message in jobs.messages(worker.process):
+        messages.put((worker, message))
     worker.process.wait()
     messages.put((worker, None))
 
@@ -243,9 +218,7 @@ def error_of(worker: Worker, count: int) -> BaseException:
     """A worker's failure as the error that is raised in its place."""
     name, failure = f"GPU {worker.rank} of {count}", worker.failure
     if "died" in failure:
-        last = worker.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        how = f"signal {-failure['died']}" if failure["died"] < 0 else f"status {failure['died']}"
-        why = "most often because host memory ran out" if failure["died"] == -signal.SIGKILL else " ".join(last)
+        how, why = jobs.how_it_ended(failure["died"], worker.log)
         return WorkerLost(
             f"the process of {name} ended with {how}{', ' * bool(why)}{why}: all have been ended; the newest "
             "checkpoint is kept, and the same command goes on from it"
@@ -267,27 +240,16 @@ def error_of(worker: Worker, count: int) -> BaseException:
 
 
 def main() -> None:
-    """Do the job, a line of JSON on standard input; messages, JSON too, go to standard output."""
-    channel = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(2, 1)  # libraries print where they like: that is the log's
+    """Do the job."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    line = sys.stdin.readline()
-    if not line:  # the launcher is gone already
-        os._exit(1)
-    job = json.loads(line)
-    threading.Thread(target=end_with_launcher, daemon=True).start()
-
-    def report(message: dict[str, Any]) -> None:
-        with suppress(OSError):  # a launcher that is gone is no reason not to save
-            channel.write(json.dumps(message, default=str) + "\n")
-
+    job, report = jobs.received(when_alone=save_and_end)
     status = 0
     try:
         from helpers import finetune
 
         config = from_tree(job["config"])
         first = int(os.environ["RANK"]) == 0
-        with redirect_stdout(Said(report) if first else sys.stderr):
+        with redirect_stdout(jobs.Said(report) if first else sys.stderr):
             measured = finetune.finetune(
                 config, Path(job["prepared"]), Path(job["output"]), job["resume"], begin=relay(report)
             )
@@ -297,8 +259,7 @@ def main() -> None:
         trace = "".join(traceback.format_exception(error))
         report({"error": kind_of(error), "text": str(error), "trace": trace})
         status = 1
-    sys.stderr.flush()
-    os._exit(status)  # libraries wait for peers that may be gone
+    jobs.end(status)  # libraries wait for peers that may be gone
 
 
 def kind_of(error: BaseException) -> str:
@@ -311,26 +272,13 @@ def kind_of(error: BaseException) -> str:
     return next((name for name in names if name in KNOWN), names[0])
 
 
-def end_with_launcher() -> None:
-    """When standard input ends, the launcher is gone: ask for a checkpoint, and end in ORPHAN_S in any case."""
-    os.read(0, 1)
+def save_and_end() -> None:
+    """The launcher is gone: ask for a checkpoint, and end in ORPHAN_S in any case."""
     signal.alarm(ORPHAN_S)  # the kernel's, whatever holds Python's lock by then
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-class Said(TextIOBase):
-    """A text stream whose text goes to the launcher."""
-
-    def __init__(self, report: Report) -> None:
-        self.report = report
-
-    def write(self, text: str) -> int:
-        """Send it."""
-        self.report({"said": text})
-        return len(text)
-
-
-def relay(report: Report) -> Callable[..., Any]:
+def relay(report: jobs.Report) -> Callable[..., Any]:
     """`live.begin` for a worker: the figure or the bar is the launcher's."""
 
     def begin(total_steps: int, limit_gib: float | None = None, history: Any = ()) -> SimpleNamespace:

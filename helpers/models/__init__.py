@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from helpers.models import aqlm_sizes, families
+from helpers.models import aqlm_sizes, families, wrapped
 from helpers.models.aqlm_sizes import Layout
 from helpers.models.families import Family
 from helpers.profiles import PROFILES as PROFILES
@@ -44,6 +44,8 @@ class ModelShape:
     """Of a mixture: the MLP of layers without experts."""
     additive: Layout | None = None
     """How its matrices are stored, of an AQLM checkpoint."""
+    packed: str = ""
+    """transformers' quant_method of how its weights are stored otherwise than in 16 bits or by AQLM."""
 
     @property
     def model_type(self) -> str:
@@ -162,10 +164,12 @@ class ModelShape:
 
 def shape_from_config(config: dict, name: str) -> ModelShape:
     """The shape that a Hugging Face config.json describes. Raises ValueError naming what is missing or unknown."""
+    config = wrapped.text_config(config)
     if "text_config" in config:
         raise ValueError(
-            f"model {name} is a {config.get('model_type')}, a language model inside one that sees or hears: only "
-            "models of text alone are trained here, such as this family's own text model saved by itself"
+            f"model {name} is a {config.get('model_type')}, a language model inside one that sees or hears: of "
+            f"those, {' and '.join(wrapped.KINDS)} with a language model of {' or '.join(wrapped.CLASSES)} is trained "
+            "here; save this one's language model by itself, or take a model of text alone"
         )
     config = families.complete(config)
     wanted = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
@@ -194,7 +198,20 @@ def shape_from_config(config: dict, name: str) -> ModelShape:
         tied=bool(config.get("tie_word_embeddings", False)),
         dense_intermediate=config["intermediate_size"],
         additive=additive,
+        packed="" if additive else (config.get("quantization_config") or {}).get("quant_method") or "",
     )
+
+
+def refuse_packed(shape: ModelShape) -> None:
+    """Raise ValueError for a base that adapters are not trained on here as it is stored.
+
+    bitsandbytes' own 4 bits are opened as they are.
+    """
+    if shape.packed not in ("", "bitsandbytes"):
+        raise ValueError(
+            f"{shape.name} is stored as {shape.packed}: adapters are trained on a base of 16 bits, rounded to 4 while "
+            "it is read; take the same model in 16 bits (of Mistral's own a name that ends in -BF16 or holds Base)"
+        )
 
 
 def known(name: str, model_type: str, sizes: tuple[int, ...], **more: Any) -> ModelShape:

@@ -19,6 +19,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from helpers.models.aqlm_sizes import NAME, Layout, layout_of
+from helpers.models.experts import stored_name
 from helpers.models.gguf_sizes import PIECE_VALUES
 from helpers.models.stored import UnusableModel, read_header
 
@@ -173,12 +174,14 @@ class Checkpoint(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> None:
         layout = layout_of({"quantization_config": self.quantization_config.to_dict()})
-        for file in checkpoint_files or ():
-            check_stored(Path(file), layout)
+        for file in map(Path, checkpoint_files or ()):
+            if file.suffix == ".safetensors":  # what else is odd about a pickle's shapes is found as it is read
+                check_stored(file, layout)
         # The hub's lists name parameters, those of transformers 5 modules
         listed = {name.removesuffix(".weight") for name in self.quantization_config.linear_weights_not_to_quantize}
+        family = model.config.model_type
         for name, module in list(model.named_modules()):
-            if type(module) is torch.nn.Linear and name not in listed:
+            if type(module) is torch.nn.Linear and not {name, stored_name(f"{name}.", family)[:-1]} & listed:
                 sizes, weight = (module.in_features, module.out_features), module.weight
                 with weight.device:  # meta: nothing is allocated
                     model.set_submodule(name, AdditiveLinear(*sizes, module.bias is not None, layout, weight.dtype))

@@ -28,6 +28,9 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import wraps
 
+ON_CPU = "RECIPES_WORKERS_ON_CPU"
+"""Set to 1, processes that work at once do so on the CPU: to try several GPUs out without any, and for the tests."""
+
 
 class CameThrough(Exception):
     """The traceback of its effect: as text what Python would have shown, and its entries without their frames."""
@@ -118,6 +121,22 @@ def seeing_one(card: int) -> dict[str, str]:
     {'CUDA_VISIBLE_DEVICES': '2'}
     """
     return {"CUDA_VISIBLE_DEVICES": seeing(card + 1)["CUDA_VISIBLE_DEVICES"].split(",")[-1]}
+
+
+def on_cpu() -> bool:
+    """Whether processes that work at once do so on the CPU, whatever GPUs there are."""
+    return os.environ.get(ON_CPU) == "1"
+
+
+def of_worker(number: int, count: int) -> dict[str, str]:
+    """Environment for one of several processes that work at once: one GPU of its own, or its share of the cores.
+
+    Its GPU is the only one that it sees, and so GPU 0, from its first import on: imports alone make CUDA look.
+    """
+    if not on_cpu():
+        return seeing_one(number)
+    cores = max(1, (os.cpu_count() or 1) // count)
+    return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(cores)}
 
 
 def is_first() -> bool:

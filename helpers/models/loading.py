@@ -8,11 +8,12 @@
 'nf4'
 """
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from helpers.config import RunConfig
-from helpers.models import aqlm_sizes, families, stored
+from helpers.models import aqlm_sizes, families, stored, wrapped
 from helpers.models.families import Family
 
 
@@ -66,6 +67,17 @@ def base_quantization(config: RunConfig, dtype: Any, storage: Any = None) -> Any
     )
 
 
+def config_of(source: str | Path, revision: str | None = None) -> tuple[Any, bool]:
+    """(transformers' config of a folder or a hub id, whether it is a language model's inside one that sees)."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    if config.model_type not in wrapped.KINDS:
+        return config, False
+    said, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    return AutoConfig.for_model(**wrapped.text_config(said)), True
+
+
 def opener(config: Any) -> Any:
     """The class whose from_pretrained opens a model of a transformers config: a mixture's has linear experts."""
     from transformers import AutoModelForCausalLM
@@ -75,15 +87,26 @@ def opener(config: Any) -> Any:
     return experts.class_of(config.model_type) or AutoModelForCausalLM
 
 
+def without_eyes(config: Any) -> Any:
+    """The class of a language model inside one that sees: it passes over tensors of the eyes, and warns of no other."""
+    import transformers
+
+    theirs = getattr(transformers, wrapped.CLASSES[config.model_type])
+    ignored = [f"^{re.escape(start)}" for start in wrapped.EYES]
+    return type(theirs.__name__, (theirs,), {"_keys_to_ignore_on_load_unexpected": ignored})
+
+
 def causal_lm(source: str | Path, **options: Any) -> Any:
     """The causal LM of a folder or a hub id, every weight from its files; options as from_pretrained's.
 
     Raises ValueError naming the first weight that is missing, too many or of another shape: transformers makes up what
     it misses at random, and says so in a table among others.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(source, revision=options.get("revision"))
+    config, inside = config_of(source, options.get("revision"))
+    theirs = opener(config)
+    if inside:
+        theirs, options["config"] = without_eyes(config), config
+        options["key_mapping"] = {f"^{re.escape(start)}": ours for start, ours in wrapped.RENAMED.items()}
     if aqlm_sizes.layout_of(config.to_dict()):  # its folder says how it is stored, and None would make it forget that
         from helpers.models import aqlm
 
@@ -91,7 +114,7 @@ def causal_lm(source: str | Path, **options: Any) -> Any:
         options.pop("quantization_config", None)
     if Path(source).is_dir():
         stored.refuse_missing(Path(source))
-    model, found = opener(config).from_pretrained(
+    model, found = theirs.from_pretrained(
         source, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )  # transformers' own error for sizes is a table
     wrong = {
@@ -105,6 +128,21 @@ def causal_lm(source: str | Path, **options: Any) -> Any:
                 f"{source} {words} {min(names)} ({len(names)} such): it is not what its config.json says, and would "
                 "compute something else; download or make the folder again"
             )
+    return in_one_dtype(model, options.get("dtype"))
+
+
+def in_one_dtype(model: Any, dtype: Any) -> Any:
+    """The model, with all weights that are not packed in the dtype that was asked for; fp32 stays where it is.
+
+    transformers 5.15 to 5.17 leave what they rename of a packed checkpoint, such as Mixtral's router, in the file's
+    dtype, and then it meets activations of another.
+    """
+    import torch
+
+    if getattr(model, "hf_quantizer", None) is not None and isinstance(dtype, torch.dtype):
+        for value in model.parameters():
+            if value.dtype in (torch.float16, torch.bfloat16) and value.dtype != dtype:
+                value.data = value.data.to(dtype)
     return model
 
 

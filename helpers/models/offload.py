@@ -24,11 +24,10 @@ def device_map(source: str, away: int, placed: str) -> dict[str, str]:
     A name in a map also stands for those that begin with it, layers.3 for layers.31 too, unless the longer is there.
     """
     import torch
-    from transformers import AutoConfig
 
     from helpers.models import loading
 
-    config = AutoConfig.from_pretrained(source)
+    config, _ = loading.config_of(source)
     with torch.device("meta"):
         model = loading.opener(config).from_config(config)
     layers = list(model.get_decoder().layers)

@@ -5,11 +5,11 @@ import json
 import math
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers.models import aqlm_sizes
+from helpers.models import aqlm_sizes, wrapped
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,13 @@ class Stored:
     shape: tuple[int, ...]
     kind: str
     """As safetensors names dtypes: F16, BF16, F32 …"""
+    key: str = ""
+    """Its name in the file, where that is another (models/wrapped.py)."""
+
+    @property
+    def in_file(self) -> str:
+        """Its name in the file."""
+        return self.key or self.name
 
     @property
     def values(self) -> int:
@@ -38,7 +45,7 @@ class Stored:
 
 
 def unquantized_config(folder: Path) -> dict:
-    """A model's config.json. Raises UnusableModel when there is none, or the model is quantized already."""
+    """A model's config.json, of one that sees its language model's. Raises UnusableModel without, or when quantized."""
     path = folder / "config.json"
     if not path.is_file():
         raise UnusableModel(f"{folder} is not a model: it has no config.json")
@@ -48,7 +55,7 @@ def unquantized_config(folder: Path) -> dict:
         if method == aqlm_sizes.NAME:
             raise UnusableModel(f"{folder}: {aqlm_sizes.NO_MERGE}")
         raise UnusableModel(f"{folder} is already quantized ({method}): give the folder of its 16-bit weights")
-    return settings
+    return dict(wrapped.text_config(settings))
 
 
 def read_header(file: Path) -> list[Stored]:
@@ -79,14 +86,17 @@ def refuse_missing(folder: Path) -> None:
 
 
 def stored_tensors(folder: Path, freed: list[Stored] = ()) -> list[Stored]:
-    """All tensors of a model folder, shard by shard, checked against its index.
+    """All tensors of a model folder, of one that sees its language model's, shard by shard, held to its index.
 
     freed: tensors of shards that an interrupted merge has deleted after it was done with them.
     """
     unquantized_config(folder)
+    sees = wrapped.is_wrapped(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         place = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if sees:
+            place = {name: shard for name, shard in place.items() if wrapped.text_name(name)}
         shards = sorted(set(place.values()))
     else:
         place, shards = None, ["model.safetensors"]
@@ -100,7 +110,9 @@ def stored_tensors(folder: Path, freed: list[Stored] = ()) -> list[Stored]:
             else read_header(folder / shard)
         )
     ]
-    if place is not None and (wrong := set(place.items()) ^ {(tensor.name, tensor.file.name) for tensor in tensors}):
+    if sees:
+        tensors = [replace(one, name=name, key=one.in_file) for one in tensors if (name := wrapped.text_name(one.name))]
+    if place is not None and (wrong := set(place.items()) ^ {(tensor.in_file, tensor.file.name) for tensor in tensors}):
         name, shard = sorted(wrong)[0]
         raise UnusableModel(f"{folder}: its index and its shards disagree about {name} in {shard}, download it again")
     odd = [tensor for tensor in tensors if tensor.kind not in FLOATS]

@@ -178,8 +178,8 @@ def noted(parsed: Any, row_format: str, place: str, reading: Reading, named: dic
     for kind, example in row.notes.items():
         if reading.found.add(kind, place, example) == DROP:
             return DROP
-    lost = {} if named else row.unused()
-    lost = {name: value for name, value in lost.items() if not repeats(value, parsed.messages)} if lost else lost
+    unused = () if named else row.unused().items()
+    lost = {name: value for name, value in unused if not repeats(value, parsed.messages)}
     return reading.found.unused(place, lost) if lost else ""
 
 
@@ -188,7 +188,7 @@ def repeats(value: Any, messages: list[dict]) -> bool:
     if not isinstance(value, str):
         return False
     text = value.strip()
-    return any(text in turn["content"] and text == turn["content"].strip() for turn in messages)
+    return text in [turn["content"].strip() for turn in messages]
 
 
 def sampled(source: str, config: RunConfig, notes: list[str], split_name: str | None = None) -> Iterator[Record]:

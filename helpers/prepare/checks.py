@@ -87,6 +87,7 @@ TEMPLATE_TOKENS = (
     "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>",
     "<|eot_id|>", "<|begin_of_text|>", "<|end_of_text|>", "<start_of_turn>", "<end_of_turn>",
 )  # fmt: skip
+SPACES = frozenset(filter(str.isspace, map(chr, range(0x3001))))
 SHOWN_FIELDS = 12
 
 
@@ -115,7 +116,9 @@ class Findings:
     def add(self, kind: str, place: str, example: str = "") -> str:
         """Count a finding and say what to do about it."""
         action = self.actions[kind]
-        finding = self.found.setdefault(kind, Finding(kind, action, 0, place, example))
+        finding = self.found.get(kind)
+        if finding is None:
+            finding = self.found[kind] = Finding(kind, action, 0, place, example)
         finding.count += 1
         return action
 
@@ -123,11 +126,12 @@ class Findings:
         """Count a row with fields that nothing reads, and say what to do about it."""
         action = self.add("unused-fields", place)
         finding = self.found["unused-fields"]
+        rows = finding.fields
         for name, value in fields.items():
-            if name in finding.fields:
-                finding.fields[name] += 1
-            elif len(finding.fields) < 1000:
-                finding.fields[name] = 1
+            if name in rows:
+                rows[name] += 1
+            elif len(rows) < 1000:
+                rows[name] = 1
                 finding.values[name] = " ".join(str(value)[:200].split())[:40]
         return action
 
@@ -202,18 +206,24 @@ class Leaks(NamedTuple):
     """What finds tokens of chat templates: the model's own anywhere in a text, everybody's at its edges."""
 
     own: re.Pattern
+    openers: tuple[str, ...]
+    """Letters that the model's own tokens begin with."""
     head: re.Pattern
     tail: re.Pattern
     reach: int
     """Letters of the longest token, with some space behind it."""
     firsts: frozenset[str]
     lasts: frozenset[str]
-    """Letters that tokens begin and end with: most texts do with none of them, and are passed by at once."""
+    """Letters that tokens, and spaces, begin and end with: most texts do with none of them, and are passed by."""
+
+    def at_edges(self, text: str) -> bool:
+        """Whether a text may begin or end with a token or a space."""
+        return bool(text) and (text[0] in self.firsts or text[-1] in self.lasts)
 
     def edges(self, text: str) -> tuple[int, int]:
         """Where a text begins and ends without the tokens at its edges."""
         start, end = 0, len(text)
-        if not end or not (text[0] in self.firsts or text[-1] in self.lasts or text[0].isspace() or text[-1].isspace()):
+        if not self.at_edges(text):
             return start, end
         while found := self.head.match(text, start):
             start = found.end()
@@ -229,12 +239,15 @@ def leaks(*tokens: str) -> Leaks:
     own = "|".join(re.escape(token) for token in longest_first if token in tokens) or r"(?!)"
     reach = len(longest_first[0]) + 8
     head, tail = re.compile(rf"\s{{0,8}}(?:{known})"), re.compile(rf"(?:{known})\s*\Z")
-    firsts, lasts = ({token[place] for token in longest_first} for place in (0, -1))
-    return Leaks(re.compile(own), head, tail, reach, frozenset(firsts), frozenset(lasts))
+    firsts, lasts = (SPACES.union(token[place] for token in longest_first) for place in (0, -1))
+    openers = tuple({token[0] for token in tokens if token})
+    return Leaks(re.compile(own), openers, head, tail, reach, firsts, lasts)
 
 
 def check(messages: list[dict], place: str, findings: Findings, leaked: Leaks) -> list[dict] | None:
     """Messages in order, with text in every turn and an answer at the end; None when the row is dropped."""
+    if flawless(messages, leaked):
+        return messages
     turns = []
     noted: set[str] = set()
     for message in messages:
@@ -247,6 +260,21 @@ def check(messages: list[dict], place: str, findings: Findings, leaked: Leaks) -
     if len(turns) == 1 and turns[0]["role"] == "text":
         return turns if turns[0]["content"] else dropped("no-answer", place, findings, "no text")
     return in_turns(turns, place, findings)
+
+
+def flawless(messages: list[dict], leaked: Leaks) -> bool:
+    """Whether no check would find anything: looked for in all turns at once, as most conversations have nothing."""
+    if not regular([message["role"] for message in messages]):
+        return False
+    contents = [message["content"] for message in messages]
+    for content in contents:
+        if not content or leaked.at_edges(content):
+            return False
+    text = " ".join(contents)
+    for letter in leaked.openers:
+        if letter in text and leaked.own.search(text):
+            return False
+    return text.isprintable() or not CONTROLS.search(text)
 
 
 def dropped(kind: str, place: str, findings: Findings, example: str = "") -> None:

@@ -2,23 +2,18 @@
 
 A library of quantization runs in a process of its own: its chatter goes to a log file, its memory is gone when it ends,
 and its settings reach it before it is imported, whatever the notebook has imported already (PEFT and transformers
-import GPTQModel wherever they find it). A job goes in as one line of JSON, messages come back as lines of JSON.
+import GPTQModel wherever they find it).
 """
 
-import ctypes
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 
-from helpers.models import ROOT, ModelShape
+from helpers import jobs
+from helpers.models import ModelShape
 from helpers.models.gpu import seeing
 from helpers.models.methods import METHODS as RECORDS
 from helpers.models.stored import for_all_readers
@@ -26,9 +21,6 @@ from helpers.models.templates import hand_on
 from helpers.quantize import check
 from helpers.show import bars
 from helpers.workspace import write_text
-
-PR_SET_PDEATHSIG = 1
-"""Linux's prctl(2): the signal that a process gets when its parent is gone."""
 
 
 class QuantizationFailed(RuntimeError):
@@ -69,27 +61,11 @@ def run(job: dict, method: ModuleType, sizes: ModelShape, log: Path) -> dict:
 
 def worker(job: dict, log: Path, environment: Mapping[str, str] = MappingProxyType({})) -> Iterator[dict]:
     """Messages of a process that does the job; what it prints goes to the log. Raises QuantizationFailed."""
-    # It stands in the output folder: whichever the method, it must find this project from there
-    paths = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    with log.open("ab") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "helpers.quantize"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stream,
-            cwd=job["output"],  # GPTQModel writes a folder of logs where it stands
-            env=os.environ | paths | environment | seeing(1),
-            text=True,
-        )
+    # It stands in the output folder, because GPTQModel writes a folder of logs where it stands
+    process = jobs.start("helpers.quantize", job, log, {**environment, **seeing(1)}, cwd=job["output"])
     try:
         with process:
-            try:
-                process.stdin.write(json.dumps(job) + "\n")
-                process.stdin.flush()
-            except BrokenPipeError:  # dead already: its log says why
-                with suppress(BrokenPipeError):
-                    process.stdin.close()
-            yield from map(json.loads, process.stdout)
+            yield from jobs.messages(process)
     finally:
         process.kill()  # when the notebook's cell is interrupted
     if process.returncode:
@@ -113,41 +89,14 @@ def last_words(title: str, status: int, log: Path) -> str:
 
 
 def main(methods: Mapping[str, ModuleType]) -> None:
-    """Do the job, a line of JSON on standard input; messages, JSON too, go to standard output."""
-    # Libraries print where they like: messages keep the pipe under another number, and 1 becomes the log
-    channel = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    end_at_once_with_parent()
-    job = json.loads(sys.stdin.readline())
-    done = threading.Event()
-    threading.Thread(target=end_with_parent, args=(done,), daemon=True).start()
-
-    def report(message: dict) -> None:
-        channel.write(json.dumps(message) + "\n")
-
+    """Do the job."""
+    jobs.die_with_parent()
+    job, report = jobs.received(when_alone=jobs.end)
     methods[job["config"]["quant_method"]].make(job, report)
     finish(Path(job["model"]), Path(job["output"]))
     if "check_rows" in job:
         check.measure(job, report)
-    done.set()
-    channel.close()  # from here on the parent may go
-    sys.stderr.flush()
-    os._exit(0)  # GPTQModel's pools need seconds to wind down, and nothing is left to do
-
-
-def end_at_once_with_parent() -> None:
-    """On Linux have the kernel end this process when its parent ends, whatever it is busy with by then."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def end_with_parent(done: threading.Event) -> None:
-    """End when standard input does, elsewhere, and where the parent was gone before the kernel was asked.
-
-    A library that holds Python's lock for minutes delays it until then.
-    """
-    os.read(0, 1)
-    os._exit(0 if done.is_set() else 1)
+    jobs.end(0)  # GPTQModel's pools need seconds to wind down, and nothing is left to do
 
 
 def finish(model: Path, work: Path) -> None:

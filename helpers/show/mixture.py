@@ -2,9 +2,9 @@
 
 >>> from helpers import hardware
 >>> longest("mixtral-8x7b", "attention", hardware.machine("a100-40")), longest("mixtral-8x7b", "attention", T4)
-(4096, 0)
+(8192, 0)
 >>> longest("mixtral-8x7b-aqlm", "attention", T4)
-2048
+4096
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ MIXTURES = {
 }
 """Mixture -> what its adapters can change, the one to prefer first: in 4 bits before 2."""
 CARDS = ("t4", "l4", "rtx5090", "a100-40", "l40s", "a100-80")
-CONTEXTS = (4096, 2048, 1024, 512)
+CONTEXTS = (8192, 4096, 2048, 1024, 512)
 TINY_STEPS = 40
 
 
@@ -40,13 +40,10 @@ def settings(model: str, **values: Any) -> RunConfig:
 
 
 def longest(model: str, targets: str, machine: Machine) -> int:
-    """The longest of CONTEXTS that trains on a machine's GPU, a sequence at a time and all recomputed; 0: none does."""
-    for context in CONTEXTS:
-        config = settings(model, targets=targets, seq_len=context, checkpointing="all")
-        found = budget.budget(config.with_values(keep_attention=False), shape(model), machine).vram
-        if found.process_gib <= found.usable_gib:
-            return context
-    return 0
+    """The longest of CONTEXTS that trains on a machine, a sequence at a time and as its plan would; 0: none does."""
+    config, sizes = settings(model, targets=targets, batch_size=1, accumulation=1), shape(model)
+    asked = ((context, config.with_values(seq_len=context)) for context in CONTEXTS)
+    return next((context for context, one in asked if budget.settle(one, sizes, machine).budget.fits), 0)
 
 
 def fitting(machine: Machine) -> list[dict[str, Any]]:

@@ -125,11 +125,8 @@ class Row:
 
     def unused(self) -> dict[str, Any]:
         """Fields with a value that nothing read."""
-        found = self.extras
-        for name, value in self.fields.items():
-            if name not in self.used and not is_empty(value):
-                found = found | {name: value}
-        return found
+        rest = {name: value for name, value in self.fields.items() if name not in self.used and not is_empty(value)}
+        return self.extras | rest if self.extras else rest
 
 
 def is_empty(value: Any) -> bool:

@@ -15,13 +15,14 @@ from helpers.sources.columns import Row
 
 HINTS = {"mapping", "messagestree", "messagesTree", "messages", "chat", "prompt", "chunkedprompt", "chunkedPrompt"}
 """Fields of which each export has one."""
+OTHER_HINTS = HINTS - {"messages"}
 DEPTH = 10_000
 """Messages of one way through a tree, at most: a tree that leads back into itself has no end."""
 
 
 def kind(row: dict[str, Any]) -> str | None:
     """Whose export a row is: chatgpt, librechat, open-webui, oasst-tree, ai-studio; None for none of them."""
-    if not HINTS & row.keys():
+    if HINTS.isdisjoint(row):
         return None
     messages = row.get("messages")
     if (
@@ -29,7 +30,7 @@ def kind(row: dict[str, Any]) -> str | None:
         and len(row) <= 3
         and isinstance(messages, list)
         and not (isinstance(messages[0], dict) and "isCreatedByUser" in messages[0])
-        and not (HINTS - {"messages"}) & row.keys()
+        and OTHER_HINTS.isdisjoint(row)
     ):
         return None  # the usual, at once
     if isinstance(row.get("mapping"), dict):

@@ -160,7 +160,7 @@ def read_row(value: Any, row_format: str, named_columns: dict[str, str] | None =
     if asked_for(row_format) == "preference":
         return from_preference(row, use)
     found = FORMATS[row_format].read(row)
-    if row.extras or REFUSED & row.fields.keys():
+    if row.extras or not REFUSED.isdisjoint(row.fields):
         refuse_media(row)
     return Parsed(found, row)
 
@@ -197,10 +197,9 @@ def from_turns(row: Row) -> list[dict[str, Any]]:
         raise BadRow("wrong-type", f"{name} must be text or a list of turns, not {named(turns)}")
     found = messages(row, turns, name)
     if len(fields) > 1:
-        system = (
-            system_of(row, strict=not (found and found[0]["role"] == "system")) if HAS_SYSTEM & fields.keys() else ""
-        )
-        if system and found and found[0]["role"] != "system":
+        first = found[0]["role"] if found else ""
+        system = "" if HAS_SYSTEM.isdisjoint(fields) else system_of(row, strict=first != "system")
+        if system and first and first != "system":
             found.insert(0, {"role": "system", "content": system})
     return found
 

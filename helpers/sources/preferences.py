@@ -33,7 +33,7 @@ class Judged(NamedTuple):
 
 def is_preference(fields: dict[str, Any]) -> bool:
     """Whether a row judges answers: pairs, scored completions, or a good-or-bad label beside an answer."""
-    if not HINTS & fields.keys():
+    if HINTS.isdisjoint(fields):
         return False
     if any(name in fields for name in CHOSEN) and any(name in fields for name in REJECTED):
         return True

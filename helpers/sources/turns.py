@@ -23,7 +23,7 @@ TEXT_KEYS = ("content", "value", "text", "parts", "message", "mes", "utterance")
 WEIGHTS = ("weight", "loss_weight", "loss", "train")
 """Keys that say whether an answer is trained: OpenAI's, LLaMA-Factory's, ms-swift's, axolotl's."""
 USUAL = ("user", "assistant", "system")
-PLAIN, SHARED = {"role", "content"}, {"from", "value"}
+SHARED = {"from", "value"}
 TEXT_PARTS = {"text", "input_text", "output_text", None}
 THOUGHT_PARTS = {"thinking", "redacted_thinking", "think", "reasoning", "reasoning_content", "reasoning_text"}
 TOOL_PARTS = {"tool_use", "tool_result", "tool_call", "function", "server_tool_use", "web_search_tool_result"}
@@ -55,14 +55,13 @@ def messages(row: Row, turns: Any, name: str) -> list[dict[str, Any]]:
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise BadRow("wrong-type", f"{name}[{i}] must be an object with role and content, not {named(turn)}")
-        keys = turn.keys()
-        if keys == PLAIN:
+        if len(turn) == 2 and "content" in turn and "role" in turn:
             known, content = turn["role"], turn["content"]
             if known in USUAL and isinstance(content, str):
                 found.append(turn)
                 continue
-            found.append({"role": role(turn["role"], name, i), "content": text_of(row, turn["content"], name, i)})
-        elif keys == SHARED:
+            found.append({"role": role(known, name, i), "content": text_of(row, content, name, i)})
+        elif turn.keys() == SHARED:
             found.append(
                 {"role": role(turn["from"], name, i), "content": text_of(row, turn["value"], name, i, "value")}
             )

@@ -20,8 +20,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks")]
 from bench_export import slice_of_7b  # noqa: E402
 
 from helpers import hardware, models  # noqa: E402
-from helpers.evaluate import evaluate_one, read_questions  # noqa: E402
+from helpers.evaluate import evaluate_one, llama_cpp_speed, read_questions  # noqa: E402
 from helpers.models import TINY, gguf_header  # noqa: E402
+from helpers.show import bars  # noqa: E402
 
 PAIRS = ("allocated_gib", "reserved_gib", "anonymous_gib")
 FIGURES = (
@@ -60,7 +61,9 @@ def main() -> None:
             print(
                 json.dumps({"what": "export", "types": types, **json.loads(said.stdout.splitlines()[-1])}), flush=True
             )
-            row, _ = evaluate_one(file, config, data, questions, True, machine)
+            with bars.bar(types, options.texts + options.questions) as bar:
+                row, _ = evaluate_one(file, config, data, questions, True, machine, bar, pairs=[])
+            row |= llama_cpp_speed(file)
             found = {name: row.get(name) for name in FIGURES} | {"weight_bytes": gguf_header.weight_bytes(file)}
             print(json.dumps({"what": "evaluation", "types": types, **found}), flush=True)
             file.unlink()

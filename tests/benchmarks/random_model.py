@@ -191,7 +191,6 @@ def make_aqlm(folder: Path, name: str = SHAPE, layers: int | None = None, layout
     config, layout = config_of(name, layers), layout or ADDITIVE_1X16
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = torch.int8 if layout.code_bytes == 1 else torch.int16
-    kept = ["lm_head.weight", "model.embed_tokens.weight"]
 
     def coded(name: str, size: tuple[int, ...]) -> dict:
         """All codes are used, also those that are stored as negative numbers."""
@@ -207,7 +206,9 @@ def make_aqlm(folder: Path, name: str = SHAPE, layers: int | None = None, layout
         }
 
     write(folder, config, coded)
-    kept += [stored_name(name, config.model_type) for name in tensors_of(config) if is_router(name)]
+    # what the paper's own conversion lists: every parameter that it does not quantize, norms too, by its name on disk
+    quantized = {f"{name}.weight" for name in matrices(config) if not name.endswith(".gate")}
+    kept = [stored_name(name, config.model_type) for name in tensors_of(config) if name not in quantized]
     whole = config.to_dict() | {"quantization_config": settings_of(layout, kept), "torch_dtype": "float16"}
     (folder / "config.json").write_text(json.dumps(whole), encoding="utf-8")
     make_tokenizer(folder, config.vocab_size)

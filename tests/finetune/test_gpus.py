@@ -22,11 +22,11 @@ from kill_and_resume import make_inputs
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from helpers import budget, finetune, hardware
+from helpers import budget, finetune, hardware, jobs
 from helpers.finetune import batches, ranks, workers
 from helpers.finetune.trainer import FineTuner
 from helpers.finetune.watch import Watch
-from helpers.models import profile, shape
+from helpers.models import gpu, profile, shape
 from helpers.workspace import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,7 +180,7 @@ def at_a_step(monkeypatch, tmp_path):
     paths = [str(Path(__file__).with_name("at_a_step")), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     monkeypatch.setenv("AT_A_STEP_PIDS", str(tmp_path / "pids"))
-    monkeypatch.setenv(workers.ON_CPU, "1")
+    monkeypatch.setenv(gpu.ON_CPU, "1")
 
     def at(rank: int, step: int, what: str) -> None:
         for file in (tmp_path / "pids").iterdir():
@@ -273,6 +273,15 @@ def test_a_rank_out_of_memory_is_a_sentence_and_progress_and_words_of_rank_0_are
     assert "/4" in capsys.readouterr().err, "a bar"
 
 
+def test_a_worker_that_dies_before_it_reads_its_job_is_a_sentence(inputs, tmp_path, monkeypatch):
+    model, prepared = inputs
+    monkeypatch.setenv(gpu.ON_CPU, "1")
+    monkeypatch.setenv("PYTHONHASHSEED", "no number")  # Python itself refuses to start
+    longer_than_a_pipe_holds = settings(model, gpus=2, accumulation=2, columns="a" * 200_000)
+    with pytest.raises(workers.WorkerLost, match=r"the process of GPU [01] of 2 ended with status 1, .*PYTHONHASHSEED"):
+        workers.launch(longer_than_a_pipe_holds, prepared, tmp_path / "finetune", "auto", 2)
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -318,11 +327,11 @@ def test_a_mixture_that_balances_its_experts_by_micro_batch_is_refused(inputs, t
 
 def test_a_worker_sees_its_own_card_alone_from_its_first_import_on(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(subprocess, "Popen", lambda command, env, **how: seen.append(env))
-    monkeypatch.delenv(workers.ON_CPU, raising=False)
+    monkeypatch.setattr(jobs, "start", lambda module, job, log, environment, **how: seen.append(environment))
+    monkeypatch.delenv(gpu.ON_CPU, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
     for rank in range(2):
-        workers.started(rank, 2, 1234, tmp_path)
+        workers.started(rank, 2, 1234, tmp_path, {})
     names = ("RANK", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE")
     assert [tuple(env[name] for name in names) for env in seen] == [("0", "0", "5", "2"), ("1", "0", "3", "2")]
 
@@ -350,6 +359,19 @@ def test_a_workers_error_is_the_launchers(failure, kind, sentence, tmp_path):
 def test_sharding_that_is_not_there(inputs, tmp_path):
     with pytest.raises(ValueError, match="sharding=zero3 is DeepSpeed's"):
         finetune.finetune(settings(inputs[0], sharding="zero3"), inputs[1], tmp_path / "finetune")
+
+
+def test_another_optimizer_than_is_set_is_said_once_by_rank_0(inputs, tmp_path, monkeypatch, capsys):
+    config = settings(inputs[0], sharding="fsdp", optimizer="paged_adamw_8bit")
+    for rank, said in (
+        (0, "the optimizer is PyTorch's AdamW with states in fp32, not paged_adamw_8bit: fsdp"),
+        (1, ""),
+    ):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(ValueError, match="is not there"):  # it says this before anything is read
+            finetune.finetune(config, tmp_path / "nowhere", tmp_path / "finetune")
+        heard = capsys.readouterr().out
+        assert heard.startswith(said) and heard.count("\n") == bool(said)
 
 
 def test_a_port_in_use(monkeypatch):

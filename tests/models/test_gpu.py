@@ -196,6 +196,7 @@ def test_two_visible_cards_and_one_of_them_trains(small, prepared, tmp_path, mon
 
 
 def test_gptq_runs_in_a_process_that_sees_one_card(tmp_path, monkeypatch):
+    from helpers import jobs
     from helpers.quantize import process
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
@@ -206,7 +207,7 @@ def test_gptq_runs_in_a_process_that_sees_one_card(tmp_path, monkeypatch):
         return subprocess_popen([sys.executable, "-c", "print('{}')"], **settings)
 
     subprocess_popen = subprocess.Popen
-    monkeypatch.setattr(process.subprocess, "Popen", popen)
+    monkeypatch.setattr(jobs.subprocess, "Popen", popen)
     assert list(process.worker({"output": str(tmp_path)}, tmp_path / "log")) == [json.loads("{}")]
     assert started[0]["CUDA_VISIBLE_DEVICES"] == "1"
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers import hardware
-from helpers.models import TINY, experts, loading, profile
+from helpers import budget, hardware
+from helpers.models import TINY, experts, loading, profile, shape
 from helpers.show import mixture, plots
 
 
@@ -23,10 +23,19 @@ def test_the_table_has_a_row_a_mixture_and_target_and_says_what_fits_where():
     ]  # fmt: skip
     attention, everything, qwen, two_bits = rows
     assert attention["this machine"] == attention["Tesla T4"] == "–" and attention["weights"] == "22.8 GiB, NF4"
-    assert attention["GeForce RTX 5090"] == 4096 and attention["NVIDIA A100 40 GB"] == 4096
+    assert attention["GeForce RTX 5090"] == 8192 and attention["NVIDIA A100 40 GB"] == 8192
     assert everything["GeForce RTX 5090"] <= attention["GeForce RTX 5090"]
-    assert qwen["this machine"] == 4096
-    assert two_bits["weights"] == "12.2 GiB, AQLM" and two_bits["Tesla T4"] == 2048
+    assert qwen["this machine"] == 8192
+    assert two_bits["weights"] == "12.2 GiB, AQLM" and two_bits["Tesla T4"] == 4096
+
+
+def test_a_row_says_of_a_card_what_a_run_there_would_do():
+    t4 = hardware.machine("t4")
+    config, sizes = mixture.settings("mixtral-8x7b-aqlm", targets="attention", batch_size=1), shape("mixtral-8x7b-aqlm")
+    runs = [n for n in mixture.CONTEXTS if budget.settle(config.with_values(seq_len=n), sizes, t4).budget.fits]
+    assert mixture.longest("mixtral-8x7b-aqlm", "attention", t4) == max(runs) == 4096
+    no_room = replace(t4, host=replace(t4.host, disk_gib=10.0))  # a download of 12 GiB
+    assert mixture.longest("mixtral-8x7b-aqlm", "attention", no_room) == 0
 
 
 def test_the_mixture_that_fits_is_taken_else_a_toy_with_a_word(tmp_path, capsys):
