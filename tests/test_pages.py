@@ -1,5 +1,6 @@
 """What pages and notebooks tell people to type, to open and to look up is there: commands, settings, files, words."""
 
+import argparse
 import ast
 import doctest
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers import cli
+from helpers.cli import flags
 from helpers.config import RunConfig, field_parts
 from helpers.models import families
 from helpers.show import troubleshooting
@@ -63,7 +65,13 @@ def command(text: str) -> list[str] | None:
 
 @pytest.fixture(scope="module")
 def real_parser():
-    return cli.parser()
+    return flags.parser()
+
+
+def known_flags(parser: argparse.ArgumentParser) -> set[str]:
+    """Every flag of every stage."""
+    (stages,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return {flag for stage in stages.choices.values() for flag in stage._option_string_actions}
 
 
 def fails(arguments: list[str], parser, capsys) -> str | None:
@@ -105,9 +113,8 @@ def test_every_command_on_a_page_is_one_that_the_command_line_takes(path, real_p
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_flag_and_make_target_on_a_page_is_there(path):
-    known = {f"--{name.replace('_', '-')}" for name in field_parts()} | OTHER_PROGRAMS
-    known |= set(cli.COMMON_FLAGS).union(*cli.EXTRA_FLAGS.values())
+def test_every_flag_and_make_target_on_a_page_is_there(path, real_parser):
+    known = known_flags(real_parser) | OTHER_PROGRAMS
     targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8")))
     for text in typed(prose(path)):
         if re.match(r"--[a-z]", text):
@@ -156,9 +163,8 @@ def errors() -> list[tuple[str, str]]:
     return found + [(trouble.message, trouble.remedy) for trouble in troubleshooting.TROUBLES]
 
 
-def test_every_flag_and_setting_that_an_error_names_is_there_and_takes_that_value():
-    known = {f"--{name.replace('_', '-')}" for name in field_parts()} | {"--no-deps"}
-    known |= set(cli.COMMON_FLAGS).union(*cli.EXTRA_FLAGS.values())
+def test_every_flag_and_setting_that_an_error_names_is_there_and_takes_that_value(real_parser):
+    known = known_flags(real_parser) | {"--no-deps"}
     sentences = errors()
     assert len(sentences) > 200
     for place, text in sentences:
