@@ -199,6 +199,35 @@ def test_the_readme_counts_families_and_notebooks_as_they_are():
     assert own == ["mistral", "llama", "qwen2", "mixtral"], "README names them under Fewer models"
 
 
+def measured(name: str) -> list[dict]:
+    return [json.loads(line) for line in (ROOT / "data" / "measurements" / name).read_text().splitlines()]
+
+
+def test_what_the_readme_says_beside_its_rows_is_what_was_measured():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tables = (ROOT / "data" / "measurements" / "README.md").read_text(encoding="utf-8")
+    sides = re.findall(r"(?m)^\| (\S+) \| ([\d,]+) · ([\d.]+) \| ([\d,]+) · ([\d.]+) \| ([\d,]+) · ([\d.]+) \|", tables)
+    fastest, leanest = {}, []
+    for size, ours, _, lean, lean_gib, theirs, their_gib in sides:
+        ours, lean, theirs = (int(figure.replace(",", "")) for figure in (ours, lean, theirs))
+        fastest[size] = f"{ours / theirs:.2f}"
+        leanest.append((lean / theirs, float(lean_gib), float(their_gib)))
+    assert (
+        f"{fastest['4×2,048']} times at 8,192 tokens a step, {fastest['1×16,384']} at 16,384 and {fastest['1×2,048']} "
+        "at 2,048"
+    ) in text
+    (slow, fast), (low, high), (their_low, their_high) = ((min(all_), max(all_)) for all_ in zip(*leanest, strict=True))
+    assert f"{slow:.2f} to {fast:.2f} times as fast, and takes {low} to {high} GiB beside its {their_low} to" in text
+    assert f"{their_low} to {their_high}." in text
+    trained = [row for row in measured("h200_aqlm.jsonl") if "predicted_allocated_gib" in row]
+    used = [row["allocated_gib"] for row in trained]
+    off = max(abs(row["predicted_allocated_gib"] / row["allocated_gib"] - 1) for row in trained)
+    assert f"in {min(used):.1f} to {max(used):.1f} GiB, predicted to {off:.1%}".replace("%", " %") in text
+    ours, _, beforehand, _ = measured("h200_preferences.jsonl")
+    assert f"{ours['busy_tok_s'] / beforehand['busy_tok_s']:.1f} times the GPU-time speed of trl's" in text
+    assert f"in {ours['reserved_gib']:.1f} GiB beside its {beforehand['reserved_gib']:.1f}" in text
+
+
 def anchors(page: Path) -> set[str]:
     """What headings are linked by, as GitHub makes it of them."""
     heads = re.findall(r"(?m)^#+ (.+)$", page.read_text(encoding="utf-8"))
