@@ -105,7 +105,7 @@ def evaluate(
                 report[name] = left_out(path, place, outcome)
                 continue
             report[name], evidence[name] = outcome
-            if place.kind == "gguf" and place.answers and prompts:  # the engine that it is made for
+            if place.kind == "gguf" and place.answers and prompts:  # beside PyTorch, the engine it is made for
                 report[name] |= llama_cpp_speed(path)
             report[name]["against"] = {
                 other: compare_models(evidence[name], evidence[other]) for other in evidence if other != name
