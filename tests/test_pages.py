@@ -13,6 +13,7 @@ import pytest
 from helpers import cli
 from helpers.config import RunConfig, field_parts
 from helpers.models import families
+from helpers.show import troubleshooting
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
@@ -133,6 +134,42 @@ def test_every_setting_that_a_notebook_says_to_type_takes_that_value(path):
     for one in typed(text.partition("## If it went wrong")[2]):
         assert not re.fullmatch(r"\w+=\S+", one), f"{one}: a remedy is a line that can be typed"
         assert one not in set(field_parts()) - parameters, f"{one}: a remedy says where to put it"
+
+
+NO_SETTING = {"assistant", "context", "first", "force_remount", "private", "resume", "second", "user"}
+"""What errors say with = that is no setting: a word of the panel, a column, a served model's name, an argument."""
+
+
+def errors() -> list[tuple[str, str]]:
+    """Where an error is raised, and its sentence, {} for what is filled in; and the remedies of known messages."""
+    found = []
+    for path in sorted(ROOT.glob("helpers/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for part in node.exc.args if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) else ():
+                pieces = part.values if isinstance(part, ast.JoinedStr) else [part]
+                words = "".join(
+                    getattr(piece, "value", "") if isinstance(piece, ast.Constant) else "{}"
+                    for piece in pieces
+                    if not isinstance(piece, ast.Constant) or isinstance(piece.value, str)
+                )
+                found.append((f"{path.relative_to(ROOT)}:{node.lineno}", words))
+    return found + [(trouble.message, trouble.remedy) for trouble in troubleshooting.TROUBLES]
+
+
+def test_every_flag_and_setting_that_an_error_names_is_there_and_takes_that_value():
+    known = {f"--{name.replace('_', '-')}" for name in field_parts()} | {"--no-deps"}
+    known |= set(cli.COMMON_FLAGS).union(*cli.EXTRA_FLAGS.values())
+    sentences = errors()
+    assert len(sentences) > 200
+    for place, text in sentences:
+        unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known
+        assert not unknown, f"{place}: {unknown} in {text!r}"
+        for name, value in re.findall(r"\b([a-z_]+)=([\w'-]+|\{\})", text):
+            assert name in NO_SETTING or name in field_parts(), f"{place}: {name} in {text!r}"
+            if name not in NO_SETTING and value != "{}":
+                RunConfig().with_values(**{name: cli.flag_value(value.strip("'"))})
+        named = re.search(r"notebook \d\d_", text)
+        assert not named, f"{place}: an error says workspace.maker(stage), since it may end a command too: {text!r}"
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))

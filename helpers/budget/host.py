@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from helpers.budget import activations, vram
 from helpers.budget.step import Step, lora_parameters
@@ -317,6 +318,22 @@ def questions(config: RunConfig) -> int:
     else:
         found = min(UNASKED_PROMPTS, heldout_rows(config))
     return min(found, asked.max_questions or found)
+
+
+class Counts(NamedTuple):
+    """What an evaluation reads and asks."""
+
+    texts: int
+    questions: int
+    pairs: int = 0
+    """Of a better and a worse answer: both are read, and as many as questions may be asked are answered."""
+
+
+def counts(config: RunConfig) -> Counts:
+    """What the configuration's data has to evaluate; pairs of a folder named for them: as many as are taken."""
+    own = heldout_rows(config) if config.train.sides == 2 else 0
+    pairs = config.evaluate.max_heldout or own if config.evaluate.preferences else own
+    return Counts(heldout_rows(config), questions(config), pairs)
 
 
 def mean_tokens(config: RunConfig) -> float:

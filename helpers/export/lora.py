@@ -30,27 +30,23 @@ def write(adapter: Path, base: Path, output: Path) -> int:
     alpha = alpha_of(
         found.modules, {module: found.shapes[f"{PREFIX}{module}.lora_A.weight"][0] for module in found.modules}
     )
-    partial = output.with_name(output.name + ".partial")
-    writer = GGUFWriter(partial, "llama")
+    writer = GGUFWriter(None, "llama")
     writer.add_type(GGUFType.ADAPTER)
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
     writer.add_name(adapter_name(adapter))
-    try:
-        with safe_open(str(adapter / ADAPTER_WEIGHTS), framework="pt") as stored:
-            for module, scale in found.modules.items():
-                name = places.get_name(f"{module}.weight", try_suffixes=(".weight",))
-                if name is None:
-                    raise ValueError(f"{adapter} adapts {module}, which has no place in a llama file")
-                a, b = (stored.get_tensor(f"{PREFIX}{module}.lora_{part}.weight").float().numpy() for part in "AB")
-                b = b * np.float32(scale * len(a) / alpha)
-                if name.rsplit(".", 2)[-2] in ("attn_q", "attn_k"):
-                    b = turned(b, head_dim)
-                writer.add_tensor(f"{name}.lora_a", a.astype(np.float16))
-                writer.add_tensor(f"{name}.lora_b", b.astype(np.float16))
-        finish(writer, partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with safe_open(str(adapter / ADAPTER_WEIGHTS), framework="pt") as stored:
+        for module, scale in found.modules.items():
+            name = places.get_name(f"{module}.weight", try_suffixes=(".weight",))
+            if name is None:
+                raise ValueError(f"{adapter} adapts {module}, which has no place in a llama file")
+            a, b = (stored.get_tensor(f"{PREFIX}{module}.lora_{part}.weight").float().numpy() for part in "AB")
+            b = b * np.float32(scale * len(a) / alpha)
+            if name.rsplit(".", 2)[-2] in ("attn_q", "attn_k"):
+                b = turned(b, head_dim)
+            writer.add_tensor(f"{name}.lora_a", a.astype(np.float16))
+            writer.add_tensor(f"{name}.lora_b", b.astype(np.float16))
+    finish(writer, output)
     return output.stat().st_size
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from helpers.budget.hours import duration
 from helpers.config import RunConfig
-from helpers.show.words import duration, steps_of
+from helpers.show.words import steps_of
 
 SHOWN_TOKENS = 2000
 """A longer row would slow the browser, and shows nothing new."""

@@ -4,12 +4,15 @@ Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), which people wit
 what a colour says is also said by a word, a place or a hatch. Units stand in the labels.
 """
 
+import base64
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
@@ -33,6 +36,14 @@ STYLE = {
     "hatch.linewidth": 0.6,
 }
 MIB, GIB = 2**20, 2**30
+READABLE_PX = 600
+"""A figure is never shown narrower: its words would be less than 8 pixels high."""
+TURNED = "filter:invert(.93) hue-rotate(180deg)"
+"""What makes a figure of a dark page: white is its black, and each hue stays what it is."""
+DARK = (
+    ",".join(f"{page} .figure img" for page in ("[data-jp-theme-light='false']", "[theme='dark']", ".vscode-dark"))
+    + f"{{{TURNED}}}"
+)  # JupyterLab and what nbconvert makes of it, Colab, VS Code
 Report = Mapping[str, Mapping[str, Any]]
 
 
@@ -44,11 +55,25 @@ def save(figure: Figure, path: Path | str) -> Path:
     return path
 
 
-def image(figure: Figure, path: Path | str) -> Any:
-    """A figure for a notebook's cell: saved, shown at the size of the text around it, with its titles as alt text."""
-    from IPython.display import Image
+class Picture(Image):
+    """A figure for a notebook's cell, at the size of the text around it, dark where the page is.
 
-    return Image(str(save(figure, path)), retina=True, alt=alt_text(figure))
+    A class, because a front end that draws HTML gets that, and one that does not gets the PNG.
+    """
+
+    def _repr_html_(self) -> str:
+        """An <img> that a theme may turn, and that is scrolled on a narrow page before its words are too small."""
+        content = base64.b64encode(self.data).decode()
+        return (
+            f"<style>{DARK}</style><div class='figure' style='overflow-x:auto'>"
+            f"<img alt='{escape(self.alt, quote=True)}' src='data:image/png;base64,{content}' "
+            f"style='height:auto;max-width:none;width:min({self.width}px,max(100%,{READABLE_PX}px))'></div>"
+        )
+
+
+def image(figure: Figure, path: Path | str) -> Picture:
+    """A figure for a notebook's cell: saved, and with its titles as alt text."""
+    return Picture(str(save(figure, path)), retina=True, alt=alt_text(figure))
 
 
 def alt_text(figure: Figure) -> str:

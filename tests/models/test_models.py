@@ -6,7 +6,8 @@ import json
 import pytest
 
 import helpers.models
-from helpers import budget, cli, hardware
+from helpers import budget, hardware
+from helpers.cli import stages as cli_stages
 from helpers.models import KNOWN, MIXTRAL, PROFILES, profile, shape, shape_from_config
 
 
@@ -117,7 +118,7 @@ def test_unknown_profile():
 def test_a_whole_run_leaves_out_what_a_model_cannot_be_made_into_and_counts_no_more(name, why, capsys):
     sizes = shape(name)
     config = profile("mistral-7b", model=name, targets="attention", weights="aqlm" if sizes.additive else "nf4")
-    stages = cli.stages_of_run(config)
+    stages = cli_stages.stages_of_run(config)
     found = budget.budget(config, sizes, hardware.machine("a100-80"), "run")
     assert why in capsys.readouterr().err and bool(why) == bool(sizes.adapter_only)
     for stage, part, hours in (("merge", "merged model", "merging"), ("quantize", "GPTQ model", "GPTQ")):

@@ -248,8 +248,8 @@ def test_a_failure_leaves_the_earlier_output(tmp_path):
     assert len(prepare.load_prepared(tmp_path / "out")["train"]) == 4
 
 
-def test_load_prepared_names_the_notebook(tmp_path):
-    with pytest.raises(MissingArtifact, match="02_dataset_preparation"):
+def test_load_prepared_names_what_makes_it(tmp_path):
+    with pytest.raises(MissingArtifact, match="run python -m helpers prepare"):
         prepare.load_prepared(tmp_path)
 
 

@@ -1,5 +1,7 @@
 """Figures: every one has its axes named with units, says what it should, and is written as a PNG."""
 
+import re
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -33,6 +35,14 @@ FIGURES = {
 def words(figure):
     """All text of a figure."""
     return " ".join(text.get_text() for text in figure.findobj(plt.Text))
+
+
+def test_a_figure_turns_dark_with_its_page_and_is_never_too_small_to_read(tmp_path):
+    picture = plots.image(FIGURES["lengths"](), tmp_path / "lengths.png")
+    html = picture._repr_html_()
+    for page in ("[data-jp-theme-light='false']", "[theme='dark']", ".vscode-dark"):
+        assert re.search(re.escape(f"{page} .figure img") + r"[^}]*{filter:invert", html), page
+    assert f"max(100%,{plots.READABLE_PX}px)" in html and f"alt='{picture.alt}'" in html
 
 
 @pytest.mark.parametrize("name", FIGURES)
