@@ -43,7 +43,7 @@ def run_budget(options: argparse.Namespace, config: RunConfig) -> Outcome:
         from helpers.finetune import verify
 
         result["verify"] = verify.verify(settled.plan.config)
-        text += "\n" + verify.table(result["verify"])
+        text += "\n" + tables.columns_of(result["verify"])
     return (DONE if settled.budget.fits else DOES_NOT_FIT), result, text
 
 
