@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers import cli
+from helpers.cli import flags
 from helpers.config import RunConfig, field_parts
 from helpers.models import families
 
@@ -62,7 +63,7 @@ def command(text: str) -> list[str] | None:
 
 @pytest.fixture(scope="module")
 def real_parser():
-    return cli.parser()
+    return flags.parser()
 
 
 def fails(arguments: list[str], parser, capsys) -> str | None:
@@ -106,7 +107,7 @@ def test_every_command_on_a_page_is_one_that_the_command_line_takes(path, real_p
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_flag_and_make_target_on_a_page_is_there(path):
     known = {f"--{name.replace('_', '-')}" for name in field_parts()} | OTHER_PROGRAMS
-    known |= set(cli.COMMON_FLAGS).union(*cli.EXTRA_FLAGS.values())
+    known |= set(flags.COMMON).union(*flags.OWN.values())
     targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8")))
     for text in typed(prose(path)):
         if re.match(r"--[a-z]", text):
