@@ -28,6 +28,7 @@ from helpers.models.hub import snapshot
 from helpers.models.opening import Opening, Say
 from helpers.models.quiet import quiet
 from helpers.models.templates import Template, ends, load_tokenizer
+from helpers.workspace.prepared import side
 from helpers.workspace.versions import forget_old_torchao
 
 GIB = 2**30
@@ -411,10 +412,15 @@ def pieces(
         raise failures[0]
 
 
-def example_question(config: RunConfig) -> str:
-    """A question to begin a chat with: the first of the run's questions, or one that any model can answer."""
+def example_question(config: RunConfig, prepared: Path | None = None) -> str:
+    """A question to begin a chat with: the first of the run's questions, or of its held-out conversations.
+
+    prepared: the folder of the run's data. Where neither has one, a question that any model can answer.
+    """
     path = Path(config.evaluate.questions or "")
     if path.is_file():
         with path.open(encoding="utf-8") as lines:
             return json.loads(next(lines))["question"]
-    return "Explain in two sentences why the sky is blue."
+    rows = side(prepared, "heldout")["messages"] if prepared else []
+    turns = (turn["content"] for row in rows for turn in row if turn["role"] == "user")
+    return next(turns, "Explain in two sentences why the sky is blue.")

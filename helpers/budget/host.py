@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from helpers.budget import activations, vram
 from helpers.budget.step import Step, lora_parameters
@@ -195,9 +196,9 @@ def disk(config: RunConfig, shape: ModelShape, stage: str, in_cache: bool = True
         parts["prepared conversations"] = prepared_gib(config)
         # the newest are kept, and one more is being written beside them
         parts["checkpoints"] = (config.train.keep_checkpoints + 1) * checkpoint_bytes(config, shape) / GIB
-    if stage in ("merge", "run") and config.merge.free_base:
+    if stage in ("merge", "run") and config.merge.free_base and not (stage == "run" and shape.adapter_only):
         parts[base] = min(parts[base], config.merge.shard_gib + 4.6)
-    if shape.additive is not None:  # its adapter stays one: there is nothing to merge into, or to quantize
+    if shape.adapter_only and stage not in ("merge", "quantize"):  # there is nothing to merge into, or to quantize
         return {name: size for name, size in parts.items() if size}
     if stage in ("merge", "quantize", "run"):
         parts["adapter"] = 4 * lora_parameters(config, shape) / GIB
@@ -292,6 +293,22 @@ def questions(config: RunConfig) -> int:
     else:
         found = min(UNASKED_PROMPTS, heldout_rows(config))
     return min(found, asked.max_questions or found)
+
+
+class Counts(NamedTuple):
+    """What an evaluation reads and asks."""
+
+    texts: int
+    questions: int
+    pairs: int = 0
+    """Of a better and a worse answer: both are read, and as many as questions may be asked are answered."""
+
+
+def counts(config: RunConfig) -> Counts:
+    """What the configuration's data has to evaluate; pairs of a folder named for them: as many as are taken."""
+    own = heldout_rows(config) if config.train.sides == 2 else 0
+    pairs = config.evaluate.max_heldout or own if config.evaluate.preferences else own
+    return Counts(heldout_rows(config), questions(config), pairs)
 
 
 def mean_tokens(config: RunConfig) -> float:

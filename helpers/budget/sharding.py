@@ -29,6 +29,8 @@ from helpers.hardware import Machine
 
 Parts = vram.Parts
 WAYS = ("none", "fsdp", "zero2", "zero3")
+RUN = ("none", "fsdp")
+"""Of these, what `finetune` runs; DeepSpeed's two are budgeted, to be compared with."""
 DIVIDES_WEIGHTS = ("fsdp", "zero3")
 BUCKET_VALUES = 2**24
 """Values that ZeRO collects before it sends them. DeepSpeed's own default, 5e8, takes 1.9 GiB in 16 bits, twice."""

@@ -15,7 +15,7 @@ from typing import Any
 from helpers.budget import export as budget
 from helpers.config import RunConfig
 from helpers.models.gguf_types import FILE_TYPES, FileType, file_type, row_bytes
-from helpers.workspace import Workspace, building, lasting_twin, place, refuse_output
+from helpers.workspace import Workspace, building, lasting_twin, maker, place, refuse_output
 from helpers.workspace.files import is_file
 
 FORMATS = ("gguf",)
@@ -95,7 +95,7 @@ def export_run(
         stem = f"{stem}-{kinds[0].name}"
     refuse_output(output, [merged], "export")
     if not (merged / "config.json").is_file():
-        raise ValueError(f"{merged} is not there: notebook 06_export.ipynb makes it, as `python -m helpers merge` does")
+        raise ValueError(f"{merged} is not there: {maker('merge')} makes it")
     with building(output, "export", config, {"model": merged}) as stage:
         made = export(
             merged,

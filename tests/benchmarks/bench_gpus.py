@@ -2,7 +2,8 @@
 
     python tests/benchmarks/bench_gpus.py speed OUT_DIR           # the 7B shape, random weights: OUT_DIR/h200x2.csv
     python tests/benchmarks/bench_gpus.py road OUT_DIR            # the tiny model: python -m helpers finetune --gpus 2
-    python tests/benchmarks/bench_gpus.py speed OUT_DIR --toy     # without a GPU, to try this script; road too
+    python tests/benchmarks/bench_gpus.py evaluate OUT_DIR        # four models on one GPU, and on two at once
+    python tests/benchmarks/bench_gpus.py speed OUT_DIR --toy     # without a GPU, to try this script; the others too
 
 speed: our layers as planned for a T4 and transformers' layers (kernels=plain), through helpers.finetune's own trainer,
 in one process, then in two under PyTorch's DistributedDataParallel. A row's micro-batch is a GPU's, accumulation is a
@@ -10,6 +11,8 @@ GPU's too; bucket is DDP's in MiB (25 unless said; 400 averages once, after the 
 steps after 3 by the clock; scaling is tokens a second over those of the same row on one GPU.
 road: trained by one GPU; by two, one of which is killed at step 5 with -9; gone on with by two whose launcher is killed
 at step 9; gone on with by one. Losses and adapter against the first, and whether anything is left on the GPUs.
+evaluate: `python -m helpers evaluate` of four models of the 7B shape with --gpus 1, then 2: minutes by the clock,
+whether the figures are the same, and what host memory all processes held at once. A model that fails is an error.
 """
 
 import argparse
@@ -25,7 +28,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import t4
 from t4 import GIB, ROOT
@@ -53,13 +58,13 @@ COLUMNS = [
 def main() -> None:
     """The driver, or one of its processes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("speed", "road", "rank"))
+    parser.add_argument("what", choices=("speed", "road", "evaluate", "rank"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--models", type=Path, default=Path("/tmp/models"), help="where the random model is made")
     parser.add_argument("--toy", action="store_true", help="the tiny model on a CPU, to try this script")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    {"speed": speed, "road": road, "rank": measure}[options.what](options)
+    {"speed": speed, "road": road, "evaluate": evaluation, "rank": measure}[options.what](options)
 
 
 # ---- how fast, and how much memory -----------------------------------------------------------------------------------
@@ -68,11 +73,7 @@ def main() -> None:
 def speed(options: argparse.Namespace) -> None:
     """Both numbers of processes, one after the other; the rows as a CSV and as a table."""
     began = time.monotonic()
-    if not options.toy and not (options.models / "7b" / "tokenizer.json").is_file():
-        subprocess.run(
-            [sys.executable, str(ROOT / "tests/benchmarks/random_model.py"), str(options.models / "7b")], check=True
-        )
-        print(f"7b made after {time.monotonic() - began:.0f} s", flush=True)
+    seven(options)
     rows = []
     for count in (1, 2):
         with socket.socket() as free:
@@ -95,6 +96,17 @@ def speed(options: argparse.Namespace) -> None:
     shown += ("allocated_gib", "reserved_gib", "predicted_allocated_gib", "loss_first", "error")
     for row in rows:
         print("  ".join(f"{name} {row[name]}" for name in shown if row.get(name) is not None))
+
+
+def seven(options: argparse.Namespace) -> Path:
+    """The folder of the model: a random 7B, made where it is missing, or the tiny one."""
+    if options.toy:
+        return ROOT / "data" / "tiny-mistral"
+    began, folder = time.monotonic(), options.models / "7b"
+    if not (folder / "tokenizer.json").is_file():
+        subprocess.run([sys.executable, str(ROOT / "tests/benchmarks/random_model.py"), str(folder)], check=True)
+        print(f"7b made after {time.monotonic() - began:.0f} s", flush=True)
+    return folder
 
 
 def await_all(processes: list[subprocess.Popen], limit_s: float = 170) -> None:
@@ -295,9 +307,78 @@ def road(options: argparse.Namespace) -> None:
     print(json.dumps({name: value for name, value in report.items() if not isinstance(value, dict)}))
 
 
-def helpers_of(arguments: list[str], options: argparse.Namespace, at: str) -> subprocess.CompletedProcess:
+# ---- four models, on one GPU and on two ------------------------------------------------------------------------------
+
+
+def evaluation(options: argparse.Namespace) -> None:
+    """The same command with one GPU and with two, each held to a T4's envelope."""
+    import threading
+
+    model, report, found = seven(options), {}, {}
+    data = [
+        "--data",
+        str(ROOT / "data" / "heldout_conversations.jsonl"),
+        "--questions",
+        str(ROOT / "data/questions.jsonl"),
+    ]
+    few = ["--max-heldout", "40", "--max-questions", "16", "--max-new-tokens", "32"]
+    chosen = ["--profile", "tiny" if options.toy else "mistral-7b", "--model", str(model)]
+    chosen += ["--models", *(f"{name}={model}" for name in ("one", "two", "three", "four"))]
+    for gpus in (1, 2):
+        output, ended, most_gib = options.out / f"evaluate-{gpus}", threading.Event(), [0.0]
+        shutil.rmtree(output, ignore_errors=True)
+        watch = threading.Thread(target=watch_memory, args=(ended, most_gib), daemon=True)
+        watch.start()
+        began = time.monotonic()
+        flags = ["evaluate", *chosen, *data, *few, "--gpus", str(gpus), "--output", str(output), "--json"]
+        done = helpers_of(flags, options, "", held_to_a_t4=not options.toy)
+        ended.set()
+        watch.join()
+        assert done.returncode == 0, done.stderr
+        found[gpus] = json.loads(done.stdout)
+        assert all("left_out" not in entry for entry in found[gpus].values()), found[gpus]
+        report[f"{gpus} GPUs"] = {
+            "minutes": round((time.monotonic() - began) / 60, 2),
+            "anonymous_gib_of_all_processes": round(most_gib[0], 2),
+            **{
+                f"{what} of each": [round(entry[what], 2) for entry in found[gpus].values()]
+                for what in ("evaluation_s", "load_s", "tokens_per_s", "peak_anonymous_gib")
+            },
+            "loaded_as": found[gpus]["one"]["loaded_as"],
+        }
+        print(json.dumps(report[f"{gpus} GPUs"]), flush=True)
+    report["largest difference"] = {
+        what: max(abs(found[2][name][what] - found[1][name][what]) for name in found[1])
+        for what in ("perplexity", "f1", "rouge_l", "chrf", "ended_share")
+    }
+    report["times as fast"] = round(report["1 GPUs"]["minutes"] / report["2 GPUs"]["minutes"], 2)
+    (options.out / "evaluate.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps({name: report[name] for name in ("times as fast", "largest difference")}))
+
+
+def watch_memory(ended: Any, most_gib: list[float]) -> None:
+    """Keep in most_gib[0] the most anonymous memory that this process's descendants held together."""
+    import psutil
+
+    here = psutil.Process()
+    while not ended.wait(0.2):
+        held = 0
+        for process in here.children(recursive=True):
+            with suppress(OSError, IndexError):
+                status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
+                held += 1024 * int(status.split("RssAnon:")[1].split()[0])
+        most_gib[0] = max(most_gib[0], held / GIB)
+
+
+def helpers_of(
+    arguments: list[str], options: argparse.Namespace, at: str, held_to_a_t4: bool = False
+) -> subprocess.CompletedProcess:
     """`python -m helpers`, whose workers do something at a step (tests/finetune/at_a_step)."""
     environment = {"HF_HUB_OFFLINE": "1"}
+    if held_to_a_t4:
+        share = f"per_process_memory_fraction:{t4.allocator_share():.5f}"
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = f"expandable_segments:True,{share}"
+        environment["PYTHONPATH"] = str(ROOT / "tests" / "benchmarks" / "t4_envelope")
     if at:
         paths = [str(ROOT / "tests" / "finetune" / "at_a_step"), os.environ.get("PYTHONPATH", "")]
         environment |= {"AT_A_STEP": at, "AT_A_STEP_PIDS": str(options.out.absolute() / "road" / "pids")}

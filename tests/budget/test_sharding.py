@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from helpers import budget, cli, hardware, models
 from helpers.budget import hours, planning, sharding, vram, ways
 from helpers.budget.step import Step
+from helpers.finetune import workers
 from helpers.models import ROOT
 from helpers.show import panel
 
@@ -182,6 +184,17 @@ def test_zero_3_of_4_bits_is_said_to_be_slower_than_whole_copies_before_anyone_w
     found = {way.sharding: way for way in ways.every(seven(), SEVEN, H200) if way.gpus == 2}
     assert found["zero3"].step_s > 2 * found["none"].step_s
     assert ways.fastest(ways.every(seven(), SEVEN, H200)).sharding == "none"
+
+
+def test_no_way_is_proposed_that_training_refuses():
+    found = ways.every(seven(), SEVEN, H200)
+    quick = tuple(replace(way, step_s=0.001) if way.sharding.startswith("zero") else way for way in found)
+    assert ways.fastest(quick) == ways.fastest(found)
+    for how in sharding.WAYS:
+        refused = how not in sharding.RUN
+        with pytest.raises(ValueError, match="not driven here") if refused else nullcontext():
+            workers.refuse(seven(gpus=2, sharding=how))
+        assert (how in ways.table(quick)) and ("not run here" in ways.SAYS[how]) == refused
 
 
 def test_deepspeeds_buckets_are_small():
