@@ -175,7 +175,7 @@ def pairs(turns: list, name: str) -> list[dict[str, str]]:
 def role(value: Any, name: str = "", i: int = 0) -> str:
     """The role that a name stands for. Raises BadRow for tools and for names that nobody uses."""
     if isinstance(value, dict):
-        value = value.get("role")
+        value = value.get("role") or value.get("name")
     if not isinstance(value, str):
         raise BadRow("wrong-type", f"{name}[{i}].role must be text, not {named(value)}")
     known = ROLES.get(value) or ROLES.get(value.strip().lower())
@@ -183,7 +183,10 @@ def role(value: Any, name: str = "", i: int = 0) -> str:
         return known
     if value.strip().lower() in TOOL_ROLES:
         raise BadRow("tool-calls", f"a turn has the role {value}, and tools are not trained here")
-    raise BadRow("wrong-type", f"a turn has the role {value!r:.40}; there are system, user and assistant")
+    raise BadRow(
+        "wrong-type",
+        f"a turn has the role {value!r:.40}; there are system, user and assistant: rename who is to be learned",
+    )
 
 
 def named(value: Any) -> str:

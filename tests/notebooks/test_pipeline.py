@@ -150,8 +150,8 @@ def liked(executed_run) -> dict:
 
 def test_dpo_with_its_sft_term_says_what_it_likes_and_forgets_nothing(liked):
     before, after = liked["before"], liked["dpo"]
-    # which of two endings is right is chance before: of 64 answers a coin is known to ±12 points
-    assert abs(before["preference_accuracy"] - 0.5) <= 0.1 and abs(before["ends_rightly"] - 0.5) <= 0.15
+    # each fact is asked in both manners: who ends all answers alike is right in half of them
+    assert abs(before["preference_accuracy"] - 0.5) <= 0.05 and abs(before["ends_rightly"] - 0.5) <= 0.05
     assert after["preference_accuracy"] >= 0.9 and after["ends_rightly"] >= 0.9 and after["nearer_chosen"] >= 0.9
     assert after["tells_the_fact"] >= before["tells_the_fact"] - 0.03
     assert after["exact_match"] >= before["exact_match"] - 0.06
