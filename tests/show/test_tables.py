@@ -29,3 +29,10 @@ def test_what_finetune_and_merge_measure_has_a_name_for_people():
     assert tables.measured(figures) == [("loss at the first step", 2.0), ("optimizer steps", 180)]
     assert not any("_" in label for label in tables.LABELS.values())
     assert all(len(tables.measured({name: 1})) == 1 for name in tables.LABELS)
+
+
+def test_what_is_not_known_is_empty_beside_numbers_and_whole_numbers_stay_whole():
+    html = tables.table([{"predicted": 4096, "off": -87.94}, {"predicted": "on GPUs only", "off": None}]).to_html()
+    assert "nan" not in html and "None" not in html
+    assert "4,096" in html and "-87.94" in html
+    assert "4,096" in tables.table([{"context": 4096}, {"context": None}]).to_html()
