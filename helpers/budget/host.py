@@ -221,9 +221,9 @@ def disk(config: RunConfig, shape: ModelShape, stage: str, in_cache: bool = True
         parts["prepared conversations"] = prepared_gib(config)
         # the newest are kept, and one more is being written beside them
         parts["checkpoints"] = (config.train.keep_checkpoints + 1) * checkpoint_bytes(config, shape) / GIB
-    if stage in ("merge", "run") and config.merge.free_base:
+    if stage in ("merge", "run") and config.merge.free_base and not (stage == "run" and shape.adapter_only):
         parts[base] = min(parts[base], config.merge.shard_gib + 4.6)
-    if shape.additive is not None:  # its adapter stays one: there is nothing to merge into, or to quantize
+    if shape.adapter_only and stage not in ("merge", "quantize"):  # there is nothing to merge into, or to quantize
         return {name: size for name, size in parts.items() if size}
     if stage in ("merge", "quantize", "run"):
         parts["adapter"] = 4 * lora_parameters(config, shape) / GIB

@@ -10,7 +10,7 @@ from pathlib import Path
 from helpers import budget, hardware, models
 from helpers.budget import sharding, ways
 from helpers.config import RunConfig
-from helpers.models import aqlm_sizes, gpu, hub
+from helpers.models import gpu, hub
 from helpers.show import tables
 from helpers.workspace import Workspace, choices, run_models
 
@@ -236,16 +236,20 @@ def run_all(options: argparse.Namespace, config: RunConfig) -> Outcome:
             "evaluate --models on its finetune/model"
         )
     outcome: Outcome = (DONE, {}, "")
-    stages = ["prepare", "finetune", "merge", "quantize", "evaluate"]
-    if config.model.weights == aqlm_sizes.NAME:
-        print(f"merge and quantize are left out: {aqlm_sizes.NO_MERGE}", file=sys.stderr, flush=True)
-        stages = ["prepare", "finetune", "evaluate"]
-    for stage in stages:
+    for stage in stages_of_run(config):
         print(f"== {stage}", file=sys.stderr, flush=True)
         outcome = STAGES[stage](options, config)
         if outcome[0] != DONE:
             break
     return outcome
+
+
+def stages_of_run(config: RunConfig) -> list[str]:
+    """The stages of a whole run; says which are left out, and why."""
+    if why := models.shape(config.model.model, config.model.revision).adapter_only:
+        print(f"merge and quantize are left out: {why}", file=sys.stderr, flush=True)
+        return ["prepare", "finetune", "evaluate"]
+    return ["prepare", "finetune", "merge", "quantize", "evaluate"]
 
 
 def done(stage: str, output: Path, measurements: dict) -> Outcome:
