@@ -57,12 +57,12 @@ def in_words(value: Any) -> str:
 def plain(value: Any) -> str:
     """A figure as text: whole numbers with separators, others to four digits, what is not known as a dash.
 
-    >>> plain(1234567), plain(0.0217241), plain(True), plain(None)
-    ('1,234,567', '0.02172', 'yes', '–')
+    >>> plain(1234567), plain(0.0217241), plain(True), plain(None), plain(float("nan"))
+    ('1,234,567', '0.02172', 'yes', '–', '–')
     """
     from numbers import Integral, Real
 
-    if value is None:
+    if value is None or value != value:  # pandas makes a NaN of a None among numbers
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"

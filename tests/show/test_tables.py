@@ -38,4 +38,5 @@ def test_what_is_measured_and_not_predicted_has_its_row():
         "step, s   0.1           0.5       -80",
         "step, s   on GPUs only  0.5       –",
     ]
-    assert "on GPUs only" in table(rows).to_html()
+    html = table(rows).to_html()
+    assert "on GPUs only" in html and ">–<" in html and "nan" not in html
