@@ -15,7 +15,8 @@ def table(rows: Sequence | Mapping[str, Any], columns: Sequence[str] = ("what", 
     import pandas as pd
 
     rows = list(rows.items()) if isinstance(rows, Mapping) else list(rows)
-    frame = pd.DataFrame(rows) if rows and isinstance(rows[0], Mapping) else pd.DataFrame(rows, columns=list(columns))
+    names = None if rows and isinstance(rows[0], Mapping) else list(columns)
+    frame = pd.DataFrame(rows, columns=names, dtype=object)  # else None is nan beside numbers, and 4,096 is 4096.0
     left = [{"selector": "th, td", "props": "text-align: left"}]
     return frame.style.hide(axis="index").format(in_words).set_table_styles(left)
 
@@ -57,12 +58,12 @@ def in_words(value: Any) -> str:
 def plain(value: Any) -> str:
     """A figure as text: whole numbers with separators, others to four digits, what is not known as a dash.
 
-    >>> plain(1234567), plain(0.0217241), plain(True), plain(None), plain(float("nan"))
-    ('1,234,567', '0.02172', 'yes', '–', '–')
+    >>> plain(1234567), plain(0.0217241), plain(True), plain(None)
+    ('1,234,567', '0.02172', 'yes', '–')
     """
     from numbers import Integral, Real
 
-    if value is None or value != value:  # pandas makes a NaN of a None among numbers
+    if value is None:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"

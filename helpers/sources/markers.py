@@ -18,6 +18,8 @@ class Family(NamedTuple):
     ends: re.Pattern
     both: bool = False
     """Words that may be prose: a chat needs the opening of a question, and behind it that of an answer."""
+    leads: bool = False
+    """Words that stand in articles too: a chat begins with one."""
 
 
 HASHES = re.compile(r"###\s*(Human|User|Instruction|Input|Assistant|Response|System)\s*:\s*", re.IGNORECASE)
@@ -42,10 +44,13 @@ FAMILIES: dict[str, Family] = {
     "angle words": Family(re.compile(r"<(human|bot|user|assistant|system)>:\s?", re.IGNORECASE), END, both=True),
     "vicuna": Family(re.compile(r"(?:(?<=\s)|(?<=</s>)|\A)(SYSTEM|USER|ASSISTANT):\s?"), END, both=True),
     "words": Family(re.compile(r"^[ \t]{0,8}(Human|User|Assistant|System):[ \t]?", re.MULTILINE), END, both=True),
+    "questions": Family(
+        re.compile(r"^[ \t]{0,8}(Question|Q|Answer|A):[ \t]?", re.MULTILINE), END, both=True, leads=True
+    ),
 }
 QUICK = re.compile(
     r"<\|(?:start_header_id|header_start|im_start|system|user|assistant|prompter)\|>|<start_of_turn>|<｜(?:User|Assistant)｜>"
-    r"|\[INST\]|###\s*(?:Human|User|Instruction)\s*:|<(?:human|bot|user|assistant)>:|\b(?:USER|ASSISTANT|Assistant):",
+    r"|\[INST\]|###\s*(?:Human|User|Instruction)\s*:|<(?:human|bot|user|assistant)>:|\b(?:USER|ASSISTANT|A|Answer):",
     re.IGNORECASE,
 )
 """Whether a text may hold markers at all: most hold none, and are passed by at once."""
@@ -65,7 +70,8 @@ ON_LINES = "User: and Assistant: on lines of their own"
 
 INST_SYSTEM = re.compile(r"\s*(?:<<SYS>>(.*?)<</SYS>>|\[SYSTEM_PROMPT\](.*?)\[/SYSTEM_PROMPT\])\s*", re.DOTALL)
 EDGES = re.compile(r"\A(?:\s*(?:<s>|<bos>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>))+")
-ASKS = {"user", "human", "prompter", "instruction", "inst"}
+ASKS = {"user", "human", "prompter", "instruction", "inst", "question", "q"}
+ANSWERS = {"assistant", "bot", "answer", "a"}
 
 
 def strange(text: str) -> set[str]:
@@ -74,7 +80,7 @@ def strange(text: str) -> set[str]:
     >>> strange("[21.11.26, 10:15:22] Ann: Hi") == strange("21/11/2026, 10:15 - Bob: Ho")
     True
     >>> sorted(strange("**You:** Hi") | strange("ChatGPT said: Ho")), strange("Me and you: a story")
-    (['an answer', 'a question'], set())
+    (['a question', 'an answer'], set())
     """
     found = set(UNKNOWN.findall(text))
     if STAMPED.match(text):
@@ -109,11 +115,11 @@ def family(text: str) -> str | None:
         return None
     for name, made in FAMILIES.items():
         first = made.opens.search(text)
-        if not first:
+        if not first or (made.leads and text[: first.start()].strip()):
             continue
         roles = [first[1].lower()] if not made.both else [found.lower() for found in made.opens.findall(text)]
         asks = [i for i, role in enumerate(roles) if role in ASKS]
-        if not made.both or (asks and any(role in ("assistant", "bot") for role in roles[asks[0] :])):
+        if not made.both or (asks and ANSWERS.intersection(roles[asks[0] :])):
             return name
     return None
 

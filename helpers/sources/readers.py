@@ -262,7 +262,7 @@ def one_value(head: bytes, kind: str) -> bool:
     """Whether JSON is one value over the whole file rather than one value a line."""
     line, end, rest = head.lstrip().partition(b"\n")
     printed = line.strip() == b"{" and (kind != "jsonl" or rest.lstrip().startswith(b'"'))
-    if not is_json_line(head) and is_stream(head.decode("utf-8", "ignore").lstrip()):
+    if (printed or not rest.strip()) and is_stream(head.decode("utf-8", "ignore").lstrip()):
         return True
     try:
         orjson.loads(line)

@@ -18,7 +18,7 @@ from helpers.prepare import load_prepared, prepare
 from helpers.prepare.checks import Findings, actions, check, leaks
 from helpers.prepare.duplicates import groups, jaccard, sketches, windows
 from helpers.prepare.outliers import language_name, languages
-from helpers.sources import columns, encodings
+from helpers.sources import columns, encodings, formats
 from helpers.sources.readers import FromUtf16, read
 from helpers.workspace import building
 from helpers.workspace.prepared import with_own_questions
@@ -356,6 +356,26 @@ def test_a_transcript_of_a_chat_is_not_learned_as_lines_of_text(name, tmp_path):
     assert made(tmp_path / name, tmp_path / "out", source_format="plain-text")[0]["kept"] > 1
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("Q: Why?\nA: So.", [user("Why?"), assistant("So.")]),
+        ("Question: Why?\n\nAnswer: So,\nand so.\n", [user("Why?"), assistant("So,\nand so.")]),
+        ("On page 3.\nQ: Why?\nA: So.", [{"role": "text", "content": "On page 3.\nQ: Why?\nA: So."}]),
+        ("Vitamin A: good.", [{"role": "text", "content": "Vitamin A: good."}]),
+    ],
+)
+def test_a_text_that_opens_with_a_question_and_goes_on_with_its_answer_is_an_exchange(text, wanted):
+    assert formats.to_messages({"text": text}, formats.recognise({"text": text})) == wanted
+
+
+def test_a_first_line_of_two_rows_costs_no_other_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}{"text": "b"}\n{"text": "c"}\n{oops\n{"text": "d"}\n')
+    assert [record.row for record in read(str(tmp_path / "a.jsonl")) if not record.problem] == [
+        {"text": "c"}, {"text": "d"},
+    ]  # fmt: skip
+
+
 def test_a_story_with_talk_in_it_stays_a_text(tmp_path):
     lines = [f"He came to house {i} and rang: nobody." for i in range(60)]
     lines[7:9] = ["User: a word on the door.", "12.11.2026, 10:15 was written on it - strange: a clock?"]
@@ -413,6 +433,12 @@ def test_a_quotation_mark_that_nothing_closes_says_which_lines_went_with_it(tmp_
     assert "lines 3 to 5 went with it" in second.detail
 
 
+def test_a_comma_in_a_quoted_name_separates_nothing(tmp_path):
+    (tmp_path / "a.csv").write_text('"Question, in full, please";"Answer"\n"Why, then?";So.\n')
+    (record,) = read(str(tmp_path / "a.csv"))
+    assert record.row == {"Question, in full, please": "Why, then?", "Answer": "So."}
+
+
 def test_a_cell_of_a_megabyte_and_excel_s_first_line_are_read(tmp_path):
     (tmp_path / "a.csv").write_text(f"sep=;\nquestion;answer\nWhy?;{'because ' * 140_000}\n")
     (record,) = read(str(tmp_path / "a.csv"))
@@ -454,7 +480,7 @@ def test_too_short_a_context_says_the_length_that_would_do(tmp_path):
 
 def test_help_says_what_each_setting_of_prepare_does(capsys):
     with pytest.raises(SystemExit):
-        cli.parser().parse_args(["prepare", "--help"])
+        cli.main(["prepare", "--help"])
     told = " ".join(capsys.readouterr().out.split())
     for flag in ("--columns", "--use", "--source-format", "--on-finding", "--heldout-fraction", "--seq-len"):
         assert flag in told
