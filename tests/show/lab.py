@@ -74,8 +74,9 @@ CLASSIC = FrontEnd(
     ".CodeMirror",
     "//*[@id='menus']//a[text()='Cell']",
     "#run_all_cells a",
-    "const page = window.Jupyter?.notebook\n"
-    "return Boolean(page?._fully_loaded && page.kernel?.is_connected() && !page.kernel_busy)",
+    "const page = window.Jupyter?.notebook, kernel = page?.kernel\n"
+    # before its widgets' manager has come, the page shows a widget's words, and keeps to them
+    "return Boolean(page?._fully_loaded && kernel?.is_connected() && !page.kernel_busy && kernel.widget_manager)",
 )
 FRONT = CLASSIC if version("ipywidgets").startswith("7.") else LAB
 SETTINGS = {

@@ -164,7 +164,8 @@ def test_a_question_is_answered_by_each_model_that_is_switched_on_and_stop_stops
     stand_by(browser)
     box = wait_for(lambda: browser.find_element(By.CSS_SELECTOR, "input[placeholder^='Your question']"))
     lab.to_middle(browser, box)
-    assert [(who, state) for who, state, said in answers(browser) if said] == [("base", ""), ("finetuned", "")]
+    example = [("base", ""), ("finetuned", "")]
+    wait_for(lambda: [(who, state) for who, state, said in answers(browser) if said] == example)
     box.send_keys("Tell me everything.", Keys.ENTER)
     written(browser, 2, written(browser, 2) + 8)
     states = [answer[:2] for answer in answers(browser)[2:]]

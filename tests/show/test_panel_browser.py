@@ -85,7 +85,7 @@ def page(address, browser):
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     browser.get(address)
     run_all(browser, "read: 16 1,024 end")
-    assert element_text(browser, ".needs .verdict").startswith("✓ It fits")
+    wait_for(lambda: element_text(browser, ".needs .verdict").startswith("✓ It fits"), lambda: page_text(browser))
     picture(browser, "1-run-all")
     return browser
 
