@@ -143,6 +143,20 @@ def test_every_setting_that_a_notebook_says_to_type_takes_that_value(path):
         assert one not in set(field_parts()) - parameters, f"{one}: a remedy says where to put it"
 
 
+DEFINED = {"codebooks", "experts", "further", "heads", "router"}
+"""What is set apart where it is explained, or stressed."""
+
+
+def test_every_label_that_a_notebook_names_stands_on_a_control_a_row_or_a_heading():
+    """*ended*, *what if on*: what the reader is told to look for is what the helpers, or the notebooks, write."""
+    sources = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("helpers/**/*.py"))]
+    written = "\n".join([*sources, *(prose(path) for path in NOTEBOOKS)])
+    for path in NOTEBOOKS:
+        text = re.sub(r"```.*?```|`[^`]+`|\*\*[^*]+\*\*", "", prose(path), flags=re.DOTALL)
+        for label in set(re.findall(r"(?<![\w*])\*([^*\n]+)\*(?![\w*])", text)) - DEFINED:
+            assert re.search(rf"[\"']{re.escape(label)}[\"':,]|^#+ {re.escape(label)}", written, re.MULTILINE), label
+
+
 NO_SETTING = {"assistant", "context", "first", "force_remount", "private", "resume", "second", "user"}
 """What errors say with = that is no setting: a word of the panel, a column, a served model's name, an argument."""
 

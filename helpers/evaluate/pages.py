@@ -32,7 +32,7 @@ background: var(--page)} h1 {line-height: 1.2} h2 {margin-top: 1.8em}
 table {border-collapse: collapse; margin: 0.6em 0} th, td {border: 1px solid var(--line); padding: 0.3em 0.6em;
 text-align: left; overflow-wrap: normal} thead {display: table-header-group} tr {break-inside: avoid}
 td.number, th.number {text-align: right; font-variant-numeric: tabular-nums} th {white-space: nowrap}
-td.number small {display: block; white-space: nowrap}
+td.number small {display: block; white-space: nowrap} .differ td {white-space: nowrap}
 table.figures th:first-child {position: sticky; left: 0; background: var(--page)}
 .scroll {overflow-x: auto}
 @media (max-width: 640px) {.scroll {background: linear-gradient(90deg, #0000 95%, #8885)}}
@@ -50,8 +50,8 @@ details::details-content {content-visibility: visible; block-size: auto} figure,
 {% if made %}<dl class="made">{% for what, value in made %}<dt>{{ what }}</dt><dd>{{ value }}</dd>{% endfor %}
 </dl>{% endif %}
 <p>{{ about }}</p>
-{% macro compared(rows) %}<div class="scroll"><table><thead><tr><th>model</th><th>against</th><th>metric</th>
-<th>verdict</th><th class="number">difference</th><th class="number">p</th></tr></thead><tbody>
+{% macro compared(rows) %}<div class="scroll"><table class="differ"><thead><tr><th>model</th><th>against</th>
+<th>metric</th><th>verdict</th><th class="number">difference</th><th class="number">p</th></tr></thead><tbody>
 {% for row in rows %}<tr><td>{{ row.model }}</td><td>{{ row.against }}</td><td>{{ row.metric }}</td>
 <td class="{{ row.verdict }}">{{ row.verdict }}</td><td class="number">{{ row.difference }}</td>
 <td class="number">{{ row.p }}</td></tr>

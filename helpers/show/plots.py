@@ -98,8 +98,9 @@ def in_the_dark(figure: Figure) -> Figure:
     """A copy whose black and white are those of a dark page; colours stay as they are, for they mean something."""
     figure, others = pickle.loads(pickle.dumps(figure)), {BLACK: INK, WHITE: PAGE}
     artists = figure.findobj()
-    boxes = [artist.get_bbox_patch() for artist in artists if isinstance(artist, Text)]
-    for artist in [*artists, *filter(None, boxes)]:
+    texts = [artist for artist in artists if isinstance(artist, Text)]
+    behind = [part for text in texts for part in (text.get_bbox_patch(), getattr(text, "arrow_patch", None))]
+    for artist in [*artists, *filter(None, behind)]:
         for kind in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
             if not (hasattr(artist, f"get_{kind}") and hasattr(artist, f"set_{kind}")):
                 continue

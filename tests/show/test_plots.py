@@ -57,6 +57,15 @@ def test_in_the_dark_words_are_light_and_colours_stay_and_the_figure_itself_is_a
     assert bars[0] - {plots.BLACK, plots.WHITE} <= bars[1]
 
 
+def test_arrows_and_what_stands_behind_words_turn_too():
+    figure, axes = plots.canvas()
+    axes.annotate("", (1, 1), (0, 0), arrowprops={"arrowstyle": "->"})
+    axes.text(0, 0, "limit", bbox={"facecolor": "white"})
+    arrow, box = plots.in_the_dark(figure).axes[0].texts
+    assert to_hex(arrow.arrow_patch.get_edgecolor()) == plots.INK
+    assert to_hex(box.get_bbox_patch().get_facecolor()) == plots.PAGE
+
+
 def inks(figure):
     """The colours of a figure's words."""
     return {to_hex(text.get_color()) for text in figure.findobj(plt.Text)}
