@@ -5,7 +5,7 @@ Uses only what ipywidgets 7.7 (Colab) and 8 share. Without a screen, the rows ar
 >>> from helpers.models import profile
 >>> choice = chooser(profile("tiny"))
 >>> choice.names, config_of(choice).data.columns
-(['messages'], '')
+(['prompt_id', 'prompt', 'messages'], '')
 """
 
 import itertools

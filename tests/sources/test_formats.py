@@ -1,8 +1,11 @@
 """The same conversations in every format give the same tokens and masks."""
 
 import csv
+import doctest
 import gzip
+import importlib
 import json
+import pkgutil
 import random
 import zipfile
 
@@ -11,6 +14,8 @@ import pytest
 from datasets import load_from_disk
 from pyarrow import parquet
 
+import helpers.prepare
+import helpers.sources
 from helpers.models import profile
 from helpers.prepare import prepare
 from helpers.sources.formats import BadRow, from_flattened, recognise, to_messages
@@ -172,6 +177,18 @@ def test_every_format_gives_the_same_tokens_and_masks(name, tmp_path, expected):
     rows, made = prepared(write(name, tmp_path), tmp_path / "out", use=use)
     assert rows == expected
     assert made["dropped"] == {} and made["in"] == made["kept"] == 20
+
+
+MODULES = [
+    f"{room.__name__}.{module.name}"
+    for room in (helpers.prepare, helpers.sources)
+    for module in pkgutil.iter_modules(room.__path__)
+]
+
+
+@pytest.mark.parametrize("name", ["helpers.prepare", *MODULES])
+def test_examples_in_docstrings(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path, expected):

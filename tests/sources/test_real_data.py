@@ -18,7 +18,7 @@ from helpers.prepare import load_prepared, prepare
 from helpers.prepare.checks import Findings, actions, check, leaks
 from helpers.prepare.duplicates import groups, jaccard, sketches, windows
 from helpers.prepare.outliers import language_name, languages
-from helpers.sources import columns, encodings, formats
+from helpers.sources import columns, encodings, formats, jsonfiles
 from helpers.sources.readers import FromUtf16, read
 from helpers.workspace import building
 from helpers.workspace.prepared import with_own_questions
@@ -59,6 +59,18 @@ def test_an_output_that_holds_the_input_or_a_thesis_is_refused(tmp_path):
     with pytest.raises(ValueError, match="lie in each other"):
         prepare(profile("tiny"), tmp_path / "p" / "out", str(tmp_path / "p"))
     assert sorted(file.name for file in (tmp_path / "p").iterdir()) == ["thesis.txt", "train.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("output", "says"), [(".", "holds the working folder"), ("/proc/x", "nothing can be made there")]
+)
+def test_an_output_where_nothing_can_be_made_is_refused(output, says, tmp_path, monkeypatch):
+    path = jsonl(tmp_path / "train.jsonl", pairs(5))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match=says):
+        prepare(profile("tiny"), output, path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["here", "train.jsonl"]
 
 
 # ---- how much, and which side ----------------------------------------------------------------------------------------
@@ -235,6 +247,25 @@ def test_rows_are_found_in_what_programs_wrap_them_in(what, name, tmp_path):
     content = CONTAINERS[what]
     (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
     assert [record.row for record in read(str(tmp_path / name))] == pairs(3)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (
+            '[{"prompt": "a", "completion": "b"}, {"prompt": ' + "[" * 1100 + "]" * 1100 + "}]",
+            "nested too deep; in JSONL",
+        ),
+        ('[{"prompt": "a"}, {"prompt": "' + "long " * 500_000 + '"}]', "a row of more than 1 MiB or a broken one"),
+        ('{"data": [{"prompt": "' + "long " * 500_000 + '"}]}', "one JSON object of more than 1 MiB, which is read"),
+    ],
+)
+def test_json_that_is_too_large_or_deep_is_not_called_broken(content, says, tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonfiles, "ROW_LIMIT", 2**20)
+    monkeypatch.setattr(jsonfiles, "OBJECT_LIMIT", 2**20)
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=says):
+        list(read(str(tmp_path / "a.json")))
 
 
 def test_two_lists_somewhere_in_an_object_are_not_chosen_between(tmp_path):
