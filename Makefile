@@ -82,5 +82,5 @@ colab-check: setup  ## would pip leave Colab's image as it is? PACKAGES=LIST for
 test-colab-versions: setup  ## the tests that those versions can break, with Colab's image's, in .venv-colab
 	@$(BIN)/python tests/notebooks/colab_versions.py --torch "$(TORCH)"
 
-clean:  ## delete .venv, .venv-colab, runs/ and caches
-	rm -rf $(VENV) .venv-colab runs .pytest_cache .ruff_cache .hypothesis
+clean:  ## delete .venv, .venv-colab and caches; what you made, in runs/, stays
+	rm -rf $(VENV) .venv-colab .pytest_cache .ruff_cache .hypothesis

@@ -10,9 +10,10 @@ from pathlib import Path
 from helpers import budget, hardware, models
 from helpers.budget import sharding, ways
 from helpers.config import RunConfig
-from helpers.models import aqlm_sizes, gpu, hub
+from helpers.models import gpu, hub
 from helpers.show import tables
-from helpers.workspace import Workspace, choices, run_models
+from helpers.workspace import MissingArtifact, Workspace, choices, fetch, run_models
+from helpers.workspace.whole import maker
 
 DONE, FAILED, WRONG_REQUEST, DOES_NOT_FIT = 0, 1, 2, 3
 Outcome = tuple[int, dict, str]
@@ -21,6 +22,18 @@ Outcome = tuple[int, dict, str]
 def workspace_of(options: argparse.Namespace, config: RunConfig) -> Workspace:
     """The run's folder: `--workspace`, or runs/PROFILE in the current folder."""
     return Workspace(options.workspace or Path("runs") / config.profile)
+
+
+def earlier(run: Workspace, stage: str) -> Path:
+    """The folder that an earlier stage of the run wrote, fetched where only lasting storage has it.
+
+    Raises MissingArtifact, which says what makes it.
+    """
+    folder = run.folder(stage)
+    fetch(folder)
+    if not folder.exists():
+        raise MissingArtifact(f"{folder} is not there: run {maker(stage)} first")
+    return folder
 
 
 def machine_of(options: argparse.Namespace) -> hardware.Machine:
@@ -43,7 +56,7 @@ def run_budget(options: argparse.Namespace, config: RunConfig) -> Outcome:
         from helpers.finetune import verify
 
         result["verify"] = verify.verify(settled.plan.config)
-        text += "\n" + verify.table(result["verify"])
+        text += "\n" + tables.columns_of(result["verify"])
     return (DONE if settled.budget.fits else DOES_NOT_FIT), result, text
 
 
@@ -94,7 +107,7 @@ def run_merge(options: argparse.Namespace, config: RunConfig) -> Outcome:
 
     run = workspace_of(options, config)
     output = options.output or run.folder("merge")
-    adapter = options.adapter or run.folder("finetune") / "adapter"
+    adapter = options.adapter or earlier(run, "finetune") / "adapter"
     base = options.base or config.model.model
     revision = options.revision or (config.model.revision if base == config.model.model else None)
     return done("merge", output, merge.merge(base, adapter, output, config.merge, revision))
@@ -105,7 +118,7 @@ def run_quantize(options: argparse.Namespace, config: RunConfig) -> Outcome:
 
     run = workspace_of(options, config)
     output = options.output or run.folder("quantize")
-    merged = options.merged or run.folder("merge")
+    merged = options.merged or earlier(run, "merge")
     if not merged.exists() and len(merged.parts) == 2 and not merged.is_absolute():
         merged = hub.snapshot(str(merged), config.model.revision)
     try:
@@ -236,16 +249,20 @@ def run_all(options: argparse.Namespace, config: RunConfig) -> Outcome:
             "evaluate --models on its finetune/model"
         )
     outcome: Outcome = (DONE, {}, "")
-    stages = ["prepare", "finetune", "merge", "quantize", "evaluate"]
-    if config.model.weights == aqlm_sizes.NAME:
-        print(f"merge and quantize are left out: {aqlm_sizes.NO_MERGE}", file=sys.stderr, flush=True)
-        stages = ["prepare", "finetune", "evaluate"]
-    for stage in stages:
+    for stage in stages_of_run(config):
         print(f"== {stage}", file=sys.stderr, flush=True)
         outcome = STAGES[stage](options, config)
         if outcome[0] != DONE:
             break
     return outcome
+
+
+def stages_of_run(config: RunConfig) -> list[str]:
+    """The stages of a whole run; says which are left out, and why."""
+    if why := models.shape(config.model.model, config.model.revision).adapter_only:
+        print(f"merge and quantize are left out: {why}", file=sys.stderr, flush=True)
+        return ["prepare", "finetune", "evaluate"]
+    return ["prepare", "finetune", "merge", "quantize", "evaluate"]
 
 
 def done(stage: str, output: Path, measurements: dict) -> Outcome:

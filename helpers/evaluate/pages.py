@@ -25,14 +25,14 @@ table.side td::before {content: attr(data-of); display: block; font-size: 0.8em;
 <style>
 :root {color-scheme: light dark; --text: #222; --page: #fff; --line: #ccc; --pale: #555; --good: #005a8c;
 --bad: #a04000}
-@media (prefers-color-scheme: dark) {.figure img {filter: invert(.91) hue-rotate(180deg)}
+@media (prefers-color-scheme: dark) {
 :root {--text: #ddd; --page: #16181b; --line: #444; --pale: #aaa; --good: #6cb8e6; --bad: #f0a070}}
 body {font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: var(--text);
 background: var(--page)} h1 {line-height: 1.2} h2 {margin-top: 1.8em}
 table {border-collapse: collapse; margin: 0.6em 0} th, td {border: 1px solid var(--line); padding: 0.3em 0.6em;
 text-align: left; overflow-wrap: normal} thead {display: table-header-group} tr {break-inside: avoid}
 td.number, th.number {text-align: right; font-variant-numeric: tabular-nums} th {white-space: nowrap}
-td.number small {display: block; white-space: nowrap}
+td.number small {display: block; white-space: nowrap} .differ td {white-space: nowrap}
 table.figures th:first-child {position: sticky; left: 0; background: var(--page)}
 .scroll {overflow-x: auto}
 @media (max-width: 640px) {.scroll {background: linear-gradient(90deg, #0000 95%, #8885)}}
@@ -42,7 +42,7 @@ table.figures th:first-child {position: sticky; left: 0; background: var(--page)
 .figure {overflow-x: auto; margin: 1em 0} .figure img {width: min(980px, max(100%, 600px)); height: auto}
 .better {color: var(--good); font-weight: bold} .worse {color: var(--bad); font-weight: bold}
 small {color: var(--pale)} summary {cursor: pointer; margin: 0.6em 0}
-@media print {body {font-size: 11px; margin: 0} :root {--text: #000; --page: #fff} .figure img {filter: none}
+@media print {body {font-size: 11px; margin: 0} :root {--text: #000; --page: #fff}
 details::details-content {content-visibility: visible; block-size: auto} figure, img {break-inside: avoid}}
 </style></head><body>
 <h1>{{ title }}</h1>
@@ -50,8 +50,8 @@ details::details-content {content-visibility: visible; block-size: auto} figure,
 {% if made %}<dl class="made">{% for what, value in made %}<dt>{{ what }}</dt><dd>{{ value }}</dd>{% endfor %}
 </dl>{% endif %}
 <p>{{ about }}</p>
-{% macro compared(rows) %}<div class="scroll"><table><thead><tr><th>model</th><th>against</th><th>metric</th>
-<th>verdict</th><th class="number">difference</th><th class="number">p</th></tr></thead><tbody>
+{% macro compared(rows) %}<div class="scroll"><table class="differ"><thead><tr><th>model</th><th>against</th>
+<th>metric</th><th>verdict</th><th class="number">difference</th><th class="number">p</th></tr></thead><tbody>
 {% for row in rows %}<tr><td>{{ row.model }}</td><td>{{ row.against }}</td><td>{{ row.metric }}</td>
 <td class="{{ row.verdict }}">{{ row.verdict }}</td><td class="number">{{ row.difference }}</td>
 <td class="number">{{ row.p }}</td></tr>
@@ -73,8 +73,9 @@ twenty tests of equal models one is expected to show a difference.</small></p>
 percentile bootstrap for BLEU. ↑ more is better, ↓ less is better.</small></p>
 {% if tasks %}<h2>Tasks</h2><table>{% for name, found in tasks.items() %}{% for task, values in found.items() %}
 <tr><th>{{ name }}</th><td>{{ task }}</td><td>{{ values }}</td></tr>{% endfor %}{% endfor %}</table>{% endif %}
-<h2>Figures</h2>{% for figure in figures %}<div class="figure"><img alt="{{ figure.alt }}"
-src="{{ figure.source }}"></div>{% endfor %}
+<h2>Figures</h2>{% for figure in figures %}<div class="figure"><picture>
+<source media="(prefers-color-scheme: dark)" srcset="{{ figure.dark }}">
+<img alt="{{ figure.alt }}" src="{{ figure.light }}"></picture></div>{% endfor %}
 <h2>Answers side by side</h2><p>{{ first }} of {{ total }}; all are in generations.jsonl.</p>{{ side|safe }}
 </body></html>""",
 }

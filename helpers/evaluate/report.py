@@ -1,9 +1,7 @@
 """What an evaluation found, to look at: a table, verdicts, answers side by side, one HTML file, a model card."""
 
-import base64
 import difflib
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -17,7 +15,7 @@ from helpers.evaluate.pages import TEMPLATES
 from helpers.show import card, plots
 from helpers.workspace import MANIFEST, checksum, maker, read_manifest, seal, write_text
 
-MIB = 2**20
+MIB, DPI = 2**20, 120
 Report = Mapping[str, Mapping[str, Any]]
 COLUMNS = {  # figure -> heading, how it is written
     "loaded_as": ("opened as", "{}"),
@@ -306,13 +304,19 @@ def write_html(
         ],
         shown=[row for row in compared if row["verdict"] != EQUAL],
         equal=[row for row in compared if row["verdict"] == EQUAL],
-        figures=[{"alt": plots.alt_text(figure), "source": png_data(figure)} for figure in drawn.values()],
+        figures=[both(figure) for figure in drawn.values()],
         tasks={name: entry["tasks"] for name, entry in report.items() if entry.get("tasks")},
         side=template("side_by_side").render(**side_by_side_values(generations[:SIDE_BY_SIDE_ROWS])),
         first=f"The first {min(SIDE_BY_SIDE_ROWS, len(generations))}",
         total=len(generations),
     )
     return write_text(path, page)
+
+
+def both(figure: Any) -> dict[str, str]:
+    """What the page shows of a figure, as data: in light, in the dark, and in words."""
+    light, dark = (plots.png_data(one, DPI) for one in (figure, plots.in_the_dark(figure)))
+    return {"alt": plots.alt_text(figure), "light": light, "dark": dark}
 
 
 def verdict(report: Report) -> list[str]:
@@ -354,13 +358,6 @@ def made_with(config: Mapping[str, Any], machine: str) -> list[tuple[str, str]]:
         ("training", f"learning rate {train['learning_rate']:g}, {step}, context {config['data']['seq_len']:,} tokens"),
         ("measured on", f"{machine}, {datetime.now(UTC):%d %B %Y}"),
     ]
-
-
-def png_data(figure: Any) -> str:
-    """A figure as a data URI."""
-    stream = io.BytesIO()
-    figure.savefig(stream, dpi=120, bbox_inches="tight")
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def template(name: str) -> Any:

@@ -87,7 +87,7 @@ def count(config: RunConfig, models: int) -> int:
 def at_once(tasks: list[Task], gpus: int, ram_gib: float) -> dict[str, Outcome]:
     """Every task's outcome by its name; ram_gib: of the host, free. Leaves no process behind, whatever happens."""
     gpu.free_memory()
-    waiting, running, found = list(tasks), [], {}
+    waiting, running, found, said = list(tasks), [], {}, set()
     messages: queue.Queue = queue.Queue()
     with TemporaryDirectory(prefix="evaluation-") as folder, ExitStack() as ended:
         while waiting or running:
@@ -96,6 +96,9 @@ def at_once(tasks: list[Task], gpus: int, ram_gib: float) -> dict[str, Outcome]:
                 free = next(card for card in range(gpus) if card not in {worker.gpu for worker in running})
                 running.append(started(task, free, gpus, Path(folder) / str(len(found) + len(running)), ended))
                 threading.Thread(target=listen, args=(running[-1], messages), daemon=True).start()
+            if waiting and len(running) < gpus and waiting[0].name not in said:
+                said.add(waiting[0].name)
+                print(f"{waiting[0].name} waits: {waiting[0].ram_gib:.1f} GiB of RAM are not free beside what is open.")
             worker, message = messages.get()
             if message is not None:
                 show(worker, message)

@@ -214,7 +214,7 @@ def kept(model: Path, layer: int = 0, part: str = "ffn_up", values: int = 2**20)
     tensor = next((one for one in gguf_file.tensors_of(model, settings) if one.name == name), None)
     if tensor is None:
         raise ValueError(f"{model} has no {name}: layers go from 0 to {settings['num_hidden_layers'] - 1}")
-    rows = next(gguf_file.pieces(tensor, settings))[: max(values // tensor.columns, 1)]
+    rows = next(gguf_file.pieces(tensor))[: max(values // tensor.columns, 1)]
     found = {}
     for file in FILE_TYPES.values():
         kind = gguf_file.kind_of(tensor, file, settings, importance=False)

@@ -21,13 +21,12 @@ from gguf.gguf_writer import WriterState
 from safetensors import SafetensorError, safe_open
 
 from helpers.export import quants, vocabulary
+from helpers.models.gguf_sizes import ALIGNMENT, aligned, refuse_family
 from helpers.models.gguf_types import FileType, recipe, row_bytes
 from helpers.workspace.files import set_aside
 
 PIECE_VALUES = 2**22
 """Numbers read at once: 16 MiB in fp32, and as much again for each thread."""
-ALIGNMENT = 32
-MODEL_TYPES = ("mistral", "llama")
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
     if quantization := found.get("quantization_config"):
         method = quantization.get("quant_method", "an unknown method")
         raise ValueError(f"{folder} is already quantized ({method}): export the merged model in 16 bits")
-    if found.get("model_type") not in MODEL_TYPES:
-        raise ValueError(
-            f"{folder} is a {found.get('model_type')} model, and {' and '.join(MODEL_TYPES)} are written here: convert "
-            "it with llama.cpp's convert_hf_to_gguf.py"
-        )
+    refuse_family(str(folder), found.get("model_type"))
     scaling = (found.get("rope_parameters") or found.get("rope_scaling") or {}).get("rope_type", "default")
     if scaling != "default" or found.get("attention_bias") or found.get("mlp_bias"):
         odd = f"rope_type {scaling}" if scaling != "default" else "biases"
@@ -192,7 +187,7 @@ def write(
     }
     with ThreadPoolExecutor(threads) as pool, writing(writers, check) as streams:
         for tensor in tensors:
-            for rows in pieces(tensor, settings):
+            for rows in pieces(tensor):
                 for path, stream in streams.items():
                     weights = (importance or {}).get(tensor.name)
                     kind = kinds[path][tensor.name]
@@ -215,7 +210,7 @@ def sizes(
     for path, file in outputs.items():
         before = head_of(header(name or folder.name, settings, words, tensors, file, importance))
         weights = (size_of(tensor, kind_of(tensor, file, settings, importance)) for tensor in tensors)
-        found[path] = len(before) + sum(size + -size % ALIGNMENT for size in weights)
+        found[path] = len(before) + sum(map(aligned, weights))
     return found
 
 
@@ -282,7 +277,7 @@ def pad(stream: Any) -> None:
     stream.write(bytes(-stream.tell() % ALIGNMENT))
 
 
-def pieces(tensor: Tensor, settings: dict[str, Any]) -> Iterator[np.ndarray]:
+def pieces(tensor: Tensor) -> Iterator[np.ndarray]:
     """A tensor's rows, some at a time, in fp32 and in llama.cpp's order: (rows, columns).
 
     A vector is one row. A piece of q_proj or k_proj holds whole heads, so that a head's rows can change places in it.

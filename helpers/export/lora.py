@@ -4,7 +4,6 @@ llama.cpp multiplies BA by alpha / rank, one alpha for all. rsLoRA's scale and p
 into B, so that each module gets what PEFT gives it. DoRA also scales what the base gives: no such file can say that.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from gguf import MODEL_ARCH, GGUFType, GGUFWriter, Keys, get_tensor_name_map
 from safetensors import safe_open
 
 from helpers.export.gguf_file import finish, settings_of, turned
-from helpers.models.adapters import ADAPTER_WEIGHTS, PREFIX, read_adapter
+from helpers.models.adapters import ADAPTER_WEIGHTS, PREFIX, adapter_settings, read_adapter
 
 
 def write(adapter: Path, base: Path, output: Path) -> int:
@@ -62,5 +61,4 @@ def alpha_of(scales: dict[str, float], ranks: dict[str, int]) -> float:
 
 def adapter_name(adapter: Path) -> str:
     """The base's name with -lora behind it."""
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    return f"{Path(settings.get('base_model_name_or_path') or 'model').name}-lora"
+    return f"{Path(adapter_settings(adapter).get('base_model_name_or_path') or 'model').name}-lora"

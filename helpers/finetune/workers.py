@@ -14,6 +14,7 @@ have started several processes already, they join as they are (ranks.py).
 
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from typing import Any
 
 import torch
 
-from helpers import budget, jobs
+from helpers import budget, jobs, workspace
 from helpers.budget import sharding
 from helpers.config import RunConfig, from_tree
 from helpers.finetune import ranks
@@ -122,7 +123,7 @@ def launch(config: RunConfig, prepared: Path, output: Path, resume: str, gpus: i
         try:
             for rank in range(gpus):
                 workers.append(started(rank, gpus, store.port, Path(logs), job))
-            return followed(workers)
+            return followed(workers, workspace.beside(output, "partial"))
         finally:
             for worker in workers:
                 kill(worker)
@@ -144,8 +145,11 @@ def started(rank: int, gpus: int, port: int, logs: Path, job: dict[str, Any]) ->
     return Worker(rank, jobs.start("helpers.finetune", job, log, environment, start_new_session=True), log)
 
 
-def followed(workers: list[Worker]) -> dict[str, Any]:
-    """Show what workers report until all have ended; returns rank 0's result. Raises the first failure."""
+def followed(workers: list[Worker], work: Path) -> dict[str, Any]:
+    """Show what workers report until all have ended; returns rank 0's result. Raises the first failure.
+
+    work: the folder that the stage works in, where the log of one that died is kept.
+    """
     messages: queue.Queue = queue.Queue()
     for worker in workers:
         threading.Thread(target=listen, args=(worker, messages), daemon=True).start()
@@ -177,7 +181,7 @@ def followed(workers: list[Worker]) -> dict[str, Any]:
         raise KeyboardInterrupt(next(filter(None, said), "stopped"))
     if failed:
         # Who waits for a killed process fails too, and may be heard first.
-        raise error_of(min(failed, key=lambda worker: worker.failure.get("died", 0)), len(workers))
+        raise error_of(min(failed, key=lambda worker: worker.failure.get("died", 0)), len(workers), work)
     return shown.result
 
 
@@ -214,14 +218,14 @@ class Shown:
         self.result = message.get("result", self.result)
 
 
-def error_of(worker: Worker, count: int) -> BaseException:
-    """A worker's failure as the error that is raised in its place."""
+def error_of(worker: Worker, count: int, work: Path) -> BaseException:
+    """A worker's failure as the error that is raised in its place; work: where the log of one that died is kept."""
     name, failure = f"GPU {worker.rank} of {count}", worker.failure
     if "died" in failure:
         how, why = jobs.how_it_ended(failure["died"], worker.log)
         return WorkerLost(
             f"the process of {name} ended with {how}{', ' * bool(why)}{why}: all have been ended; the newest "
-            "checkpoint is kept, and the same command goes on from it"
+            f"checkpoint is kept, and the same command goes on from it{kept_log(worker, work)}"
         )
     if failure["error"] in KNOWN:
         return KNOWN[failure["error"]](failure["text"])
@@ -234,6 +238,13 @@ def error_of(worker: Worker, count: int) -> BaseException:
     error = RuntimeError(f"{name}: {failure['error']}: {failure['text']}")
     error.__cause__ = RemoteTraceback(failure["trace"])
     return error
+
+
+def kept_log(worker: Worker, work: Path) -> str:
+    """Keep a dead worker's log in the folder of the stage until that goes on; says where, as the end of a sentence."""
+    if not work.is_dir() or not worker.log.stat().st_size:
+        return ""
+    return f"; its log is {shutil.copy(worker.log, work / f'gpu-{worker.rank}.log')}"
 
 
 # ---- in a worker -----------------------------------------------------------------------------------------------------

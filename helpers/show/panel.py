@@ -425,7 +425,7 @@ def picture(needs: budget.Budget) -> str:
     rest += space("Disk", needs.disk) + hours(needs)
     return (
         f"{STYLE}<div class='needs'>"
-        f"<div class='line'><span><b>{escape(where)}: {used:.2f} of {main.limit_gib:.2f} GiB</b></span>{when}</div>"
+        f"<div class='line'><span><b>{escape(where)}: {used:,.2f} of {main.limit_gib:,.2f} GiB</b></span>{when}</div>"
         f"{bar(parts, main.limit_gib)}{key(parts)}"
         f"<div class='rest'>{rest}</div>"
         f"{verdict(needs.fits, needs.reasons or (room(needs),))}</div>"

@@ -15,7 +15,8 @@ def table(rows: Sequence | Mapping[str, Any], columns: Sequence[str] = ("what", 
     import pandas as pd
 
     rows = list(rows.items()) if isinstance(rows, Mapping) else list(rows)
-    frame = pd.DataFrame(rows) if rows and isinstance(rows[0], Mapping) else pd.DataFrame(rows, columns=list(columns))
+    names = None if rows and isinstance(rows[0], Mapping) else list(columns)
+    frame = pd.DataFrame(rows, columns=names, dtype=object)  # else None is nan beside numbers, and 4,096 is 4096.0
     left = [{"selector": "th, td", "props": "text-align: left"}]
     return frame.style.hide(axis="index").format(in_words).set_table_styles(left)
 

@@ -347,7 +347,7 @@ def test_the_report_is_one_file_that_needs_no_other(finished):
     root, found = finished
     page = (root / "evaluate" / "report.html").read_text(encoding="utf-8")
     assert "http://" not in page and "https://" not in page and "<script" not in page
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 6, "three figures, each in light and dark"
     assert "no difference shown" in page and "worse" in page
     for entry in found.values():
         assert report.interval(entry, "perplexity").startswith("[")

@@ -7,6 +7,7 @@ import doctest
 import json
 import os
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers import evaluate, hardware
+from helpers import evaluate, hardware, jobs
 from helpers.evaluate import workers
 from helpers.models import ROOT, TINY, gpu, profile
 
@@ -137,7 +138,7 @@ def test_a_model_waits_for_a_gpu_and_for_host_memory(open_gib, waiting_gib, firs
     assert found is (None if first is None else waiting[first])
 
 
-def test_each_worker_has_a_gpu_that_no_other_has_and_a_model_waits_where_memory_is_short(monkeypatch):
+def test_each_worker_has_a_gpu_that_no_other_has_and_a_model_waits_where_memory_is_short(monkeypatch, capsys):
     """Three models of 12, 12 and 4 GiB on two GPUs and 20 GiB: the first and the third, then the second."""
     events = []
 
@@ -157,6 +158,7 @@ def test_each_worker_has_a_gpu_that_no_other_has_and_a_model_waits_where_memory_
     at_once = SimpleNamespace(Thread=lambda target, args, daemon: SimpleNamespace(start=lambda: target(*args)))
     monkeypatch.setattr(workers, "threading", at_once)
     found = workers.at_once([task("a", 12.0), task("b", 12.0), task("c", 4.0)], gpus=2, ram_gib=20.0)
+    assert capsys.readouterr().out == ""  # a GPU is never idle: the third takes it
     assert found == {"a": "a's", "b": "b's", "c": "c's"} and list(found) == ["a", "b", "c"]
     assert events == [
         ("opens", "a", 0, "0"),
@@ -166,6 +168,24 @@ def test_each_worker_has_a_gpu_that_no_other_has_and_a_model_waits_where_memory_
         ("ends", "c"),
         ("ends", "b"),
     ]
+
+
+def test_a_stop_ends_every_process_and_a_gpu_that_memory_leaves_idle_is_said(monkeypatch, capsys):
+    processes = []
+
+    def start(*job, **how):
+        processes.append(subprocess.Popen(["sleep", "600"], stdout=subprocess.PIPE, text=True))
+        return processes[-1]
+
+    def stop():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "start", start)
+    monkeypatch.setattr(workers.queue, "Queue", lambda: SimpleNamespace(get=stop, put=lambda message: None))
+    with pytest.raises(KeyboardInterrupt):
+        workers.at_once([task("a", 1.0), task("b", 1.0), task("c", 9.0)], gpus=3, ram_gib=10.0)
+    assert [process.returncode for process in processes] == [-9, -9]
+    assert capsys.readouterr().out == "c waits: 9.0 GiB of RAM are not free beside what is open.\n"
 
 
 def test_as_many_at_once_as_there_are_gpus_of_one_kind(monkeypatch, capsys):

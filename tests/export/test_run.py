@@ -120,7 +120,7 @@ def test_an_importance_matrix_brings_every_matrix_nearer_to_what_it_computed(wei
     for tensor in gguf_file.tensors_of(TINY, settings):
         if tensor.name not in means:
             continue
-        rows, mean = next(gguf_file.pieces(tensor, settings))[:64], means[tensor.name]
+        rows, mean = next(gguf_file.pieces(tensor))[:64], means[tensor.name]
         errors = []
         for used in (mean, np.ones_like(mean)):
             blocks = quants.quantize(rows, kind, used)

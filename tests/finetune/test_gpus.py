@@ -351,8 +351,14 @@ FAILURES = {
 @pytest.mark.parametrize(("failure", "kind", "sentence"), FAILURES.values(), ids=FAILURES.keys())
 def test_a_workers_error_is_the_launchers(failure, kind, sentence, tmp_path):
     (tmp_path / "1.log").write_text("Traceback\nImportError: no such module\n")
-    error = workers.error_of(workers.Worker(1, None, tmp_path / "1.log", failure), 2)
+    failed, work = workers.Worker(1, None, tmp_path / "1.log", failure), tmp_path / "finetune.partial"
+    assert "its log" not in str(workers.error_of(failed, 2, work)), "nothing is written where nothing was"
+    work.mkdir()
+    error = workers.error_of(failed, 2, work)
     assert type(error) is kind and sentence in str(error)
+    kept = [(file.name, file.read_text()) for file in work.iterdir()]
+    assert kept == ([("gpu-1.log", "Traceback\nImportError: no such module\n")] if "died" in failure else [])
+    assert (f"; its log is {work / 'gpu-1.log'}" in str(error)) == ("died" in failure)
     assert kind is not RuntimeError or "in line 7" in str(error.__cause__)
 
 

@@ -4,6 +4,7 @@ import json
 import re
 
 import nbformat
+import pages
 import pytest
 
 from helpers import inference
@@ -40,6 +41,24 @@ def test_no_warnings_are_left_for_the_reader(executed_run, name):
     ]
     noise = [o.text for o in streams if "Warning" in o.text or "Traceback" in o.text]
     assert not noise
+
+
+def test_what_the_notebooks_showed_can_be_read_without_running_them(executed_run, tmp_path):
+    """`make docs`: a page a notebook, with every picture and table in it, and nothing from the network."""
+    (tmp_path / "notebooks").symlink_to(executed_run / "notebooks")
+    index, *written = pages.pages(tmp_path)
+    assert [page.stem + ".ipynb" for page in written] == list(NOTEBOOKS)
+    for page, name in zip(written, NOTEBOOKS, strict=True):
+        html = page.read_text(encoding="utf-8")
+        notebook = nbformat.read(executed_run / "notebooks" / name, as_version=4)
+        pictures = sum(
+            "image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", ())
+        )
+        assert html.count('src="data:image/png') >= pictures, name
+        assert "<script" not in html.replace('<script type="application/vnd.jupyter', ""), name
+        assert page.name in index.read_text(encoding="utf-8")
+    panel = written[0].read_text(encoding="utf-8")
+    assert "rank r <b>16</b>" in panel and "It fits" in panel
 
 
 def test_fine_tuning_teaches_what_the_base_cannot_do(report):
