@@ -157,21 +157,25 @@ class PreferenceTuner(FineTuner):
     def answers(self, split: str, plan: Iterable[list[int]]) -> torch.Tensor:
         """log p of the answer of every row that a plan has, by this model as it stands: (rows,), 0 for others.
 
-        Each is read once, whatever the number of epochs, and by one rank.
+        Each is read once, whatever the number of epochs, and by one rank; one that has none left reads others again,
+        because where weights are divided a pass is a step that all ranks take together.
         """
         rows, device = self.data_collator.keywords["splits"][split], self.model.device
         lengths, size = [len(ids) for ids in rows["input_ids"]], 2 * self.recipe.train.batch_size
         met = sorted({row for batch in plan for row in batch}, key=lambda row: -lengths[row])
         found, dtype, was_training = torch.zeros(len(rows)), base.precision().dtype, self.model.training
         self.model.eval()
-        starts = range(size * ranks.rank(), len(met), size * ranks.count())
+        together = size * ranks.count()
+        starts = range(size * ranks.rank(), together * -(-len(met) // together), together)
         try:
             with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 for start in tqdm(starts, desc=f"reference, {split}", unit=" batches", disable=None):
                     batch = met[start : start + size]
-                    made = self.data_collator([{"split": split, "rows": batch}])
+                    made = self.data_collator([{"split": split, "rows": batch or met[:size]}])
                     made = {name: part.to(device) if torch.is_tensor(part) else part for name, part in made.items()}
-                    found[batch] = self.model(**made).sums.float().cpu()
+                    sums = self.model(**made).sums.float().cpu()
+                    if batch:
+                        found[batch] = sums
         finally:
             self.model.train(was_training)
         return torch.stack(ranks.gathered(found)).sum(0)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 from datasets import Dataset, load_from_disk
 from kill_and_resume import make_inputs
+from test_preferences import write_pairs
 from transformers import AutoModelForCausalLM
 
 from helpers import finetune, models
@@ -56,6 +57,7 @@ def trained(config, model, rank: int = 0, ranks: int = 1) -> dict:
 RUNS = {
     "LoRA": {"save_steps": 2, "eval_steps": 2},
     "all weights": {"weights": "fp16", "trains": "all", "learning_rate": 1e-4},
+    "pairs": {"method": "dpo", "accumulation": 2, "seq_len": 64},
 }
 """Whole trainings by `finetune`."""
 
@@ -73,7 +75,8 @@ def fine_tuned(folder: Path, run: str, stop_at: int | None = None, **values) -> 
 
     Watch.on_step_end = stopped
     try:
-        return finetune.finetune(config, folder / "few", folder / run / "finetune")
+        prepared = folder / ("few-pairs" if config.train.method == "dpo" else "few")
+        return finetune.finetune(config, prepared, folder / run / "finetune")
     finally:
         Watch.on_step_end = on_step_end
 
@@ -123,6 +126,7 @@ def divided(tmp_path_factory) -> dict[str, dict]:
     for split, count in (("train", 25), ("heldout", 5)):
         rows = load_from_disk(str(answer.parent / "prepared" / split)).select(range(count))
         Dataset.from_dict(rows.to_dict()).save_to_disk(str(answer.parent / "few" / split))
+    write_pairs(answer.parent / "few-pairs", 24)  # 5 are held out: one rank has less of them to read than the other
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,5 +1,7 @@
 """`python -m helpers serve`: what it refuses, how it stops; and the parts beneath that need no server."""
 
+import concurrent.futures
+import contextlib
 import http.client
 import io
 import json
@@ -9,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,26 +150,70 @@ def test_an_answer_that_only_spaces_begin_does_not_show_them():
     assert "".join(Text(tokenizer, strip=False).add([one]) for one in ids).endswith("  Hello")
 
 
-@pytest.mark.parametrize(
-    ("what", "number"), [("folder", signal.SIGTERM), ("gguf", signal.SIGTERM), ("gguf", signal.SIGINT)]
-)
-def test_a_signal_in_the_middle_of_a_stream_ends_it_cleanly(what, number, gguf):
-    model = TINY if what == "folder" else gguf
+@contextlib.contextmanager
+def running(model):
+    """(process, address) of the command, once it listens; it is killed if a test leaves it running."""
     command = [sys.executable, "-m", "helpers", "serve", "--profile", "tiny", "--model", f"it={model}", "--json"]
     process = subprocess.Popen(
         [*command, "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    line = next((line for line in process.stderr if "/v1" in line), None)
-    assert line, f"it never listened, status {process.wait()}"
-    address = line.split("http://")[1].split("/v1")[0]
-    connection = http.client.HTTPConnection(address)
-    body = {"model": "it", "messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 490}
+    try:
+        line = next((line for line in process.stderr if "/v1" in line), None)
+        assert line, f"it never listened, status {process.wait()}"
+        yield process, line.split("http://")[1].split("/v1")[0]
+    finally:
+        process.kill()
+
+
+def post(connection, **body):
+    """Send a chat."""
+    body = {"model": "it", "messages": [{"role": "user", "content": "Hi"}]} | body
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-    assert connection.getresponse().readline().startswith(b"data: ")
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    return connection.getresponse()
+
+
+@pytest.mark.parametrize(
+    ("what", "number"), [("folder", signal.SIGTERM), ("gguf", signal.SIGTERM), ("gguf", signal.SIGINT)]
+)
+def test_a_signal_in_the_middle_of_a_stream_ends_it_cleanly(what, number, gguf):
+    with running(TINY if what == "folder" else gguf) as (process, address):
+        assert post(http.client.HTTPConnection(address), stream=True, max_tokens=490).readline().startswith(b"data: ")
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert json.loads(out)["requests"] == 1 and "Traceback" not in err
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(address.split(":"))
     assert not Path(f"/proc/{process.pid}").exists()
+
+
+@pytest.mark.parametrize("what", ["folder", "gguf"])
+def test_memory_is_flat_over_a_thousand_requests_and_warnings_are_readable(what, gguf):
+    """Every tenth request is refused, every tenth hangs up in the middle of its stream; 100 beforehand fill caches."""
+
+    def one(number):
+        connection = http.client.HTTPConnection(address)
+        streamed = number % 10 == 3
+        answer = post(connection, model="it" if number % 10 else "none", max_tokens=1 + 4 * streamed, stream=streamed)
+        answer.readline() if streamed else answer.read()
+        connection.close()
+        return answer.status
+
+    def anonymous_mib():
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+    with running(TINY if what == "folder" else gguf) as (process, address):
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(one, range(100)))
+            before = anonymous_mib()
+            assert Counter(pool.map(one, range(1000))) == {200: 900, 404: 100}
+        grown = anonymous_mib() - before
+        assert len(list(Path(f"/proc/{process.pid}/fd").iterdir())) < 40
+        with socket.create_connection(address.split(":")) as wire:
+            wire.sendall(b"what is this\r\n\r\n")
+            assert b"400" in wire.recv(4096)
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert grown < 4, f"{grown:.1f} MiB: {grown * 1024 / 1000:.1f} KiB a request"
+    assert "Invalid HTTP request received." in err.splitlines() and "Traceback" not in err
