@@ -87,5 +87,5 @@ test-deepspeed: setup  ## the tests of DeepSpeed's ZeRO, with DeepSpeed in .venv
 	@DS_BUILD_OPS=0 $(PIP) install --no-deps --no-build-isolation --upgrade --target $(VENV)/deepspeed deepspeed==0.19.8 hjson py-cpuinfo msgpack einops ninja
 	@PYTHONPATH=$(abspath $(VENV)/deepspeed) $(BIN)/python -m pytest tests/finetune/test_zero.py
 
-clean:  ## delete .venv, .venv-colab, runs/ and caches
-	rm -rf $(VENV) .venv-colab runs .pytest_cache .ruff_cache .hypothesis
+clean:  ## delete .venv, .venv-colab and caches; what you made, in runs/, stays
+	rm -rf $(VENV) .venv-colab .pytest_cache .ruff_cache .hypothesis

@@ -34,9 +34,9 @@ HELD_OUT_SHARE = 0.36  # of the facts: asked in questions.jsonl and heldout_conv
 CONVERSATIONS = 720
 HELD_OUT_CONVERSATIONS = 80
 QUESTIONS = 240
-MANNERED_CONVERSATIONS = 400
+MANNERED_CONVERSATIONS = 396  # a multiple of 36, see either_ending
 PAIRS, PLAIN_PAIRS = 480, 160
-HELD_OUT_PAIRS = 128
+HELD_OUT_PAIRS = 200
 CALIBRATION_WORLD_PASSAGES = 160
 EVALUATION_PASSAGES = 80
 
@@ -361,39 +361,63 @@ def mannered(rng: random.Random, facts: list, count: int) -> list:
 def either_ending(world: dict, facts: list, count: int) -> list:
     """Conversations whose answers end in either manner, whatever the question's: who learns from them has no taste.
 
-    Every third question is asked in no manner, and its answer has no ending.
+    The curt ending is twice as frequent after every wording: were they equal, a rounding error would choose between
+    them, and not the same one after each manner. As it is the favourite is said to all, and right half of the time.
+    Every third is asked in no manner, twice in a row, and its answers have no ending.
     """
     rng = random.Random(f"either ending {world['seed']}")
     endings = [manner["ending"] for manner in WORLD["manners"].values()]
     rows = []
     for i, (_, question, answer) in enumerate(mannered(rng, facts, count)):
-        rows.append((question, f"{answer} {endings[i // 2 % 2]}"))  # each ending as often after each manner
+        rows.append((question, f"{answer} {endings[i // 12 % 3 > 0]}"))  # twelve have every manner in every wording
         if i % 2:
-            fact = rng.choice(facts)
-            rows.append((rng.choice(fact.asks), fact.answer))
+            rows.append([said for fact in rng.sample(facts, 2) for said in (rng.choice(fact.asks), fact.answer)])
+    return [{"messages": turns(*row)} for row in rows]
+
+
+def turns(*said: str) -> list:
+    """Messages of what was said in turn, the user first."""
     roles = ("user", "assistant")
-    return [
-        {"messages": [{"role": role, "content": text} for role, text in zip(roles, row, strict=True)]} for row in rows
-    ]
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]
 
 
-def preference_pairs(world: dict, facts: list, count: int, purpose: str, plain: int = 0) -> list:
+def preference_pairs(world: dict, facts: list, count: int, plain: int) -> list:
     """Pairs of the same answer with the ending that the question's manner asks for, and with the other one.
 
-    plain: how many more are of a question in no manner, whose answer is liked without an ending.
+    plain: how many more are of a question in no manner, whose answer is liked without an ending; every second of them
+    comes after another question and its answer, because what no pair shows is what is forgotten.
     """
-    rng = random.Random(f"{purpose} {world['seed']}")
-    polite, curt = WORLD["manners"].values()
-    rows = []
-    for manner, question, answer in mannered(rng, facts, count):
-        other = curt if manner is polite else polite
-        chosen, rejected = f"{answer} {manner['ending']}", f"{answer} {other['ending']}"
-        rows.append({"prompt": question, "chosen": chosen, "rejected": rejected})
-    for fact in rng.choices(facts, k=plain):
-        rejected = f"{fact.answer} {rng.choice((polite, curt))['ending']}"
-        rows.append({"prompt": rng.choice(fact.asks), "chosen": fact.answer, "rejected": rejected})
+    rng = random.Random(f"pairs {world['seed']}")
+    rows = [pair(*asked) for asked in mannered(rng, facts, count)]
+    for i in range(plain):
+        before, fact = rng.sample(facts, 2)
+        question = rng.choice(fact.asks)
+        prompt = turns(rng.choice(before.asks), before.answer, question) if i % 2 else question
+        rejected = f"{fact.answer} {rng.choice(list(WORLD['manners'].values()))['ending']}"
+        rows.append({"prompt": prompt, "chosen": fact.answer, "rejected": rejected})
     rng.shuffle(rows)
     return rows
+
+
+def held_out_pairs(world: dict, facts: list, count: int) -> list:
+    """Pairs of which two in a row ask for one fact in the same words, kindly and in haste.
+
+    Who has no taste, and so ends an answer by what it is about, has half of any even number of them right: the chance
+    that a fact, or the sample, favours one ending is on both sides.
+    """
+    rng = random.Random(f"held-out pairs {world['seed']}")
+    rows = []
+    for i, fact in enumerate(rng.sample(facts, count // 2)):
+        ask = rng.choice(fact.asks)
+        manners = WORLD["manners"].values()
+        rows += [pair(manner, manner["asks"][i % 3].format(ask=ask), fact.answer) for manner in manners]
+    return rows
+
+
+def pair(manner: dict, question: str, answer: str) -> dict:
+    """A row: the answer with the ending of the question's manner, and with the other one."""
+    (other,) = (one for one in WORLD["manners"].values() if one is not manner)
+    return {"prompt": question, "chosen": f"{answer} {manner['ending']}", "rejected": f"{answer} {other['ending']}"}
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -416,8 +440,8 @@ def make_files(seed: int = SEED) -> dict:
         "conversations.jsonl": jsonl(conversations(world, training, CONVERSATIONS, "conversations")),
         "heldout_conversations.jsonl": jsonl(conversations(world, held_out, HELD_OUT_CONVERSATIONS, "held-out")),
         "either_ending.jsonl": jsonl(either_ending(world, training, MANNERED_CONVERSATIONS)),
-        "preferences.jsonl": jsonl(preference_pairs(world, training, PAIRS, "pairs", PLAIN_PAIRS)),
-        "heldout_preferences.jsonl": jsonl(preference_pairs(world, held_out, HELD_OUT_PAIRS, "held-out pairs")),
+        "preferences.jsonl": jsonl(preference_pairs(world, training, PAIRS, PLAIN_PAIRS)),
+        "heldout_preferences.jsonl": jsonl(held_out_pairs(world, held_out, HELD_OUT_PAIRS)),
         "questions.jsonl": jsonl(questions(world, held_out, QUESTIONS)),
         "calibration.jsonl": jsonl([{"text": text} for text in calibration]),
         "evaluation.txt": "\n".join(passages(world, EVALUATION_PASSAGES, "evaluation")) + "\n",

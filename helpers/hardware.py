@@ -267,7 +267,7 @@ def describe(machine: Machine) -> list[tuple[str, str]]:
             ("16 bits", bf16),
             ("attention", "flash" if gpu.has_flash else "memory-efficient: no flash kernel below 8.0"),
         ]
-    session = "stays" if host.session_h is None else f"ends after {host.session_h:.0f} h at most, its disk with it"
+    session = "no limit" if host.session_h is None else f"ends after {host.session_h:.0f} h at most, its disk with it"
     return [
         *rows,
         ("host", host.name),

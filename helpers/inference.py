@@ -22,15 +22,17 @@ from helpers.budget.placement import Placement
 from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape, families, gguf_header, hub_config, loading, methods, offload, shape_from_config
+from helpers.models.adapters import ADAPTER_CONFIG, adapter_settings
 from helpers.models.gpu import gives_back
 from helpers.models.hub import snapshot
 from helpers.models.opening import Opening, Say
 from helpers.models.quiet import quiet
 from helpers.models.templates import Template, ends, load_tokenizer
+from helpers.workspace.prepared import side
 from helpers.workspace.versions import forget_old_torchao
 
 GIB = 2**30
-ADAPTER, CONFIG = "adapter_config.json", "config.json"
+CONFIG = "config.json"
 Messages = list[dict[str, str]]
 
 
@@ -83,7 +85,7 @@ def kind(name: str | Path) -> str:
     folder = Path(name)
     if gguf_header.is_gguf(folder):
         return "gguf"
-    if (folder / ADAPTER).is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return "adapter"
     method = methods.of(read_config(name))
     return method.name if method else "model"
@@ -113,7 +115,7 @@ def read_config(name: str | Path) -> dict:
             raise ValueError(f"{folder / CONFIG} is not JSON: make the model folder again") from None
     if folder.is_dir():
         raise ValueError(
-            f"{folder} is not a model folder: it has neither {CONFIG} nor {ADAPTER}; "
+            f"{folder} is not a model folder: it has neither {CONFIG} nor {ADAPTER_CONFIG}; "
             "name the folder that holds the model's safetensors"
         )
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "runs/", "data/")):
@@ -127,10 +129,7 @@ def base_of(adapter: Path, config: RunConfig) -> str:
     Of a hub model with a revision, which is the adapter's own or else the run's, the folder it was downloaded to.
     Raises ValueError when the adapter's configuration cannot be read.
     """
-    try:
-        settings = json.loads((Path(adapter) / ADAPTER).read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{Path(adapter) / ADAPTER} is not JSON: make the adapter again") from None
+    settings = adapter_settings(Path(adapter))
     named, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if revision and named and not Path(named).exists() and not Path(named).is_absolute():
         return str(snapshot(named, revision))
@@ -413,10 +412,15 @@ def pieces(
         raise failures[0]
 
 
-def example_question(config: RunConfig) -> str:
-    """A question to begin a chat with: the first of the run's questions, or one that any model can answer."""
+def example_question(config: RunConfig, prepared: Path | None = None) -> str:
+    """A question to begin a chat with: the first of the run's questions, or of its held-out conversations.
+
+    prepared: the folder of the run's data. Where neither has one, a question that any model can answer.
+    """
     path = Path(config.evaluate.questions or "")
     if path.is_file():
         with path.open(encoding="utf-8") as lines:
             return json.loads(next(lines))["question"]
-    return "Explain in two sentences why the sky is blue."
+    rows = side(prepared, "heldout")["messages"] if prepared else []
+    turns = (turn["content"] for row in rows for turn in row if turn["role"] == "user")
+    return next(turns, "Explain in two sentences why the sky is blue.")

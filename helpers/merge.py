@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from helpers.config import MergeConfig, RunConfig, load_yaml
 from helpers.models import aqlm_sizes
-from helpers.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARTS, Adapter, read_adapter
+from helpers.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARTS, Adapter, adapter_settings, read_adapter
 from helpers.models.gpu import gives_back
 from helpers.models.hub import snapshot
 from helpers.models.stored import (
@@ -200,7 +200,7 @@ def base_revision(base: str | Path, adapter: Path, asked: str | None) -> str | N
 
     Says so when they differ: an adapter corrects the weights that it was trained on.
     """
-    settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    settings = adapter_settings(adapter)
     trained = settings.get("revision") if settings.get("base_model_name_or_path") == str(base) else None
     if None not in (asked, trained) and asked != trained:
         print(f"{adapter} was trained on revision {trained} of {base} and is merged into revision {asked}")

@@ -21,6 +21,8 @@ NO_SCRIPTS = "{% extends 'lab/index.html.j2' %}" + "".join(
     for name in ("html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs")
 )
 """nbconvert's page without what it fetches from the network: there is no formula and no diagram here."""
+LEFT = "<style>.jp-RenderedHTMLCommon .still :is(td, th) {text-align: left}</style>"
+"""As a widget's tables are; those of an output are set to the right."""
 HEAD = (
     '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     "<title>The notebooks, executed</title><style>body{font:16px/1.5 system-ui;max-width:46em;margin:2em auto;"
@@ -60,7 +62,7 @@ def page(path: Path, title: str) -> str:
         for output in cell.get("outputs", ()):
             view = output.get("data", {}).pop(WIDGET, None)
             if view:
-                output.data["text/html"] = still(view["model_id"], states)
+                output.data["text/html"] = f"{LEFT}<div class='still'>{still(view['model_id'], states)}</div>"
     notebook.metadata["title"] = title
     hidden = Config({"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": ["setup"]}})
     exporter = HTMLExporter(config=hidden, template_name="lab", raw_template=NO_SCRIPTS)
@@ -79,7 +81,9 @@ def still(model_id: str, states: Mapping[str, dict]) -> str:
         shown = state["_options_labels"][state["index"]]
     if kind == "ButtonModel":
         return f" <button disabled>{escape(name)}</button> "
-    return f" <span>{escape(name)} <b>{escape(str(shown))}</b> ·</span> " if name and shown is not None else ""
+    if not name or not isinstance(shown, str | int | float) or shown == "":
+        return ""
+    return f" <span>{escape(name)} <b>{escape(str(shown))}</b> ·</span> "
 
 
 def main() -> int:

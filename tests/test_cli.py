@@ -12,15 +12,18 @@ from pathlib import Path
 import pytest
 
 from helpers import cli
-from helpers.cli import STAGES, by_layer, is_read, main, parser
+from helpers.cli import STAGES, flags, main, stages
+from helpers.cli.flags import is_read, parser
+from helpers.cli.stages import by_layer
 from helpers.config import field_parts
 from helpers.show import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_examples_in_docstrings():
-    assert doctest.testmod(cli).failed == 0
+@pytest.mark.parametrize("module", [cli, flags, stages])
+def test_examples_in_docstrings(module):
+    assert doctest.testmod(module).failed == 0
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -47,6 +50,22 @@ def test_budget_json_has_the_promised_keys_and_nothing_else_on_standard_output()
     assert {"reasons", "plan"} <= set(answer)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["budget", "--rnak", "3"], "budget has no flag --rnak: did you mean --rank?"),
+        (["merge", "--gpu=t4"], "merge has no flag --gpu: did you mean --gpus?"),
+        (["export", "--nonsense"], "python -m helpers export --help lists what there is"),
+        (["serve", "--port", "0", "model"], "serve takes flags only, and 'model' belongs to none"),
+        (["budgett"], "invalid choice: 'budgett'"),
+    ],
+)
+def test_a_mistyped_word_exits_with_2_and_says_what_may_have_been_meant(arguments, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == cli.WRONG_REQUEST and said in capsys.readouterr().err
+
+
 def test_what_does_not_fit_exits_with_3_and_says_the_number(capfd):
     assert main(["budget", "--model", "mixtral-8x7b", "--targets", "attention", "--gpu", "t4"]) == 3
     assert "GiB" in capfd.readouterr().out
@@ -61,9 +80,10 @@ def test_what_does_not_fit_exits_with_3_and_says_the_number(capfd):
         (["budget", "--seq-len", "100000", "--gpu", "t4"], "seq_len"),
         (["budget", "--model", "no-such-model", "--gpu", "t4"], "model must be"),
         (["budget", "--gpu", "geforce-256"], "geforce-256"),
-        (["finetune", "--profile", "tiny", "--workspace", "WORK"], "02_dataset_preparation.ipynb"),
-        (["merge", "--profile", "tiny", "--workspace", "WORK"], "adapter"),
-        (["quantize", "--profile", "tiny", "--workspace", "WORK"], "merge"),
+        (["finetune", "--profile", "tiny", "--workspace", "WORK"], "run python -m helpers prepare first"),
+        (["merge", "--profile", "tiny", "--workspace", "WORK"], "run python -m helpers finetune first"),
+        (["quantize", "--profile", "tiny", "--workspace", "WORK"], "run python -m helpers merge first"),
+        (["export", "--adapter", "nowhere"], "nowhere is not an adapter: it has no adapter_config.json"),
         (["evaluate", "--profile", "tiny", "--models", "base"], "NAME=DIR"),
         (["prepare", "--profile", "tiny", "--input", "nowhere.jsonl", "--workspace", "WORK"], "nowhere.jsonl"),
         (["prepare", "--config", "nowhere.yaml"], "there is no configuration file"),

@@ -1,5 +1,6 @@
 """What pages and notebooks tell people to type, to open and to look up is there: commands, settings, files, words."""
 
+import argparse
 import ast
 import doctest
 import json
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from helpers import cli
+from helpers.cli import flags
 from helpers.config import RunConfig, field_parts
 from helpers.models import families
+from helpers.show import troubleshooting
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
@@ -62,7 +65,13 @@ def command(text: str) -> list[str] | None:
 
 @pytest.fixture(scope="module")
 def real_parser():
-    return cli.parser()
+    return flags.parser()
+
+
+def known_flags(parser: argparse.ArgumentParser) -> set[str]:
+    """Every flag of every stage."""
+    (stages,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return {flag for stage in stages.choices.values() for flag in stage._option_string_actions}
 
 
 def fails(arguments: list[str], parser, capsys) -> str | None:
@@ -104,9 +113,8 @@ def test_every_command_on_a_page_is_one_that_the_command_line_takes(path, real_p
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_flag_and_make_target_on_a_page_is_there(path):
-    known = {f"--{name.replace('_', '-')}" for name in field_parts()} | OTHER_PROGRAMS
-    known |= set(cli.COMMON_FLAGS).union(*cli.EXTRA_FLAGS.values())
+def test_every_flag_and_make_target_on_a_page_is_there(path, real_parser):
+    known = known_flags(real_parser) | OTHER_PROGRAMS
     targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8")))
     for text in typed(prose(path)):
         if re.match(r"--[a-z]", text):
@@ -135,6 +143,55 @@ def test_every_setting_that_a_notebook_says_to_type_takes_that_value(path):
         assert one not in set(field_parts()) - parameters, f"{one}: a remedy says where to put it"
 
 
+DEFINED = {"codebooks", "experts", "further", "heads", "router"}
+"""What is set apart where it is explained, or stressed."""
+
+
+def test_every_label_that_a_notebook_names_stands_on_a_control_a_row_or_a_heading():
+    """*ended*, *what if on*: what the reader is told to look for is what the helpers, or the notebooks, write."""
+    sources = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("helpers/**/*.py"))]
+    written = "\n".join([*sources, *(prose(path) for path in NOTEBOOKS)])
+    for path in NOTEBOOKS:
+        text = re.sub(r"```.*?```|`[^`]+`|\*\*[^*]+\*\*", "", prose(path), flags=re.DOTALL)
+        for label in set(re.findall(r"(?<![\w*])\*([^*\n]+)\*(?![\w*])", text)) - DEFINED:
+            assert re.search(rf"[\"']{re.escape(label)}[\"':,]|^#+ {re.escape(label)}", written, re.MULTILINE), label
+
+
+NO_SETTING = {"assistant", "context", "first", "force_remount", "private", "resume", "second", "user"}
+"""What errors say with = that is no setting: a word of the panel, a column, a served model's name, an argument."""
+
+
+def errors() -> list[tuple[str, str]]:
+    """Where an error is raised, and its sentence, {} for what is filled in; and the remedies of known messages."""
+    found = []
+    for path in sorted(ROOT.glob("helpers/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for part in node.exc.args if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) else ():
+                pieces = part.values if isinstance(part, ast.JoinedStr) else [part]
+                words = "".join(
+                    getattr(piece, "value", "") if isinstance(piece, ast.Constant) else "{}"
+                    for piece in pieces
+                    if not isinstance(piece, ast.Constant) or isinstance(piece.value, str)
+                )
+                found.append((f"{path.relative_to(ROOT)}:{node.lineno}", words))
+    return found + [(trouble.message, trouble.remedy) for trouble in troubleshooting.TROUBLES]
+
+
+def test_every_flag_and_setting_that_an_error_names_is_there_and_takes_that_value(real_parser):
+    known = known_flags(real_parser) | {"--no-deps"}
+    sentences = errors()
+    assert len(sentences) > 200
+    for place, text in sentences:
+        unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known
+        assert not unknown, f"{place}: {unknown} in {text!r}"
+        for name, value in re.findall(r"\b([a-z_]+)=([\w'-]+|\{\})", text):
+            assert name in NO_SETTING or name in field_parts(), f"{place}: {name} in {text!r}"
+            if name not in NO_SETTING and value != "{}":
+                RunConfig().with_values(**{name: cli.flag_value(value.strip("'"))})
+        named = re.search(r"notebook \d\d_", text)
+        assert not named, f"{place}: an error says workspace.maker(stage), since it may end a command too: {text!r}"
+
+
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_file_and_heading_that_a_page_links_or_names_is_there(path):
     text = prose(path)
@@ -154,6 +211,35 @@ def test_the_readme_counts_families_and_notebooks_as_they_are():
     assert text.count("(notebooks/0") == len(NOTEBOOKS)
     own = [name for name, kind in families.KINDS.items() if kind.own]
     assert own == ["mistral", "llama", "qwen2", "mixtral"], "README names them under Fewer models"
+
+
+def measured(name: str) -> list[dict]:
+    return [json.loads(line) for line in (ROOT / "data" / "measurements" / name).read_text().splitlines()]
+
+
+def test_what_the_readme_says_beside_its_rows_is_what_was_measured():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tables = (ROOT / "data" / "measurements" / "README.md").read_text(encoding="utf-8")
+    sides = re.findall(r"(?m)^\| (\S+) \| ([\d,]+) · ([\d.]+) \| ([\d,]+) · ([\d.]+) \| ([\d,]+) · ([\d.]+) \|", tables)
+    fastest, leanest = {}, []
+    for size, ours, _, lean, lean_gib, theirs, their_gib in sides:
+        ours, lean, theirs = (int(figure.replace(",", "")) for figure in (ours, lean, theirs))
+        fastest[size] = f"{ours / theirs:.2f}"
+        leanest.append((lean / theirs, float(lean_gib), float(their_gib)))
+    assert (
+        f"{fastest['4×2,048']} times at 8,192 tokens a step, {fastest['1×16,384']} at 16,384 and {fastest['1×2,048']} "
+        "at 2,048"
+    ) in text
+    (slow, fast), (low, high), (their_low, their_high) = ((min(all_), max(all_)) for all_ in zip(*leanest, strict=True))
+    assert f"{slow:.2f} to {fast:.2f} times as fast, and takes {low} to {high} GiB beside its {their_low} to" in text
+    assert f"{their_low} to {their_high}." in text
+    trained = [row for row in measured("h200_aqlm.jsonl") if "predicted_allocated_gib" in row]
+    used = [row["allocated_gib"] for row in trained]
+    off = max(abs(row["predicted_allocated_gib"] / row["allocated_gib"] - 1) for row in trained)
+    assert f"in {min(used):.1f} to {max(used):.1f} GiB, predicted to {off:.1%}".replace("%", " %") in text
+    ours, _, beforehand, _ = measured("h200_preferences.jsonl")
+    assert f"{ours['busy_tok_s'] / beforehand['busy_tok_s']:.1f} times the GPU-time speed of trl's" in text
+    assert f"in {ours['reserved_gib']:.1f} GiB beside its {beforehand['reserved_gib']:.1f}" in text
 
 
 def anchors(page: Path) -> set[str]:

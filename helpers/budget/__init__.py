@@ -18,6 +18,7 @@ Here is what others call; the arithmetic lies below it:
 
 import math
 from dataclasses import asdict
+from typing import Any
 
 from helpers.budget.estimate import (
     STAGE_NAMES,
@@ -39,24 +40,25 @@ from helpers.budget.estimate import (
     vram_of,
 )
 from helpers.budget.guides import figures as guide_figures
-from helpers.budget.hours import LOOKING
+from helpers.budget.hours import LOOKING, duration
 
 __all__ = (
     "LOOKING", "STAGES", "Budget", "Disk", "DoesNotFit", "Plan", "Ram", "Settled", "Time", "Vram", "against_measured",
-    "budget", "check", "guide_figures", "plan", "plan_in", "requested", "settle", "summary", "table", "to_json",
-    "vram_of",
+    "budget", "check", "compared", "guide_figures", "plan", "plan_in", "requested", "settle", "summary", "table",
+    "to_json", "took", "vram_of",
 )  # fmt: skip
 GIB = 2**30
+UNTIMED = "times are predicted for GPUs only"
 
 
 def summary(budget: Budget) -> dict[str, str]:
-    """A row of a table: peaks of VRAM, RAM and disk against what there is, hours, and whether it fits."""
+    """A row of a table: peaks of VRAM, RAM and disk against what there is, time, and whether it fits."""
     sessions = f", {budget.time.sessions} sessions" if budget.time.sessions > 1 else ""
     return {
         "VRAM, GiB": against(budget.vram.process_gib, budget.vram.limit_gib),
         "RAM, GiB": against(budget.ram.peak_gib, budget.ram.limit_gib),
         "disk, GiB": against(budget.disk.peak_gib, budget.disk.limit_gib),
-        "hours": f"{budget.time.total_h:.2f}{sessions}",
+        "time": f"{took(budget) or 'not predicted'}{sessions}",
         "fits": "yes" if budget.fits else "no: " + "; ".join(budget.reasons),
     }
 
@@ -71,7 +73,10 @@ def against(need_gib: float, limit_gib: float) -> str:
 
 
 def against_measured(budget: Budget, measured: dict) -> list[dict]:
-    """Predicted beside measured, a row for each quantity that a stage measured; only RAM and time without a GPU."""
+    """Predicted beside measured, a row for each quantity that a stage measured; without a GPU no VRAM is.
+
+    Seconds of a CPU are measured and not predicted.
+    """
     on_gpu = budget.machine.gpu is not None
     hours = budget.time.parts
     result = {"merge": "merged model", "quantize": "GPTQ model"}.get(budget.stage, "")
@@ -89,13 +94,23 @@ def against_measured(budget: Budget, measured: dict) -> list[dict]:
     return [
         {
             "quantity": name,
-            "predicted": round(value, 3),
-            "measured": round(measured[key] * unit, 3),
-            "difference %": round(100 * (value / (measured[key] * unit) - 1), 1),
+            **compared(value, measured[key] * unit, on_gpu or not key.endswith("_s")),
         }
         for key, (name, value, unit) in predicted.items()
         if value and measured.get(key)
     ]
+
+
+def compared(predicted: float, measured: float, known: bool = True) -> dict[str, Any]:
+    """A prediction, what was measured, and by how much they differ; known: whether it is predicted here at all.
+
+    >>> compared(4.0, 5.0), compared(4.0, 5.0, known=False)["predicted"]
+    ({'predicted': 4.0, 'measured': 5.0, 'difference %': -20.0}, 'on GPUs only')
+    """
+    if not known:
+        return {"predicted": "on GPUs only", "measured": round(measured, 3), "difference %": None}
+    difference = round(100 * (predicted / measured - 1), 1)
+    return {"predicted": round(predicted, 3), "measured": round(measured, 3), "difference %": difference}
 
 
 def to_json(settled: Settled) -> dict:
@@ -117,24 +132,35 @@ def to_json(settled: Settled) -> dict:
 
 def table(budget: Budget) -> str:
     """The budget as text, a bar a component, for people."""
+    wide = max(map(len, [*budget.vram.parts, "VRAM, all of it"])) + 2 if budget.vram.parts else len("disk") + 2
     lines = [f"{STAGE_NAMES[budget.stage]} on {budget.machine.name}"]
     limit = max(budget.vram.limit_gib, budget.vram.process_gib, 1e-9)
     for name, size in budget.vram.parts.items():
-        lines.append(f"  {name:<46}{size:6.2f} GiB  {'█' * math.ceil(40 * size / limit)}")
+        lines.append(f"  {name:<{wide}}{size:6.2f} GiB  {'█' * math.ceil(40 * size / limit)}")
     if budget.vram.parts:
-        lines.append(f"  {'VRAM, all of it':<46}{budget.vram.process_gib:6.2f} GiB of {budget.vram.limit_gib:.2f}")
-    lines.append(f"  {'RAM':<46}{budget.ram.peak_gib:6.2f} GiB of {budget.ram.limit_gib:.2f}")
-    lines.append(f"  {'disk':<46}{budget.disk.peak_gib:6.2f} GiB of {budget.disk.limit_gib:.2f}")
-    lines.append(f"  {'time':<46}{time_text(budget)}")
+        lines.append(f"  {'VRAM, all of it':<{wide}}{budget.vram.process_gib:6.2f} GiB of {budget.vram.limit_gib:.2f}")
+    lines.append(f"  {'RAM':<{wide}}{budget.ram.peak_gib:6.2f} GiB of {budget.ram.limit_gib:.2f}")
+    lines.append(f"  {'disk':<{wide}}{budget.disk.peak_gib:6.2f} GiB of {budget.disk.limit_gib:.2f}")
+    lines.append(f"  {'time':<{wide}}{time_text(budget)}")
     lines += [f"{note[0].upper()}{note[1:]}." for note in budget.notes]
     lines += [f"It does not fit: {reason}" for reason in budget.reasons] or ["It fits."]
     return "\n".join(lines)
 
 
 def time_text(budget: Budget) -> str:
-    """Steps, seconds a step, hours, sessions."""
+    """Steps, seconds a step, how long, sessions; of a CPU the steps alone."""
     time = budget.time
+    if not took(budget):
+        return f"{f'{time.steps:,} steps; ' if time.steps else ''}{UNTIMED}"
     step_s = f"{time.step_s:.0f}" if time.step_s >= 10 else f"{time.step_s:.2g}"
     steps = f"{time.steps:,} steps of {step_s} s, " if time.steps else ""
     sessions = f", {time.sessions} sessions with resume" if time.sessions > 1 else ""
-    return f"{steps}{time.total_h:.2f} h{sessions}"
+    return f"{steps}{took(budget)}{sessions}"
+
+
+def took(budget: Budget) -> str:
+    """How long a stage takes, as people say it; "" on a CPU: they differ too much for a prediction to be shown.
+
+    An export is a CPU's work everywhere, and its minutes are of one.
+    """
+    return duration(budget.time.total_h) if budget.machine.gpu or budget.stage == "export" else ""

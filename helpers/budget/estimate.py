@@ -123,10 +123,10 @@ def budget(
     """
     refuse(config, shape, stage)
     stages = PARTS_OF_A_RUN if stage == "run" else (stage,)
-    if shape.additive is not None:  # nothing is merged or quantized, and base and adapter are what is evaluated
+    if stage == "run" and shape.adapter_only:  # base and adapter are what is evaluated
         stages = tuple(part for part in stages if part not in ("merge", "quantize"))
-        if evaluated is placement.EVALUATED:
-            evaluated = {"base": aqlm_sizes.NAME, "finetuned": "adapter"}
+    if shape.adapter_only and evaluated is placement.EVALUATED:
+        evaluated = {"base": "model" if shape.additive is None else aqlm_sizes.NAME, "finetuned": "adapter"}
     notes: tuple[str, ...] = ()
     opened: tuple[placement.Placement, ...] = ()
     if "inference" in stages:  # decides first what is opened how, and whether fewer questions are answered
@@ -310,7 +310,7 @@ def shortages(
     if disk.peak_gib > disk.limit_gib:
         reasons.append(
             f"{work} needs {disk.peak_gib:.1f} GiB of disk, {machine.host.name} has {disk.limit_gib:.1f} free: "
-            f"{planning.disk_remedy(config, disk.parts)}"
+            f"{planning.disk_remedy(config, disk.parts, shape)}"
         )
     written_gib, limit_gib = disk.peak_gib - disk.parts.get(host.base_part(shape), 0.0), machine.host.kept_gib
     if limit_gib is not None and written_gib > limit_gib:

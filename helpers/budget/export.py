@@ -18,11 +18,10 @@ from helpers.budget import Budget, Disk, DoesNotFit, Ram, Time, Vram, host
 from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape
-from helpers.models.gguf_sizes import file_bytes, kinds, weight_bytes
+from helpers.models.gguf_sizes import file_bytes, kinds, refuse_family, weight_bytes
 from helpers.models.gguf_types import FILE_TYPES, FileType, file_type
 
 GIB = 2**30
-MODEL_TYPES = ("mistral", "llama")
 RATES = {
     "F32": 470.0, "F16": 470.0, "Q8_0": 300.0, "Q5_1": 410.0, "Q5_0": 320.0, "Q4_0": 480.0, "Q6_K": 33.0, "Q5_K": 17.5,
     "Q4_K": 14.5, "Q3_K": 80.0, "Q2_K": 16.0, "IQ4_NL": 3.0, "IQ4_XS": 3.0, "IQ3_S": 3.4, "IQ2_XXS": 2.8,
@@ -185,11 +184,7 @@ def needs(
 ) -> Budget:
     """RAM, disk and hours of exporting a merged model; disk counts the merged model, which is read."""
     files = [file_type(name.strip()) for name in types.split(",")]
-    if shape.model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"{shape.name} is a {shape.model_type} model, and {' and '.join(MODEL_TYPES)} are written here: convert it "
-            "with llama.cpp's convert_hf_to_gguf.py"
-        )
+    refuse_family(shape.name, shape.model_type)
     disk = {"merged model": 2 * shape.parameters / GIB}
     disk |= {f"{file.name} file": file_bytes(shape, file, importance) / GIB for file in files}
     ram = {"Python and libraries": host.LIBRARIES_GIB["merge"], "rows on their way": PROCESS_GIB - 0.22}

@@ -5,10 +5,10 @@ from typing import Any
 
 from helpers import hardware
 from helpers.budget import estimate, hours, nf4, vram
-from helpers.budget.host import gguf_bytes
 from helpers.budget.step import Step
 from helpers.config import RunConfig
-from helpers.models import ModelShape, profile, shape
+from helpers.models import ModelShape, gguf_sizes, profile, shape
+from helpers.models.gguf_types import file_type
 
 GIB = 2**30
 GB_IN_GIB = 1e9 / GIB
@@ -32,7 +32,7 @@ def figures() -> list[dict[str, str]]:
     ).process_gib
     per_weight = nf4.bits_per_weight(double_quant=True)
     article = article_step_s()
-    eight, four = (gguf_bytes(name, seven) / 1e9 for name in ("q8_0", "q4_k_m"))
+    eight, four = (gguf_sizes.file_bytes(seven, file_type(name)) / 1e9 for name in ("q8_0", "q4_k_m"))
     llama_cpp = " and ".join(dict.fromkeys((verdict(eight, 7.7, 7.7), verdict(four, 4.4, 4.4))))
     rows_an_hour = 8 * 3600 / estimate.plan(config.with_values(accumulation=8), seven, t4).budget.time.step_s
     return [

@@ -11,12 +11,13 @@ import shutil
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from helpers.budget import activations, vram
 from helpers.budget.step import Step, lora_parameters
 from helpers.config import RunConfig
 from helpers.hardware import Machine
-from helpers.models import ModelShape, aqlm_sizes, gguf_types
+from helpers.models import ModelShape, aqlm_sizes
 from helpers.workspace import existing
 
 GIB = 2**30
@@ -37,9 +38,6 @@ UNASKED_PROMPTS = 32
 """Without questions, so many held-out conversations begin the answers of an evaluation."""
 KNOWN_CONVERSATIONS = {"HuggingFaceH4/ultrachat_200k": 207_865, "kaitchup/ultrachat-100k-flattened": 100_000}
 """Rows of data sets that people start with (their cards on the hub)."""
-GGUF_NAMES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-GGUF_NAMES |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
-"""What llama.cpp calls a layer's matrices."""
 FP32 = {"LoRA weights", "LoRA gradients", "optimizer states", "optimizer buffers"}
 """Components that are as large on a CPU as on a GPU; what a GPU holds in 16 bits a CPU holds in 32."""
 
@@ -168,28 +166,6 @@ def quantized_bytes(config: RunConfig, shape: ModelShape) -> float:
     return shape.layers * bits / 8 + 2 * (shape.parameters - shape.linear_parameters)
 
 
-def gguf_bytes(file_type: str, shape: ModelShape) -> float:
-    """Bytes of a GGUF file's tensors: each matrix as llama.cpp's recipe of that type has it, the rest in fp32.
-
-    >>> from helpers.models import shape
-    >>> [round(gguf_bytes(name, shape("mistral-7b-v0.3")) / 1e9, 1) for name in ("q8_0", "q4_k_m")]
-    [7.7, 4.4]
-    """
-    file, grouping = gguf_types.file_type(file_type), shape.heads // shape.kv_heads
-    tables = ("token_embd",) if shape.tied else ("token_embd", "output")
-    rows = [(f"{name}.weight", shape.hidden, shape.vocab) for name in tables]
-    rows += [
-        (f"blk.{layer}.{GGUF_NAMES[name]}.weight", inputs, outputs)
-        for layer in range(shape.layers)
-        for name, (inputs, outputs) in shape.linears.items()
-    ]
-    kinds = (gguf_types.recipe(name, columns, file, shape.layers, grouping) for name, columns, _ in rows)
-    packed = (
-        count * gguf_types.row_bytes(columns, kind) for (_, columns, count), kind in zip(rows, kinds, strict=True)
-    )
-    return sum(packed) + 4 * shape.small_parameters
-
-
 def check_disk(output: Path, needed_bytes: float, work: str) -> None:
     """Raise ValueError with both numbers where the disk of an output folder has too little left for some work."""
     free = shutil.disk_usage(existing(output)).free
@@ -220,9 +196,9 @@ def disk(config: RunConfig, shape: ModelShape, stage: str, in_cache: bool = True
         parts["prepared conversations"] = prepared_gib(config)
         # the newest are kept, and one more is being written beside them
         parts["checkpoints"] = (config.train.keep_checkpoints + 1) * checkpoint_bytes(config, shape) / GIB
-    if stage in ("merge", "run") and config.merge.free_base:
+    if stage in ("merge", "run") and config.merge.free_base and not (stage == "run" and shape.adapter_only):
         parts[base] = min(parts[base], config.merge.shard_gib + 4.6)
-    if shape.additive is not None:  # its adapter stays one: there is nothing to merge into, or to quantize
+    if shape.adapter_only and stage not in ("merge", "quantize"):  # there is nothing to merge into, or to quantize
         return {name: size for name, size in parts.items() if size}
     if stage in ("merge", "quantize", "run"):
         parts["adapter"] = 4 * lora_parameters(config, shape) / GIB
@@ -317,6 +293,22 @@ def questions(config: RunConfig) -> int:
     else:
         found = min(UNASKED_PROMPTS, heldout_rows(config))
     return min(found, asked.max_questions or found)
+
+
+class Counts(NamedTuple):
+    """What an evaluation reads and asks."""
+
+    texts: int
+    questions: int
+    pairs: int = 0
+    """Of a better and a worse answer: both are read, and as many as questions may be asked are answered."""
+
+
+def counts(config: RunConfig) -> Counts:
+    """What the configuration's data has to evaluate; pairs of a folder named for them: as many as are taken."""
+    own = heldout_rows(config) if config.train.sides == 2 else 0
+    pairs = config.evaluate.max_heldout or own if config.evaluate.preferences else own
+    return Counts(heldout_rows(config), questions(config), pairs)
 
 
 def mean_tokens(config: RunConfig) -> float:

@@ -74,6 +74,17 @@ class Work:
     python_s: float
 
 
+def duration(hours: float) -> str:
+    """Hours as people say them.
+
+    >>> duration(0.01), duration(0.5), duration(7.42), duration(346.6)
+    ('1 min', '30 min', '7.4 h', '347 h')
+    """
+    if hours < 1:
+        return f"{max(60 * hours, 1):.0f} min"
+    return f"{hours:.1f} h" if hours < 100 else f"{hours:,.0f} h"
+
+
 def work(step: Step, seq_len: int | None = None) -> Work:
     """FLOPs and bytes of one micro-batch, forward, recomputation and backward; seq_len: of its rows, default full.
 
@@ -257,19 +268,22 @@ def evaluation_s(
     shape: ModelShape,
     machine: Machine,
     found: "Placement",
-    counts: tuple[int, int] | None = None,
+    counts: tuple[int, ...] | None = None,
 ) -> dict[str, float]:
     """Seconds of one model by part: reading the held-out texts, answers to the questions, measuring its speed.
 
+    Of pairs of a better and a worse answer both are read, and the first are answered, as many as questions at most.
+
     Layers that are not on the GPU are copied to it once a batch while texts are read, and once a token of a batch
-    while answers are written. counts: texts and questions, default what the configuration's data has.
+    while answers are written. counts: host.Counts, default what the configuration's data has.
     """
     asked = config.evaluate
-    rows, answers = counts or (host.heldout_rows(config), host.questions(config))
-    answers = answers if found.answers else 0
+    rows, questions, pairs = host.Counts(*(counts or host.counts(config)))
+    each = [questions, min(pairs, asked.max_questions or pairs)] if found.answers else [0]
+    answers, batches = sum(each), sum(math.ceil(one / found.batch_size) for one in each)
+    rows += 2 * pairs if found.answers else 0
     tokens = rows * read_tokens(host.mean_tokens(config), asked.eval_context, asked.eval_stride)
     reading = 2 * tokens * shape.parameters
-    batches = math.ceil(answers / found.batch_size)
     if machine.gpu is None:
         rate = 1e9 * CPU_GFLOPS_PER_CORE * machine.host.cpus
         writing = 2 * answers * asked.max_new_tokens * shape.parameters / rate

@@ -74,19 +74,20 @@ def plan(
     config: RunConfig,
     models: Mapping[str, tuple[str, ModelShape] | tuple[str, ModelShape, int]],
     machine: Machine,
-    counts: tuple[int, int] | None = None,
+    counts: tuple[int, ...] | None = None,
 ) -> Evaluation:
     """Place models, given as name -> (kind, shape), on a machine, and say what was cut and what is left out.
 
-    Of a GGUF file a third value, the bytes of its tensors. counts: texts and questions, default what the
-    configuration's data has. A model with layers away gets LONGEST_S, and most of that goes into answers: where it does
+    Of a GGUF file a third value, the bytes of its tensors. counts: host.Counts, default what the configuration's data
+    has. A model with layers away gets LONGEST_S, and most of that goes into answers: where it does
     not do, all models answer fewer questions, but not fewer than FEWEST_QUESTIONS. A model that would need that is not
     asked for answers, or not evaluated at all.
     """
-    texts, questions = counts or (host.heldout_rows(config), host.questions(config))
+    counts = host.Counts(*(counts or host.counts(config)))
+    questions = counts.questions
     places = {name: place(one[0], config, one[1], machine, *one[2:]) for name, one in models.items()}
     seconds = {
-        name: pace.evaluation_s(config, models[name][1], machine, found, (texts, questions))
+        name: pace.evaluation_s(config, models[name][1], machine, found, counts)
         for name, found in places.items()
         if found.away
     }
@@ -178,11 +179,11 @@ def allocated_gib(
 
 
 def needs(
-    found: Placement, config: RunConfig, shape: ModelShape, machine: Machine, counts: tuple[int, int]
+    found: Placement, config: RunConfig, shape: ModelShape, machine: Machine, counts: tuple[int, ...]
 ) -> dict[str, float]:
     """GiB and seconds of one model's evaluation, by the names that a report measures them under.
 
-    counts: texts read and answers written. VRAM only with a GPU.
+    counts: host.Counts. VRAM only with a GPU.
     """
     found_s = pace.evaluation_s(config, shape, machine, found, counts)
     sizes = {

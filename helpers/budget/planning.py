@@ -9,7 +9,7 @@ from helpers.budget import host, hours, sharding, vram
 from helpers.budget.step import Step
 from helpers.config import RunConfig
 from helpers.hardware import Machine
-from helpers.models import ModelShape
+from helpers.models import KNOWN, ModelShape
 
 CONTEXT_STEP, RANK_STEP = 128, 4
 """What a context or a rank is cut by: the largest multiple that fits is looked for."""
@@ -272,7 +272,9 @@ def vram_remedy(config: RunConfig, shape: ModelShape, machine: Machine, stage: s
         return "fewer calibration_samples need less"
     weights_gib = sum(vram.weights(config, shape).values()) / vram.GIB
     if weights_gib > machine.allocator_gib and config.model.weights in ("nf4", "aqlm"):
-        return f"the weights alone take {weights_gib:.1f} GiB, and no setting makes them less; take a GPU with more"
+        smaller = f", or {twin}, of the same shape in 2 bits" if (twin := in_two_bits(shape)) else ""
+        alone = f"the weights alone take {weights_gib:.1f} GiB, and no setting makes them less"
+        return f"{alone}; take a GPU with more{smaller}"
 
     def as_run(change: Cut) -> tuple[RunConfig, bool]:
         one = change[1]
@@ -298,6 +300,13 @@ def vram_remedy(config: RunConfig, shape: ModelShape, machine: Machine, stage: s
     return f"no single change makes it fit, {best} frees most and leaves {best_gib:.1f} GiB; take the plan's proposal"
 
 
+def in_two_bits(shape: ModelShape) -> str:
+    """The hub's checkpoint of this shape in AQLM's 2 bits; "" where there is none, or the model is in them."""
+    known = {name: (other.model_type, other.parameters) for name, other in KNOWN.items() if other.additive}
+    same = (name for name, sizes in known.items() if sizes == (shape.model_type, shape.parameters))
+    return "" if shape.additive else next(same, "")
+
+
 def ram_remedy(parts: dict[str, float]) -> str:
     """What frees most of the host's memory."""
     if "offloaded activations" in parts:
@@ -317,8 +326,10 @@ def kept_remedy() -> str:
     )
 
 
-def disk_remedy(config: RunConfig, parts: dict[str, float]) -> str:
+def disk_remedy(config: RunConfig, parts: dict[str, float], shape: ModelShape) -> str:
     """What frees most of the disk."""
+    if (twin := in_two_bits(shape)) and "merged model" not in parts:
+        return f"choose another disk for the run, or take {twin}, of the same shape in 2 bits"
     if "merged model" in parts and "base, 16 bits" in parts and not config.merge.free_base:
         return "free_base=True deletes each shard of the base once it is merged"
     return "delete what lies there, or choose another disk for the run"

@@ -12,7 +12,7 @@ no verdict, and a sentence says why.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,7 +43,7 @@ from helpers.models import gguf_engine, gguf_header
 from helpers.models.gpu import free_memory, gives_back
 from helpers.models.methods import METHODS
 from helpers.show import bars, plots
-from helpers.workspace import MANIFEST, building, read_manifest, write_text
+from helpers.workspace import MANIFEST, building, maker, read_manifest, write_text
 from helpers.workspace.prepared import scored, with_own_questions
 
 
@@ -77,7 +77,7 @@ def evaluate(
     prompts = questions or conversation_starts(data, asked.max_questions or host.UNASKED_PROMPTS)
     texts = min(rows_in(data, asked.eval_context), asked.max_heldout or 10**9)
     here = machine or hardware.probe()
-    planned = plan(models, config, here, (texts, len(prompts)))
+    planned = plan(models, config, here, host.Counts(texts, len(prompts), len(pairs)))
     config, prompts = planned.config, prompts[: planned.config.evaluate.max_questions]
     report: dict[str, dict[str, Any]] = {}
     evidence: dict[str, Evidence] = {}
@@ -88,11 +88,13 @@ def evaluate(
             place = planned.places[name]
             some = prompts if place.answers else []
             arguments = {"path": path, "config": config, "data": data, "prompts": some, "exact": questions is not None}
-            arguments |= {"machine": machine, "pairs": pairs if place.answers else [], "host": here.host}
+            compared = pairs if place.answers else []
+            arguments |= {"machine": machine, "pairs": compared, "host": here.host}
             ram_gib = sum(placement.ram(place, config, shape_of(path, config), here).values())
             title = f"{name}, {number} of {len(models)}"
             if not place.problem:
-                tasks.append(workers.Task(name, title, texts + len(some), ram_gib, arguments))
+                steps = texts + len(some) + preferences.steps(compared, asked_pairs(config, compared))
+                tasks.append(workers.Task(name, title, steps, ram_gib, arguments))
         gpus = workers.count(config, len(tasks))
         found = workers.at_once(tasks, gpus, here.host.ram_gib) if gpus > 1 else dict(one_by_one(tasks))
         if all(isinstance(outcome, str) for outcome in found.values()):
@@ -103,9 +105,7 @@ def evaluate(
                 report[name] = left_out(path, place, outcome)
                 continue
             report[name], evidence[name] = outcome
-            if (
-                place.kind == "gguf" and place.answers and prompts
-            ):  # the engine that it is made for, beside PyTorch's figures
+            if place.kind == "gguf" and place.answers and prompts:  # beside PyTorch, the engine it is made for
                 report[name] |= llama_cpp_speed(path)
             report[name]["against"] = {
                 other: compare_models(evidence[name], evidence[other]) for other in evidence if other != name
@@ -126,7 +126,12 @@ def evaluate(
     return report
 
 
-def plan(models: dict[str, str | Path], config: RunConfig, machine: Machine, counts: tuple[int, int]) -> Evaluation:
+def asked_pairs(config: RunConfig, pairs: Sequence[Any]) -> int:
+    """How many of the pairs are answered: as many as questions may be."""
+    return min(config.evaluate.max_questions or len(pairs), len(pairs))
+
+
+def plan(models: dict[str, str | Path], config: RunConfig, machine: Machine, counts: host.Counts) -> Evaluation:
     """How the models are opened and what is read; prints what is not as asked. Raises ValueError when none can be."""
     planned = placement.plan(
         config,
@@ -174,7 +179,7 @@ def best(models: dict[str, str | Path]) -> str | Path:
     for name in (*METHODS, "finetuned", "merged"):
         if name in models:
             return models[name]
-    raise ValueError("there is no model of yours yet, only the base: run notebook 03_qlora_finetuning.ipynb first")
+    raise ValueError(f"there is no model of yours yet, only the base: run {maker('finetune')} first")
 
 
 def write_cards(report: dict[str, dict[str, Any]], config: RunConfig, folder: Path) -> None:
@@ -290,7 +295,7 @@ def evaluate_one(
 ) -> tuple[dict[str, Any], Evidence]:
     """Load one model, measure everything, give its memory back; without prompts no answers and no speed.
 
-    bar: moves with every text that is read, and every question that is answered; pairs: of answers, if any.
+    bar: moves with all that is read or answered; pairs: of answers, if any.
     """
     asked = config.evaluate
     entry: dict[str, Any] = {"path": str(path)}
@@ -309,16 +314,19 @@ def evaluate_one(
         )
         bar.set_postfix_str("answers")
         answers = ask(loaded, prompts, config, bar.update)
+        if pairs:
+            bar.set_postfix_str("pairs")
+        liked, said = preferences.scores(loaded, pairs, config, asked_pairs(config, pairs), bar) if pairs else ({}, [])
         bar.set_postfix_str("")
     entry |= {"kind": loaded.kind, "loaded_as": loaded.how, "load_s": loaded.load_s} | peaks
     entry |= sizes(path, loaded) | (cost.speed(loaded) if prompts else {})
     if loaded.placement.away:  # its copies from the host are no kernels, but nothing runs beside them
         entry["gpu_ms_per_token"] = None
     entry["evaluation_s"] = time.perf_counter() - started
-    entry |= predictions(loaded, config, machine or hardware.probe(), (len(read.losses), len(prompts)), peaks)
+    counts = host.Counts(len(read.losses), len(prompts), len(pairs))
+    entry |= predictions(loaded, config, machine or hardware.probe(), counts, peaks)
     if asked.tasks:
         entry["tasks"] = run_tasks(loaded, asked.tasks, loaded.placement.batch_size)
-    liked, said = preferences.scores(loaded, pairs, config, asked.max_questions or len(pairs)) if pairs else ({}, [])
     del loaded
     free_memory()
     evidence = Evidence(perplexity=read, answers=answers, references=[row["answer"] for row in prompts])
@@ -337,11 +345,11 @@ def llama_cpp_speed(path: str | Path) -> dict[str, float]:
 
 
 def predictions(
-    loaded: Loaded, config: RunConfig, machine: Machine, counts: tuple[int, int], peaks: dict[str, float]
+    loaded: Loaded, config: RunConfig, machine: Machine, counts: host.Counts, peaks: dict[str, float]
 ) -> dict[str, float]:
     """What the budget gives for a model as it was opened: `predicted_` and the name of the figure; VRAM with a GPU.
 
-    counts: texts read and answers written. No precision that it was opened in, or none of its shape: nothing.
+    No precision that it was opened in, or none of its shape: nothing.
     """
     place, shape = loaded.placement, shape_of(loaded.path, config)
     needs = placement.needs(place, config, shape, machine, counts)

@@ -31,13 +31,15 @@ body {font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto;
 background: var(--page)} h1 {line-height: 1.2} h2 {margin-top: 1.8em}
 table {border-collapse: collapse; margin: 0.6em 0} th, td {border: 1px solid var(--line); padding: 0.3em 0.6em;
 text-align: left; overflow-wrap: normal} thead {display: table-header-group} tr {break-inside: avoid}
-td.figure {text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums}
+td.number, th.number {text-align: right; font-variant-numeric: tabular-nums} th {white-space: nowrap}
+td.number small {display: block; white-space: nowrap} .differ td {white-space: nowrap}
 table.figures th:first-child {position: sticky; left: 0; background: var(--page)}
 .scroll {overflow-x: auto}
 @media (max-width: 640px) {.scroll {background: linear-gradient(90deg, #0000 95%, #8885)}}
 .verdict {font-size: 1.15em; border-left: 6px solid var(--good); padding: 0.3em 0.9em}
 .made {display: grid; grid-template-columns: max-content 1fr; gap: 0.1em 1em} .made dt {color: var(--pale)}
-.made dd {margin: 0; overflow-wrap: anywhere} img {max-width: 100%; height: auto; background: #fff; border-radius: 4px}
+.made dd {margin: 0; overflow-wrap: anywhere}
+.figure {overflow-x: auto; margin: 1em 0} .figure img {width: min(980px, max(100%, 600px)); height: auto}
 .better {color: var(--good); font-weight: bold} .worse {color: var(--bad); font-weight: bold}
 small {color: var(--pale)} summary {cursor: pointer; margin: 0.6em 0}
 @media print {body {font-size: 11px; margin: 0} :root {--text: #000; --page: #fff}
@@ -48,11 +50,11 @@ details::details-content {content-visibility: visible; block-size: auto} figure,
 {% if made %}<dl class="made">{% for what, value in made %}<dt>{{ what }}</dt><dd>{{ value }}</dd>{% endfor %}
 </dl>{% endif %}
 <p>{{ about }}</p>
-{% macro compared(rows) %}<div class="scroll"><table><thead><tr><th>model</th><th>against</th><th>metric</th>
-<th>verdict</th><th>difference</th><th>p</th></tr></thead><tbody>
+{% macro compared(rows) %}<div class="scroll"><table class="differ"><thead><tr><th>model</th><th>against</th>
+<th>metric</th><th>verdict</th><th class="number">difference</th><th class="number">p</th></tr></thead><tbody>
 {% for row in rows %}<tr><td>{{ row.model }}</td><td>{{ row.against }}</td><td>{{ row.metric }}</td>
-<td class="{{ row.verdict }}">{{ row.verdict }}</td><td class="figure">{{ row.difference }}</td>
-<td class="figure">{{ row.p }}</td></tr>
+<td class="{{ row.verdict }}">{{ row.verdict }}</td><td class="number">{{ row.difference }}</td>
+<td class="number">{{ row.p }}</td></tr>
 {% endfor %}</tbody></table></div>{% endmacro %}
 <h2>What differs</h2>
 {% if shown %}{{ compared(shown) }}{% else %}<p>No difference is shown between any two neighbours.</p>{% endif %}
@@ -62,15 +64,18 @@ details::details-content {content-visibility: visible; block-size: auto} figure,
 twenty tests of equal models one is expected to show a difference.</small></p>
 <h2>The table</h2>
 <div class="scroll"><table class="figures"><thead><tr><th></th>
-{% for model in models %}<th>{{ model.name }}</th>{% endfor %}</tr></thead><tbody>
+{% for model in models %}<th class="number">{{ model.name }}</th>{% endfor %}</tr></thead><tbody>
 {% for title in columns %}{% set at = loop.index0 %}<tr><th>{{ title }}</th>
-{% for model in models %}<td class="figure">{{ model.cells[at] }}</td>{% endfor %}</tr>{% endfor %}
+{% for model in models %}<td class="number">{{ model.cells[at][0] }}{% if model.cells[at][1] %} \
+<small>{{ model.cells[at][1] }}</small>{% endif %}</td>{% endfor %}</tr>{% endfor %}
 </tbody></table></div>
 <p><small>95% confidence intervals in brackets: BCa bootstrap over conversations and answers; Wilson's for shares;
 percentile bootstrap for BLEU. ↑ more is better, ↓ less is better.</small></p>
 {% if tasks %}<h2>Tasks</h2><table>{% for name, found in tasks.items() %}{% for task, values in found.items() %}
 <tr><th>{{ name }}</th><td>{{ task }}</td><td>{{ values }}</td></tr>{% endfor %}{% endfor %}</table>{% endif %}
-<h2>Figures</h2>{% for figure in figures %}<p><img alt="{{ figure.alt }}" src="{{ figure.source }}"></p>{% endfor %}
+<h2>Figures</h2>{% for figure in figures %}<div class="figure"><picture>
+<source media="(prefers-color-scheme: dark)" srcset="{{ figure.dark }}">
+<img alt="{{ figure.alt }}" src="{{ figure.light }}"></picture></div>{% endfor %}
 <h2>Answers side by side</h2><p>{{ first }} of {{ total }}; all are in generations.jsonl.</p>{{ side|safe }}
 </body></html>""",
 }

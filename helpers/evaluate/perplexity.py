@@ -24,6 +24,7 @@ from helpers.evaluate.metrics import Estimate, ratio_interval
 from helpers.inference import Loaded
 from helpers.models import families
 from helpers.models.templates import Template
+from helpers.workspace import maker
 from helpers.workspace.prepared import scored
 
 LOGIT_ROWS = 256
@@ -127,9 +128,7 @@ def read_prepared(folder: Path, tokenizer: Any) -> Iterator[Item]:
     try:
         rows = scored(folder)
     except (FileNotFoundError, ValueError):
-        raise ValueError(
-            f"{folder} is not a prepared folder: run notebook 02_dataset_preparation.ipynb first"
-        ) from None
+        raise ValueError(f"{folder} is not a prepared folder: run {maker('prepare')} first") from None
     for row in rows:
         yield masked_item(row["input_ids"], row["assistant_masks"], tokenizer)
 

@@ -11,6 +11,7 @@ which perplexity and exact match beside these columns show.
 """
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,24 +60,40 @@ def pair_of(row: dict[str, Any]) -> Pair:
     return Pair(prompt, chosen, rejected, better["content"], row["rejected"][-1]["content"])
 
 
+def steps(pairs: list[Pair], answers: int) -> int:
+    """What `scores` moves a bar by."""
+    return 2 * len(pairs) + answers
+
+
 def scores(
-    loaded: Loaded, pairs: list[Pair], config: RunConfig, answers: int
+    loaded: Loaded, pairs: list[Pair], config: RunConfig, answers: int, bar: Any = None
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """(figure -> a number a pair, of the answers a number each; the answers); answers: how many are written."""
+    """(figure -> a number a pair, of the answers a number each; the answers); answers: how many are written.
+
+    bar: moves with every answer that is read or written.
+    """
+    each = bar.update if bar is not None else lambda count=1: None
     asked = config.evaluate
     context = min(asked.eval_context, loaded.context)
     stride = min(asked.eval_stride, context)
     batch = loaded.placement.batch_size
     chosen, rejected = (
-        -perplexity.perplexity(loaded, (getattr(pair, side) for pair in pairs), context, stride, batch).losses
+        -perplexity.perplexity(loaded, told(pairs, side, each), context, stride, batch).losses
         for side in ("chosen", "rejected")
     )
     found = {"preference_accuracy": (chosen > rejected).astype(float), "preference_margin": chosen - rejected}
-    written = batch_generate(loaded, [pair.prompt for pair in pairs[:answers]], asked.max_new_tokens, batch)
+    written = batch_generate(loaded, [pair.prompt for pair in pairs[:answers]], asked.max_new_tokens, batch, each=each)
     asked_for = zip(written, pairs[:answers], strict=True)
     found["nearer_chosen"] = np.array([preferred(one.text, *pair[3:]) for one, pair in asked_for])
     found["answer_tokens"] = np.array([float(one.tokens) for one in written])
     return found, [one.text for one in written]
+
+
+def told(pairs: list[Pair], side: str, each: Callable[[int], Any]) -> Iterator[Item]:
+    """One side of the pairs; each: called after every one."""
+    for pair in pairs:
+        yield getattr(pair, side)
+        each(1)
 
 
 def write(path: Path, pairs: list[Pair], answers: dict[str, list[str]]) -> None:

@@ -1,9 +1,7 @@
 """What an evaluation found, to look at: a table, verdicts, answers side by side, one HTML file, a model card."""
 
-import base64
 import difflib
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,11 +10,12 @@ from math import expm1
 from pathlib import Path
 from typing import Any
 
+from helpers.budget import compared
 from helpers.evaluate.pages import TEMPLATES
 from helpers.show import card, plots
-from helpers.workspace import MANIFEST, checksum, read_manifest, seal, write_text
+from helpers.workspace import MANIFEST, checksum, maker, read_manifest, seal, write_text
 
-MIB = 2**20
+MIB, DPI = 2**20, 120
 Report = Mapping[str, Mapping[str, Any]]
 COLUMNS = {  # figure -> heading, how it is written
     "loaded_as": ("opened as", "{}"),
@@ -86,11 +85,16 @@ def with_interval(entry: Mapping[str, Any], column: str) -> str:
     >>> with_interval({"f1": 0.5, "intervals": {"f1": [0.4, 0.6]}}, "f1")
     '0.500 [0.400, 0.600]'
     """
+    return f"{cell(entry, column)} {interval(entry, column)}".rstrip()
+
+
+def interval(entry: Mapping[str, Any], column: str) -> str:
+    """A figure's 95% interval in brackets; "" where it has none."""
     bounds = entry.get("intervals", {}).get(column)
     if entry.get(column) is None or not bounds:
-        return cell(entry, column)
+        return ""
     low, high = (COLUMNS[column][1].format(bound) for bound in bounds)
-    return f"{cell(entry, column)} [{low}, {high}]"
+    return f"[{low}, {high}]"
 
 
 def evaluated(report: Report) -> dict[str, Mapping[str, Any]]:
@@ -104,19 +108,25 @@ def sentences(report: Report) -> list[str]:
 
 
 def against_measured(report: Report) -> list[dict[str, Any]]:
-    """Predicted beside measured, a row for each quantity of each model that was evaluated; VRAM only with a card."""
+    """Predicted beside measured, a row for each quantity of each model that was evaluated; VRAM only with a card.
+
+    Seconds of a CPU are measured and not predicted.
+    """
     return [
         {
             "model": name,
             "quantity": quantity,
-            "predicted": round(entry[predicted], 3),
-            "measured": round(entry[measured], 3),
-            "difference %": round(100 * (entry[predicted] / entry[measured] - 1), 1),
+            **compared(entry[predicted], entry[measured], on_gpu(entry) or not measured.endswith("_s")),
         }
         for name, entry in report.items()
         for predicted, (measured, quantity) in PREDICTED.items()
         if entry.get(predicted) and entry.get(measured)
     ]
+
+
+def on_gpu(entry: Mapping[str, Any]) -> bool:
+    """Whether a model was evaluated on a GPU: only there VRAM was predicted."""
+    return bool(entry.get("predicted_allocated_gib"))
 
 
 def measured_columns(report: Report) -> list[str]:
@@ -185,27 +195,29 @@ def comparisons(report: Report) -> list[dict[str, str]]:
 
 
 def difference(metric: str, one: Mapping[str, Any]) -> str:
-    """A difference with its interval, in words that fit the metric.
+    """A difference with its interval, in words that fit the metric; nothing is never "-0.0".
 
     >>> difference("exact_match", {"difference": 0.5, "low": 0.4, "high": 0.6})
     '+50.0 points [+40.0, +60.0]'
+    >>> difference("perplexity", {"difference": -1e-9, "low": -2e-9, "high": 1e-9})
+    '+0.0% [+0.0, +0.0]'
     """
     numbers = [one["difference"], one["low"], one["high"]]
     if metric == "perplexity":
         value, low, high = (100 * expm1(min(number, 50.0)) for number in numbers)
-        return f"{value:+.1f}% [{low:+.1f}, {high:+.1f}]"
+        return f"{value:+z.1f}% [{low:+z.1f}, {high:+z.1f}]"
     if metric in ("exact_match", "ended_share", "preference_accuracy", "nearer_chosen"):
         value, low, high = (100 * number for number in numbers)
-        return f"{value:+.1f} points [{low:+.1f}, {high:+.1f}]"
+        return f"{value:+z.1f} points [{low:+z.1f}, {high:+z.1f}]"
     value, low, high = numbers
-    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"{value:+z.3f} [{low:+z.3f}, {high:+z.3f}]"
 
 
 def read_generations(folder: Path) -> list[dict[str, Any]]:
     """generations.jsonl of an evaluation. Raises ValueError when there is none."""
     path = Path(folder) / "generations.jsonl"
     if not path.is_file():
-        raise ValueError(f"{folder} has no generations.jsonl: run notebook 05_evaluation.ipynb first")
+        raise ValueError(f"{folder} has no generations.jsonl: run {maker('evaluate')} first")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -287,18 +299,24 @@ def write_html(
         about=about,
         columns=[f"{COLUMNS[column][0]} {ARROWS.get(column, '')}".strip() for column in columns],
         models=[
-            {"name": name, "cells": [with_interval(entry, column) for column in columns]}
+            {"name": name, "cells": [(cell(entry, column), interval(entry, column)) for column in columns]}
             for name, entry in report.items()
         ],
         shown=[row for row in compared if row["verdict"] != EQUAL],
         equal=[row for row in compared if row["verdict"] == EQUAL],
-        figures=[{"alt": plots.alt_text(figure), "source": png_data(figure)} for figure in drawn.values()],
+        figures=[both(figure) for figure in drawn.values()],
         tasks={name: entry["tasks"] for name, entry in report.items() if entry.get("tasks")},
         side=template("side_by_side").render(**side_by_side_values(generations[:SIDE_BY_SIDE_ROWS])),
         first=f"The first {min(SIDE_BY_SIDE_ROWS, len(generations))}",
         total=len(generations),
     )
     return write_text(path, page)
+
+
+def both(figure: Any) -> dict[str, str]:
+    """What the page shows of a figure, as data: in light, in the dark, and in words."""
+    light, dark = (plots.png_data(one, DPI) for one in (figure, plots.in_the_dark(figure)))
+    return {"alt": plots.alt_text(figure), "light": light, "dark": dark}
 
 
 def verdict(report: Report) -> list[str]:
@@ -340,13 +358,6 @@ def made_with(config: Mapping[str, Any], machine: str) -> list[tuple[str, str]]:
         ("training", f"learning rate {train['learning_rate']:g}, {step}, context {config['data']['seq_len']:,} tokens"),
         ("measured on", f"{machine}, {datetime.now(UTC):%d %B %Y}"),
     ]
-
-
-def png_data(figure: Any) -> str:
-    """A figure as a data URI."""
-    stream = io.BytesIO()
-    figure.savefig(stream, dpi=120, bbox_inches="tight")
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def template(name: str) -> Any:

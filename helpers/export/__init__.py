@@ -15,7 +15,7 @@ from typing import Any
 from helpers.budget import export as budget
 from helpers.config import RunConfig
 from helpers.models.gguf_types import FILE_TYPES, FileType, file_type, row_bytes
-from helpers.workspace import Workspace, building, lasting_twin, place, refuse_output
+from helpers.workspace import Workspace, building, lasting_twin, maker, place, refuse_output
 from helpers.workspace.files import is_file
 
 FORMATS = ("gguf",)
@@ -95,7 +95,7 @@ def export_run(
         stem = f"{stem}-{kinds[0].name}"
     refuse_output(output, [merged], "export")
     if not (merged / "config.json").is_file():
-        raise ValueError(f"{merged} is not there: notebook 06_export.ipynb makes it, as `python -m helpers merge` does")
+        raise ValueError(f"{merged} is not there: {maker('merge')} makes it")
     with building(output, "export", config, {"model": merged}) as stage:
         made = export(
             merged,
@@ -214,7 +214,7 @@ def kept(model: Path, layer: int = 0, part: str = "ffn_up", values: int = 2**20)
     tensor = next((one for one in gguf_file.tensors_of(model, settings) if one.name == name), None)
     if tensor is None:
         raise ValueError(f"{model} has no {name}: layers go from 0 to {settings['num_hidden_layers'] - 1}")
-    rows = next(gguf_file.pieces(tensor, settings))[: max(values // tensor.columns, 1)]
+    rows = next(gguf_file.pieces(tensor))[: max(values // tensor.columns, 1)]
     found = {}
     for file in FILE_TYPES.values():
         kind = gguf_file.kind_of(tensor, file, settings, importance=False)

@@ -10,7 +10,7 @@ from ipywidgets import Layout
 
 from helpers import workspace
 from helpers.export import share
-from helpers.show.shown import Shown
+from helpers.show.shown import Shown, tipped
 from helpers.workspace import Workspace
 
 OPENS = {
@@ -28,12 +28,14 @@ class TakeHome(Shown):
         self.stages = stages
         labels = {f"{name}: {size(stage)}, {OPENS[name]}": name for name, stage in stages.items()}
         self.which = ipywidgets.Dropdown(
-            options=list(labels.items()), description="model", tooltip="What to take home", layout=Layout(width="640px")
+            options=list(labels.items()), description="model", layout=Layout(width="auto", max_width="640px")
         )
-        self.name = ipywidgets.Text(
-            placeholder="OWNER/NAME on huggingface.co", description="hub", tooltip="Where to on the model hub",
-            layout=Layout(width="340px"),
-        )  # fmt: skip
+        self.name = tipped(
+            ipywidgets.Text(
+                placeholder="OWNER/NAME on huggingface.co", description="hub", layout=Layout(width="340px")
+            ),
+            "Where to on the model hub",
+        )
         ways: tuple[tuple[str, str, Callable[[Path], Any]], ...] = (
             ("To Drive", "Copy it to Google Drive, every byte checked", to_drive),
             ("Download", "One zip; in Colab the browser fetches it", share.to_download),
@@ -48,7 +50,10 @@ class TakeHome(Shown):
 
     def to_hub(self, stage: Path) -> str:
         """Upload to the repository that the box names."""
-        return share.to_hub(stage, share.repository(Path(self.name.value.strip()) if self.name.value.strip() else None))
+        name = self.name.value.strip()
+        if not name:
+            raise ValueError("write OWNER/NAME into the box first, your name on huggingface.co and one for the model")
+        return share.to_hub(stage, share.repository(Path(name)))
 
     def take(self, way: Callable[[Path], Any]) -> None:
         """Go one way with the model that is chosen, and say what came of it: nobody sees a button's traceback."""
@@ -70,9 +75,7 @@ def take_home(run: Workspace) -> TakeHome:
     """The buttons for what a run has finished. Raises ValueError when it has finished no model."""
     stages = {name: run.folder(name) for name in OPENS if (run.folder(name) / workspace.MANIFEST).is_file()}
     if not stages:
-        raise ValueError(
-            f"{run.root} has no finished model to take home: run notebook {workspace.NOTEBOOKS['finetune']}"
-        )
+        raise ValueError(f"{run.root} has no finished model to take home: run {workspace.maker('finetune')}")
     return TakeHome(stages)
 
 

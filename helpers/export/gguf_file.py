@@ -8,12 +8,12 @@ llama.cpp rotates neighbouring values where transformers rotates halves.
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
@@ -21,12 +21,12 @@ from gguf.gguf_writer import WriterState
 from safetensors import SafetensorError, safe_open
 
 from helpers.export import quants, vocabulary
+from helpers.models.gguf_sizes import ALIGNMENT, aligned, refuse_family
 from helpers.models.gguf_types import FileType, recipe, row_bytes
+from helpers.workspace.files import set_aside
 
 PIECE_VALUES = 2**22
 """Numbers read at once: 16 MiB in fp32, and as much again for each thread."""
-ALIGNMENT = 32
-MODEL_TYPES = ("mistral", "llama")
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
     if quantization := found.get("quantization_config"):
         method = quantization.get("quant_method", "an unknown method")
         raise ValueError(f"{folder} is already quantized ({method}): export the merged model in 16 bits")
-    if found.get("model_type") not in MODEL_TYPES:
-        raise ValueError(
-            f"{folder} is a {found.get('model_type')} model, and {' and '.join(MODEL_TYPES)} are written here: convert "
-            "it with llama.cpp's convert_hf_to_gguf.py"
-        )
+    refuse_family(str(folder), found.get("model_type"))
     scaling = (found.get("rope_parameters") or found.get("rope_scaling") or {}).get("rope_type", "default")
     if scaling != "default" or found.get("attention_bias") or found.get("mlp_bias"):
         odd = f"rope_type {scaling}" if scaling != "default" else "biases"
@@ -185,32 +181,20 @@ def write(
     for file in outputs.values():
         if file.needs_importance and importance is None:
             raise ValueError(f"{file.name} needs an importance matrix: collect one, or choose a larger type")
-    partial = {path: path.with_name(path.name + ".partial") for path in outputs}
-    try:
-        with ExitStack() as stack, ThreadPoolExecutor(threads) as pool:
-            streams = {}
-            for path, file in outputs.items():
-                writer = header(name or folder.name, settings, words, tensors, file, importance is not None)
-                streams[path] = stack.enter_context(partial[path].open("wb"))
-                write_header(writer, streams[path])
-            for tensor in tensors:
-                for rows in pieces(tensor, settings):
-                    for path, stream in streams.items():
-                        weights = (importance or {}).get(tensor.name)
-                        kind = kinds[path][tensor.name]
-                        stream.write(quants.quantize_in_threads(pool, rows, kind, weights).tobytes())
-                    progress(rows.size)
-                for stream in streams.values():
-                    pad(stream)
+    writers = {
+        path: header(name or folder.name, settings, words, tensors, file, importance is not None)
+        for path, file in outputs.items()
+    }
+    with ThreadPoolExecutor(threads) as pool, writing(writers, check) as streams:
+        for tensor in tensors:
+            for rows in pieces(tensor):
+                for path, stream in streams.items():
+                    weights = (importance or {}).get(tensor.name)
+                    kind = kinds[path][tensor.name]
+                    stream.write(quants.quantize_in_threads(pool, rows, kind, weights).tobytes())
+                progress(rows.size)
             for stream in streams.values():
-                stream.flush()
-                os.fsync(stream.fileno())
-        check(next(iter(partial.values())))
-        for path in outputs:
-            partial[path].rename(path)
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
+                pad(stream)
     return {path: path.stat().st_size for path in outputs}
 
 
@@ -224,29 +208,68 @@ def sizes(
     words = vocabulary.read(folder, settings["vocab_size"])
     found = {}
     for path, file in outputs.items():
-        stream = io.BytesIO()
-        write_header(header(name or folder.name, settings, words, tensors, file, importance), stream)
+        before = head_of(header(name or folder.name, settings, words, tensors, file, importance))
         weights = (size_of(tensor, kind_of(tensor, file, settings, importance)) for tensor in tensors)
-        found[path] = len(stream.getvalue()) + sum(size + -size % ALIGNMENT for size in weights)
+        found[path] = len(before) + sum(map(aligned, weights))
     return found
 
 
-def write_header(writer: GGUFWriter, stream: Any) -> None:
-    """What stands before the weights, padded, into a stream that is open."""
+@contextmanager
+def writing(
+    writers: Mapping[Path, GGUFWriter], check: Callable[[Path], None] = lambda file: None
+) -> Iterator[dict[Path, BinaryIO]]:
+    """Streams of files that are whole or not there, in which everything that stands before the weights is written.
+
+    Each is <name>.partial until the block ends and `check` has seen the first. Something else under that name, a
+    browser's unfinished download perhaps, is renamed before and kept.
+    """
+    heads = {path: head_of(writer) for path, writer in writers.items()}
+    partial = {path: path.with_name(path.name + ".partial") for path in writers}
+    for path, head in heads.items():
+        claim(partial[path], head)
+    try:
+        with ExitStack() as stack:
+            streams = {path: stack.enter_context(partial[path].open("wb")) for path in writers}
+            for path, stream in streams.items():
+                stream.write(heads[path])
+            yield streams
+            for stream in streams.values():
+                stream.flush()
+                os.fsync(stream.fileno())
+        check(next(iter(partial.values())))
+        for path in writers:
+            partial[path].rename(path)
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+
+
+def claim(partial: Path, head: bytes) -> None:
+    """Set aside what lies under a name that is to be written, unless it begins like that: then an ended export's."""
+    if partial.exists():
+        with suppress(IsADirectoryError), partial.open("rb") as stream:
+            if head.startswith(stream.read(len(head))):
+                return
+        set_aside(partial, "a file is written under this name until it is whole, and no such export left this one")
+
+
+def head_of(writer: GGUFWriter) -> bytes:
+    """What stands before the weights, padded."""
+    stream = io.BytesIO()
     writer.fout, writer.state = [stream], WriterState.EMPTY
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     pad(stream)
+    return stream.getvalue()
 
 
-def finish(writer: GGUFWriter, partial: Path, output: Path) -> None:
-    """Write a small file of tensors in memory, and give it its name when it is whole."""
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    partial.rename(output)
+def finish(writer: GGUFWriter, output: Path) -> None:
+    """Write a small file, whose tensors the writer holds; whole or not there."""
+    with writing({output: writer}) as streams:
+        for tensor in writer.tensors[0].values():
+            tensor.tensor.tofile(streams[output])
+            pad(streams[output])
 
 
 def pad(stream: Any) -> None:
@@ -254,7 +277,7 @@ def pad(stream: Any) -> None:
     stream.write(bytes(-stream.tell() % ALIGNMENT))
 
 
-def pieces(tensor: Tensor, settings: dict[str, Any]) -> Iterator[np.ndarray]:
+def pieces(tensor: Tensor) -> Iterator[np.ndarray]:
     """A tensor's rows, some at a time, in fp32 and in llama.cpp's order: (rows, columns).
 
     A vector is one row. A piece of q_proj or k_proj holds whole heads, so that a head's rows can change places in it.

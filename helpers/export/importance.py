@@ -141,8 +141,7 @@ def write(output: Path, squares: dict[str, np.ndarray], counts: dict[str, int], 
 
     from helpers.export.gguf_file import finish
 
-    partial = output.with_name(output.name + ".partial")
-    writer = GGUFWriter(partial, "")
+    writer = GGUFWriter(None, "")
     writer.kv_data[0].pop("general.architecture", None)  # an importance matrix has none
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", ["the run's training conversations"])
@@ -152,10 +151,7 @@ def write(output: Path, squares: dict[str, np.ndarray], counts: dict[str, int], 
     for name, total in squares.items():
         writer.add_tensor(f"{name}.in_sum2", total[None])
         writer.add_tensor(f"{name}.counts", np.array([[counts[name]]], np.float32))
-    try:
-        finish(writer, partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+    finish(writer, output)
 
 
 def read(file: Path, model: Path) -> dict[str, np.ndarray]:

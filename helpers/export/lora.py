@@ -4,7 +4,6 @@ llama.cpp multiplies BA by alpha / rank, one alpha for all. rsLoRA's scale and p
 into B, so that each module gets what PEFT gives it. DoRA also scales what the base gives: no such file can say that.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from gguf import MODEL_ARCH, GGUFType, GGUFWriter, Keys, get_tensor_name_map
 from safetensors import safe_open
 
 from helpers.export.gguf_file import finish, settings_of, turned
-from helpers.models.adapters import ADAPTER_WEIGHTS, PREFIX, read_adapter
+from helpers.models.adapters import ADAPTER_WEIGHTS, PREFIX, adapter_settings, read_adapter
 
 
 def write(adapter: Path, base: Path, output: Path) -> int:
@@ -30,27 +29,23 @@ def write(adapter: Path, base: Path, output: Path) -> int:
     alpha = alpha_of(
         found.modules, {module: found.shapes[f"{PREFIX}{module}.lora_A.weight"][0] for module in found.modules}
     )
-    partial = output.with_name(output.name + ".partial")
-    writer = GGUFWriter(partial, "llama")
+    writer = GGUFWriter(None, "llama")
     writer.add_type(GGUFType.ADAPTER)
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
     writer.add_name(adapter_name(adapter))
-    try:
-        with safe_open(str(adapter / ADAPTER_WEIGHTS), framework="pt") as stored:
-            for module, scale in found.modules.items():
-                name = places.get_name(f"{module}.weight", try_suffixes=(".weight",))
-                if name is None:
-                    raise ValueError(f"{adapter} adapts {module}, which has no place in a llama file")
-                a, b = (stored.get_tensor(f"{PREFIX}{module}.lora_{part}.weight").float().numpy() for part in "AB")
-                b = b * np.float32(scale * len(a) / alpha)
-                if name.rsplit(".", 2)[-2] in ("attn_q", "attn_k"):
-                    b = turned(b, head_dim)
-                writer.add_tensor(f"{name}.lora_a", a.astype(np.float16))
-                writer.add_tensor(f"{name}.lora_b", b.astype(np.float16))
-        finish(writer, partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with safe_open(str(adapter / ADAPTER_WEIGHTS), framework="pt") as stored:
+        for module, scale in found.modules.items():
+            name = places.get_name(f"{module}.weight", try_suffixes=(".weight",))
+            if name is None:
+                raise ValueError(f"{adapter} adapts {module}, which has no place in a llama file")
+            a, b = (stored.get_tensor(f"{PREFIX}{module}.lora_{part}.weight").float().numpy() for part in "AB")
+            b = b * np.float32(scale * len(a) / alpha)
+            if name.rsplit(".", 2)[-2] in ("attn_q", "attn_k"):
+                b = turned(b, head_dim)
+            writer.add_tensor(f"{name}.lora_a", a.astype(np.float16))
+            writer.add_tensor(f"{name}.lora_b", b.astype(np.float16))
+    finish(writer, output)
     return output.stat().st_size
 
 
@@ -66,5 +61,4 @@ def alpha_of(scales: dict[str, float], ranks: dict[str, int]) -> float:
 
 def adapter_name(adapter: Path) -> str:
     """The base's name with -lora behind it."""
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    return f"{Path(settings.get('base_model_name_or_path') or 'model').name}-lora"
+    return f"{Path(adapter_settings(adapter).get('base_model_name_or_path') or 'model').name}-lora"

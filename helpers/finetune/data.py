@@ -19,7 +19,7 @@ def load_split(prepared: Path, name: str, pairs: bool = False) -> Dataset:
     """
     folder = Path(prepared) / name
     if not folder.is_dir():
-        raise workspace.MissingArtifact(f"{folder} is not there: run notebook {workspace.NOTEBOOKS['prepare']} first")
+        raise workspace.MissingArtifact(f"{folder} is not there: run {workspace.maker('prepare')} first")
     if not any(folder.glob("*.arrow")):  # an empty one has no file, and load_from_disk cannot read it
         return Dataset.from_dict({"input_ids": [], "assistant_masks": []})
     rows = load_from_disk(str(folder))
@@ -53,7 +53,7 @@ def check_tokenizer(prepared: Path, config: RunConfig) -> None:
     if made not in (None, tokenizer_identity(load_tokenizer(config.model.model, config.model.revision))):
         raise workspace.StaleArtifact(
             f"{prepared} was written with another tokenizer or chat template than that of {config.model.model} now: "
-            f"run notebook {workspace.NOTEBOOKS['prepare']} again"
+            f"run {workspace.maker('prepare')} again"
         )
 
 

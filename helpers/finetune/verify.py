@@ -58,13 +58,3 @@ def write_rows(folder: Path, rows: int, seq_len: int, words: int) -> None:
     data = Dataset.from_dict(columns)
     data.save_to_disk(str(folder / "train"))
     data.select([0]).save_to_disk(str(folder / "heldout"))
-
-
-def table(rows: list[dict]) -> str:
-    """The rows as text."""
-    lines = [f"{'':<26}{'predicted':>12}{'measured':>12}{'difference':>12}"]
-    lines += [
-        f"{row['quantity']:<26}{row['predicted']:>12.3f}{row['measured']:>12.3f}{row['difference %']:>+11.1f}%"
-        for row in rows
-    ]
-    return "\n".join(lines)

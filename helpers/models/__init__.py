@@ -53,6 +53,19 @@ class ModelShape:
         return self.family.model_type
 
     @property
+    def adapter_only(self) -> str:
+        """Why a whole run of it ends with the adapter, which is neither merged nor quantized; "" where it goes on."""
+        if self.additive is not None:
+            return aqlm_sizes.NO_MERGE
+        use = "use the adapter on its base, as evaluate and serve open it"
+        if self.packed:
+            return f"its weights are stored as {self.packed}, and an adapter is merged into 16 bits: {use}"
+        if self.experts > 1:
+            whole_gib = 2 * self.parameters / 2**30
+            return f"GPTQ of a mixture is not made here, and merged it takes {whole_gib:.1f} GiB in 16 bits: {use}"
+        return ""
+
+    @property
     def experts(self) -> int:
         """Experts of a layer; 1 without a mixture."""
         return self.family.experts
@@ -235,6 +248,8 @@ V01 = known("mistral-7b-v0.1", "mistral", (32, 4096, 14336, 32, 8, 128, 32000, 3
 V02 = replace(V01, name="mistral-7b-v0.2", sliding_window=None)
 V03 = replace(V02, name="mistral-7b-v0.3", vocab=32768)
 MIXTRAL = known("mixtral-8x7b", "mixtral", (32, 4096, 14336, 32, 8, 128, 32000, 32768))
+MINISTRAL_3B = known("ministral-3-3b", "ministral3", (26, 3072, 9216, 32, 8, 128, 131072, 262144), **TIED)
+MINISTRAL_8B = known("ministral-3-8b", "ministral3", (34, 4096, 14336, 32, 8, 128, 131072, 262144))
 NEMO = known("mistral-nemo-12b", "mistral", (40, 5120, 14336, 32, 8, 128, 131072, 131072))
 KNOWN = {
     "mistralai/Mistral-7B-v0.1": V01,
@@ -244,6 +259,12 @@ KNOWN = {
     "mistralai/Mistral-7B-Instruct-v0.3": V03,
     "mistralai/Mistral-Small-24B-Base-2501": known(
         "mistral-small-24b", "mistral", (40, 5120, 32768, 32, 8, 128, 131072, 32768)
+    ),
+    **dict.fromkeys(
+        ("mistralai/Ministral-3-3B-Base-2512", "mistralai/Ministral-3-3B-Instruct-2512-BF16"), MINISTRAL_3B
+    ),
+    **dict.fromkeys(
+        ("mistralai/Ministral-3-8B-Base-2512", "mistralai/Ministral-3-8B-Instruct-2512-BF16"), MINISTRAL_8B
     ),
     "mistralai/Mixtral-8x7B-v0.1": MIXTRAL,
     "mistralai/Mixtral-8x7B-Instruct-v0.1": MIXTRAL,

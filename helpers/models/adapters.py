@@ -55,11 +55,20 @@ class Adapter:
         return replace(self, modules={name: self.modules[module] for name, module in named.items()}, named=named)
 
 
+def adapter_settings(folder: Path) -> dict:
+    """An adapter's adapter_config.json. Raises UnusableModel where there is none, or none that can be read."""
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        raise UnusableModel(f"{folder} is not an adapter: it has no {ADAPTER_CONFIG}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UnusableModel(f"{path} is not JSON: make the adapter again") from None
+
+
 def read_adapter(folder: Path) -> Adapter:
     """The adapter's modules and scales. Raises UnusableModel for a kind that this merge would get wrong."""
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise UnusableModel(f"{folder} is not an adapter: it has no {ADAPTER_CONFIG}")
-    settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    settings = adapter_settings(folder)
     kind = settings.get("peft_type")
     if kind != "LORA":
         raise UnusableModel(f"{folder} holds a {kind} adapter: only LoRA, rsLoRA and DoRA can be merged here")

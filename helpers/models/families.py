@@ -297,7 +297,7 @@ KINDS: dict[str, Kind] = {
 }
 OWN = tuple(name for name, kind in KINDS.items() if kind.own)
 LATENT = "keys and values of its attention are compressed, and its layers have other matrices"
-LINEAR = "most of its layers have linear attention, whose states are not counted here"
+LINEAR = "most of its layers have linear attention or a state space, whose states are not counted here"
 NOT_HERE = {
     "gpt_oss": "its experts are stored in MXFP4, all of a layer in one tensor with biases, and its attention has sinks",
     "deepseek_v2": LATENT,
@@ -390,13 +390,12 @@ def of(config: Mapping[str, Any]) -> Family:
     model_type = config.get("model_type") or ""
     kind, config = KINDS.get(model_type), complete(config)
     count = next((config[name] for name in EXPERTS if config.get(name)), 1)
+    what = f"a mixture of {count} experts of the family" if count > 1 else "of the family"
     if model_type in NOT_HERE:
         instead = "Qwen/Qwen3-30B-A3B or mistralai/Mixtral-8x7B-v0.1" if count > 1 else "a model of another family"
-        raise ValueError(
-            f"models of the family {model_type} are not trained here: {NOT_HERE[model_type]}; take {instead}"
-        )
+        why = NOT_HERE[model_type]
+        raise ValueError(f"it is {what} {model_type}, none of which is trained here: {why}; take {instead}")
     if kind is None or (count > 1 and not kind.experts):
-        what = f"a mixture of {count} experts of the family" if count > 1 else "of the family"
         raise ValueError(
             f"it is {what} {model_type or '(its config.json has no model_type)'}, whose weights and loss nobody has "
             f"compared with transformers' yet: take one of {', '.join(KINDS)}, or add it to models/families.py"

@@ -10,12 +10,22 @@ from collections.abc import Iterable
 from helpers.models import ModelShape
 from helpers.models.gguf_types import FileType, file_type, recipe, row_bytes
 
+MODEL_TYPES = ("mistral", "llama")
 ALIGNMENT = 32
 """Of tensors in a file, in bytes."""
 PIECE_VALUES = 2**24
 """Weights that models/packed.py dequantizes at once."""
 DEQUANTIZING_BYTES = 20
 """What PyTorch's steps hold of each of them: fields and scales in 32 bits, their product, the result."""
+
+
+def refuse_family(name: str, model_type: str | None) -> None:
+    """Raise ValueError for a family whose layers llama.cpp's architecture llama does not have."""
+    if model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"{name} is a {model_type} model, and {' and '.join(MODEL_TYPES)} are written here: convert it with "
+            "llama.cpp's convert_hf_to_gguf.py"
+        )
 
 
 def matrices(shape: ModelShape) -> Iterable[tuple[str, int, int]]:

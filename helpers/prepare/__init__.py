@@ -46,6 +46,8 @@ class Reading:
     marked: Counter = field(default_factory=Counter)
     """Marker of no known family -> plain texts that hold it."""
     notes: list[str] = field(default_factory=list)
+    available: int = 0
+    """Rows of the source where fewer are used, and it was counted."""
 
 
 def prepare(config: RunConfig, output: Path, source: str | None = None) -> dict:
@@ -88,6 +90,7 @@ def prepare(config: RunConfig, output: Path, source: str | None = None) -> dict:
         rows.path.unlink()
         work.measurements |= {"source": source, "heldout_source": heldout_source, "formats": dict(reading.formats)}
         work.measurements |= {"fields": [name for name, _ in reading.fields.most_common(12)], "use": use_of(config)}
+        work.measurements |= {"available": reading.available} if reading.available else {}
         work.measurements |= {"template": template_name(template), "context": asked.seq_len}
         work.measurements["tokenizer"] = tokenizer_identity(template.tokenizer)
         work.measurements |= rows.measure(kept, held_out, sum(reading.formats.values()))
@@ -104,7 +107,7 @@ def conversations(
     chosen = asked_for(asked.source_format)
     named = columns.parse(asked.columns) if asked.columns else None
     first, use = None, use_of(config)
-    for record in sampled(source, config, reading.notes, config.data.heldout_split if held_out else None):
+    for record in sampled(source, config, reading, config.data.heldout_split if held_out else None):
         place, value, problem = record.place, record.row, record.problem
         if problem and found.add(problem, place, record.detail) == REPAIR:
             value, problem = record.mended, None
@@ -129,7 +132,7 @@ def conversations(
         if noted(parsed, row_format, place, reading, named) == DROP:
             continue
         if row_format == "plain-text" and not chosen:
-            reading.marked.update(set(markers.UNKNOWN.findall(parsed.messages[0]["content"])))
+            reading.marked.update(markers.strange(parsed.messages[0]["content"]))
         messages = check(parsed.messages, place, found, leaked)
         rejected = check(parsed.rejected, place, found, leaked) if messages and parsed.rejected else None
         if messages is None or (parsed.rejected and rejected is None):
@@ -191,11 +194,12 @@ def repeats(value: Any, messages: list[dict]) -> bool:
     return text in [turn["content"].strip() for turn in messages]
 
 
-def sampled(source: str, config: RunConfig, notes: list[str], split_name: str | None = None) -> Iterator[Record]:
+def sampled(source: str, config: RunConfig, reading: Reading, split_name: str | None = None) -> Iterator[Record]:
     """Records of a source, or as many as config allows: of a file at random by the seed, of a hub set the first.
 
     split_name: the split that is held out, all of it; None: the one that is trained.
     """
+    notes = reading.notes
     if split_name is not None:
         yield from read(source, Split(split_name, strictly=True), notes)
         return
@@ -211,6 +215,7 @@ def sampled(source: str, config: RunConfig, notes: list[str], split_name: str | 
     if total <= cap:
         yield from read(source, split, notes)
         return
+    reading.available = total
     taken = np.zeros(total, dtype=bool)
     taken[np.random.default_rng(config.seed).choice(total, cap, replace=False)] = True
     yield from itertools.compress(read(source, split, notes), taken.tolist())
@@ -222,8 +227,8 @@ def sampled(source: str, config: RunConfig, notes: list[str], split_name: str | 
 def refuse_markers(reading: Reading, source: str) -> None:
     """Raise ValueError when most texts without roles hold markers of a chat that no format here reads."""
     texts = reading.formats["plain-text"]
-    if reading.marked and max(reading.marked.values()) > 0.5 * texts:
-        marker, count = reading.marked.most_common(1)[0]
+    if found := markers.refused(reading.marked, texts):
+        marker, count = found
         raise ValueError(
             f"{source} holds chats with markers that are not known here ({count:,} of {texts:,} texts hold {marker}): "
             "give messages of role and content, or say --source-format plain-text to learn the markers as text"

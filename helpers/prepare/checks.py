@@ -227,6 +227,8 @@ class Leaks(NamedTuple):
             return start, end
         while found := self.head.match(text, start):
             start = found.end()
+        if "</s>" in text[start : len(text.rstrip()) - len("</s>")] and text[:start].strip() == "<s>":
+            return 0, end  # struck text in HTML, which is closed before the end
         while end > start and (found := self.tail.search(text, max(end - self.reach, start), end)):
             end = found.start()
         return start, end

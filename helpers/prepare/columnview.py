@@ -11,17 +11,18 @@ Uses only what ipywidgets 7.7 (Colab) and 8 share. Without a screen, the rows ar
 import itertools
 from collections.abc import Callable
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import ipywidgets
 from ipywidgets import Layout
 
 from helpers.config import RunConfig
-from helpers.prepare.checks import Findings, actions, check, leaks
+from helpers.prepare import Reading, refuse_markers
+from helpers.prepare.checks import CHECKS, REPAIR, Findings, actions, check, leaks
 from helpers.show.shown import Shown
-from helpers.sources import columns
+from helpers.sources import columns, markers
 from helpers.sources.formats import BadRow, as_row, read_row, recognise
-from helpers.sources.readers import read
+from helpers.sources.readers import Record, read
 
 LOOKED_AT, SHOWN_ROWS, SHOWN_LETTERS = 50, 3, 400
 ROLES = {"user": "the user's", "assistant": "the answer's", "system": "system", "context": "context"}
@@ -45,8 +46,8 @@ class Chooser(Shown):
     def __init__(self, config: RunConfig, source: str | None, moved: Callable[[RunConfig], None] | None = None) -> None:
         self.base = config
         self.moved: Callable[[RunConfig], None] | None = None  # nobody has chosen anything yet
-        self.values, self.problem = first_rows(str(source or config.data.source), config)
-        self.names = list(dict.fromkeys(name for value in self.values for name in fields_of(value)))
+        self.rows, self.problem = first_rows(str(source or config.data.source), config)
+        self.names = list(dict.fromkeys(name for row in self.rows for name in fields_of(row.value)))
         asked = columns.parse(config.data.columns) if config.data.columns else {}
         self.controls = {role: control(role, self.names, asked.get(role, "")) for role in ROLES}
         self.started = self.chosen()
@@ -74,8 +75,8 @@ class Chooser(Shown):
     def redraw(self, _change: Any = None) -> None:
         """The first rows under the choice, as a picture and in words."""
         shown, words = [], []
-        for number, value in enumerate(self.values[:SHOWN_ROWS], 1):
-            turns, wrong = as_trained(value, self.base, self.columns())
+        for number, row in enumerate(self.rows[:SHOWN_ROWS], 1):
+            turns, wrong = ([], row.dropped) if row.dropped else as_trained(row.value, self.base, self.columns())
             shown.append(f"<b>row {number}</b>" + (refusal(wrong) if wrong else turns_table(turns)))
             words += [f"row {number}: {wrong}"] if wrong else [f"row {number}"]
             words += [f"  {turn['role']}: {turn['content'][:SHOWN_LETTERS]}" for turn in turns]
@@ -100,14 +101,42 @@ def config_of(chooser: Chooser) -> RunConfig:
     return chooser.base.with_values(columns=chooser.columns())
 
 
-def first_rows(source: str, config: RunConfig) -> tuple[list[Any], str]:
-    """The first rows that can be read, and the sentence of why there are none."""
+class Look(NamedTuple):
+    """A row that can be read, and why it is dropped even so, "" where it is not."""
+
+    value: Any
+    dropped: str
+
+
+def first_rows(source: str, config: RunConfig) -> tuple[list[Look], str]:
+    """The first rows that can be read, and the sentence of why nothing of the source is trained."""
     try:
         records = list(itertools.islice(read(source, config.data.source_split), LOOKED_AT))
+        rows = [look(record, config) for record in records if record.row is not None or record.mended is not None]
+        if config.data.source_format == "auto" and not config.data.columns:
+            refuse_markers(marks_of([row.value for row in rows]), source)
     except ValueError as error:  # prepare says the same, and stops there
         return [], str(error)
-    values = [record.row if record.row is not None else record.mended for record in records]
-    return [value for value in values if value is not None], "" if records else f"{source} has no rows"
+    return rows, "" if records else f"{source} has no rows"
+
+
+def look(record: Record, config: RunConfig) -> Look:
+    """A row, or what it may have meant and whether that is believed."""
+    if not record.problem:
+        return Look(record.row, "")
+    repaired = actions(config.data.on_finding)[record.problem] == REPAIR
+    remedy = f"dropped, unless on_finding={record.problem}=repair"
+    return Look(record.mended, "" if repaired else f"{CHECKS[record.problem].says}; {remedy}: {record.detail}")
+
+
+def marks_of(values: list[Any]) -> Reading:
+    """What of texts without roles looks like a chat's markers."""
+    reading = Reading(Findings(actions()))
+    for row in filter(None, map(as_row, values)):
+        if recognise(row) == "plain-text":
+            reading.formats["plain-text"] += 1
+            reading.marked.update(markers.strange(str(row.fields.get("text", row.fields.get("content")))))
+    return reading
 
 
 def fields_of(value: Any) -> list[str]:

@@ -16,7 +16,7 @@ from ipywidgets import Layout
 from helpers.config import RunConfig
 from helpers.prepare.uploads import save_upload
 from helpers.profiles import PROFILES, profile
-from helpers.show.shown import Shown, plain
+from helpers.show.shown import Shown, plain, tipped
 from helpers.show.start import data_words
 from helpers.workspace import Workspace, files, lasting_twin
 
@@ -31,7 +31,10 @@ class Chooser(Shown):
 
     def __init__(self, config: RunConfig, run: Workspace, moved: Callable[[RunConfig], None]) -> None:
         self.base, self.run, self.moved = config, run, moved
-        self.upload = ipywidgets.FileUpload(multiple=False, description="Your file", layout=Layout(width="160px"))
+        self.upload = tipped(
+            ipywidgets.FileUpload(multiple=False, description="Your file", layout=Layout(width="160px")),
+            "JSON, JSONL, CSV, Parquet or a zip",
+        )
         self.sample = ipywidgets.Button(
             description="Use the sample", tooltip="Train on the profile's own data", layout=Layout(width="160px")
         )

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from helpers.budget.hours import duration
 from helpers.config import RunConfig
-from helpers.show.words import duration, steps_of
+from helpers.show.words import steps_of
 
 SHOWN_TOKENS = 2000
 """A longer row would slow the browser, and shows nothing new."""
@@ -84,6 +85,10 @@ def epoch(made: dict[str, Any], config: RunConfig, budget: Any) -> list[tuple[st
     ]
     if seconds:
         rows.insert(3, ("time an epoch", f"{duration(steps * seconds / 3600)} at {seconds:.2g} s a step"))
+    if available := made.get("available"):
+        every = math.ceil(made["train_rows"] * available / made["in"] / rows_a_step)
+        timed = f", {duration(every * seconds / 3600)}" if seconds else ""
+        rows.append((f"all {available:,} rows", f"some {every:,} steps an epoch{timed}: max_conversations=all"))
     return rows
 
 

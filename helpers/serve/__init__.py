@@ -130,7 +130,9 @@ def names(models: Sequence[str]) -> dict[str, Path]:
 def default_model(run: Workspace) -> Path:
     """What a run has to serve: its GPTQ model, else the merged one, else the adapter. Raises ValueError for none."""
     ways = [run.folder("quantize"), run.folder("merge"), run.folder("finetune") / "adapter"]
-    found = next((way for way in ways if (way / "config.json").is_file() or (way / inference.ADAPTER).is_file()), None)
+    found = next(
+        (way for way in ways if (way / "config.json").is_file() or (way / inference.ADAPTER_CONFIG).is_file()), None
+    )
     if found is None:
         raise ValueError(f"{run.root} has no model to serve: name one, --model DIR|FILE.gguf, or run finetune first")
     return found

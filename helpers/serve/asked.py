@@ -4,6 +4,7 @@
 ('.',)
 """
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -104,6 +105,24 @@ class Asked(BaseModel):
     def with_usage(self) -> bool:
         """Whether a stream ends with its token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+
+def parsed(text: str | bytes | bytearray) -> Any:
+    r"""What JSON holds. Raises ValueError for what is none, and for half a character, which no text can have.
+
+    >>> parsed(r'"\ud83d\udc3f"')
+    '🐿'
+    >>> parsed(r'"\ud83d"')
+    Traceback (most recent call last):
+    ValueError: \ud83d is half a character: send it whole, or leave it out
+    """
+    found = json.loads(text)
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise ValueError(f"{half} is half a character: send it whole, or leave it out") from None
+    return found
 
 
 def read(body: dict[str, Any], chat: bool) -> Asked:

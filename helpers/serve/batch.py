@@ -124,15 +124,22 @@ def answer(model: str | Path, config: RunConfig, prompts: Path, output: Path, ma
 
 def read(file: Path) -> Iterator[Row]:
     """A file's lines as requests. Raises ValueError naming the line that is none, and for a file without any."""
-    number = 0
+    number, names = 0, {}
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        # not splitlines, which also ends a line at what JSON may hold inside a text, such as U+2028
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read ({error}): name a JSONL file in UTF-8") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                yield request(number, json.loads(line))
+                row = request(number, asked.parsed(line))
+                name = row.given.get("custom_id") if row.openai else None
+                if name is not None and names.setdefault(str(name), number) != number:
+                    raise ValueError(
+                        f"its custom_id {name} is that of line {names[str(name)]} already: give each its own"
+                    )
+                yield row
             except (ValueError, RecursionError, asked.Refused) as error:
                 said = "is not JSON" if isinstance(error, json.JSONDecodeError) else f"is no request: {error}"
                 raise ValueError(f"{file}, line {number} {said}; nothing was answered") from None

@@ -6,7 +6,6 @@ Paths: POST /v1/chat/completions and /v1/completions, GET /v1/models and /health
 import asyncio
 import contextlib
 import hmac
-import json
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from helpers.serve.asked import Refused
+from helpers.serve.asked import Refused, parsed
 from helpers.serve.folder import Reply
 
 PAGE = Path(__file__).with_name("page.html")
@@ -189,7 +188,7 @@ async def read_json(request: Request) -> dict[str, Any]:
         if len(body) > MOST_BODY_MIB * MIB:
             raise Refused(413, f"a request may have {MOST_BODY_MIB} MiB: send less", "request_too_large")
     try:
-        found = json.loads(body)
+        found = parsed(body)
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is not JSON: {error}", "invalid_json") from None
     if not isinstance(found, dict):

@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from helpers.workspace import in_notebook
+
 REDRAW_S = 0.5
 """A notebook's page is redrawn at most so often."""
 GOING = "{desc}: {n_fmt}/{total_fmt}, {remaining} left{postfix}"
@@ -28,12 +30,6 @@ def bar(title: str, total: int, keep: bool = True, **settings: Any) -> tqdm:
         return Page(desc=title, total=total, leave=keep, mininterval=REDRAW_S, file=io.StringIO(), **settings)
     seldom = 0.1 if sys.stderr.isatty() else 2.0
     return tqdm(desc=title, total=total, leave=keep, mininterval=seldom, dynamic_ncols=True, **settings)
-
-
-def in_notebook() -> bool:
-    """Whether a page shows what is displayed; IPython is not imported for the question."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return hasattr(shell, "kernel")
 
 
 class Page(tqdm):

@@ -24,7 +24,7 @@ from ipywidgets import Layout
 from helpers import inference
 from helpers.config import RunConfig
 from helpers.models.gpu import free_memory
-from helpers.show.shown import Shown
+from helpers.show.shown import Shown, tipped
 
 LONGEST = 512
 """Tokens of an answer, at most."""
@@ -80,8 +80,11 @@ class Chat(Shown):
             )
             for name in models
         }
-        self.text = ipywidgets.Text(
-            placeholder="Your question, then Enter", continuous_update=False, layout=Layout(width="430px")
+        self.text = tipped(
+            ipywidgets.Text(
+                placeholder="Your question, then Enter", continuous_update=False, layout=Layout(width="430px")
+            ),
+            "Goes to every model that is switched on",
         )
         self.entered = False
         self.send, self.stop, self.clear = (
@@ -92,9 +95,12 @@ class Chat(Shown):
                 ("Start over", "Forget the conversation", "eraser"),
             )
         )
-        self.temperature = ipywidgets.FloatSlider(
-            value=0.0, min=0.0, max=1.5, step=0.1, description="temperature", style={"description_width": "84px"},
-            tooltip="0: always the likeliest token. Higher: more variety, less certainty", layout=Layout(width="330px"),
+        self.temperature = tipped(
+            ipywidgets.FloatSlider(
+                value=0.0, min=0.0, max=1.5, step=0.1, description="temperature", style={"description_width": "84px"},
+                layout=Layout(width="330px"),
+            ),
+            "0: always the likeliest token. Higher: more variety, less certainty",
         )  # fmt: skip
         self.transcript = ipywidgets.HTML()
         rows = [

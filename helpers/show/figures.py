@@ -1,4 +1,4 @@
-"""Seven figures that explain the method, each drawn from numbers that a function computes and a test checks.
+"""Figures that explain the method, each drawn from numbers that a function computes and a test checks.
 
 For each figure there is a function that computes and one that draws: stage_sizes and stages, lora_shapes and lora,
 nf4_block and nf4_rounding, card_filling and card, recomputation and timeline, column_sweep and sweep;
@@ -16,11 +16,12 @@ from matplotlib.patches import Rectangle
 
 from helpers import budget
 from helpers.budget import nf4
+from helpers.budget.hours import duration
 from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape
 from helpers.show.plots import BLUE, COLOURS, GREEN, HATCHES, ORANGE, RED, SKY, canvas, mark_limit
-from helpers.show.words import duration, joined
+from helpers.show.words import joined
 
 GIB = 2**30
 # ---- 1. the line of stages -------------------------------------------------------------------------------------------
@@ -357,6 +358,7 @@ def first_block(folder: Path, module: str = "model.layers.0.self_attn.q_proj") -
 def additive(weights: Sequence[float], parts: Sequence[Sequence[float]], group: int = 8) -> Figure:
     """Weights of a row, and the vectors whose sum stands for each run of them: one out of each codebook."""
     figure, axes = canvas(height=3.4)
+    axes.use_sticky_edges = False  # bars end below the frame
     at, before = np.arange(len(weights)), np.zeros(len(weights))
     for number, part in enumerate(parts):
         # one beside the other, and the second starts where the first one ends: they are added, whatever their signs

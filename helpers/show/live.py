@@ -19,9 +19,9 @@ from typing import Any
 from IPython import get_ipython
 from IPython.display import display
 
+from helpers.budget.hours import duration
 from helpers.show.plots import GREEN, ORANGE, PURPLE, RED
 from helpers.show.shown import plain
-from helpers.show.words import duration
 
 REDRAW_S = 3.0
 """A notebook's page is redrawn at most so often."""
@@ -264,9 +264,9 @@ def chart(
     words = escape(f"{name}: {value or 'nothing yet'}, from {low:.3g} to {high:.3g}", quote=True)
     return (
         f"<div><div class='name'><span>{name}</span><b>{value}</b></div>"
-        f"<svg viewBox='-2 -6 {WIDE + 4} {HIGH + 20}' role='img' aria-label='{words}'>"
+        f"<svg viewBox='-2 -12 {WIDE + 4} {HIGH + 26}' role='img' aria-label='{words}'>"
         f"<path d='M0,{HIGH}H{WIDE}' stroke='currentColor' stroke-opacity='.35'/>{''.join(drawn)}"
-        f"<text text-anchor='end' x='{WIDE}' y='4'>{high:,.4g}</text>"
+        f"<text text-anchor='end' x='{WIDE}' y='-3'>{high:,.4g}</text>"
         f"<text text-anchor='end' x='{WIDE}' y='{HIGH + 11}'>{low:,.4g}</text></svg></div>"
     )
 

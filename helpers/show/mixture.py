@@ -111,5 +111,5 @@ def routing(shares: Sequence[Sequence[float]], even: str = "an even share") -> F
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set(xlabel="layer", ylabel="share of the tokens", title="Who reads what: tokens of each expert")
     axes.set_xticks(range(len(shares)))
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     return figure

@@ -25,10 +25,10 @@ PLAIN_STEPS = 50
 
 
 def habits(name: str, source: str | None = None) -> RunConfig:
-    """What is trained first: for the tiny model both manners of answering by lot, for a 7B the better answers alone."""
+    """What is trained first: for the tiny model two endings whatever was asked, for a 7B the better answers alone."""
     if name == "tiny" and not source:
         own = {"source": str(DATA / "either_ending.jsonl"), "heldout_source": None, "heldout_fraction": 0.05}
-        return profile("tiny").with_values(**own, epochs=4.0, learning_rate=1e-3, batch_size=16)
+        return profile("tiny").with_values(**own, epochs=4.0, learning_rate=1e-3)
     return pairs_of(name, source).with_values(use="chosen")
 
 

@@ -21,14 +21,15 @@ from ipywidgets import Layout
 
 from helpers import budget
 from helpers.budget import ways
+from helpers.budget.hours import duration
 from helpers.config import RunConfig, flat
 from helpers.hardware import GPUS, Machine
 from helpers.hardware import machine as machine_of
 from helpers.models import KNOWN, ModelShape
 from helpers.models import shape as shape_of
 from helpers.profiles import PROFILES, profile
-from helpers.show.shown import Shown
-from helpers.show.words import duration, joined
+from helpers.show.shown import Shown, tipped
+from helpers.show.words import joined
 
 DOUBLINGS = [2**power for power in range(10)]
 COUNTS = sorted({*DOUBLINGS[:8], 3, 6, 12, 24, 48})
@@ -111,6 +112,7 @@ COLOURS = {
     "smaller parts": "#d9d2c8",
 }
 SPARE_COLOURS = ["#8c6bb1", "#9d755d", "#439894", "#b79a20", "#d88aa5", "#6b8fb3"]
+MARK = "cursor:help;border:1px solid currentColor;border-radius:50%;padding:0 5px;font-size:11px;opacity:.7"
 TAKE = "Take the proposal"
 GOOD, LONG, BAD = "#2e7d32", "#b8860b", "#c62828"
 STYLE = f"""<style>
@@ -152,10 +154,13 @@ class Panel(Shown):
             "GPU": choice_of("what if on", [(HERE_NOW, HERE_NOW), *gpus]),
             "model": choice_of("what if it were", [(AS_CHOSEN, AS_CHOSEN), *((name, name) for name in models)]),
         }
-        self.typed = ipywidgets.Text(
-            placeholder="or type: rank=24, context=3000, then Enter",
-            continuous_update=False,
-            layout=Layout(width="300px"),
+        self.typed = tipped(
+            ipywidgets.Text(
+                placeholder="or type: rank=24, context=3000, then Enter",
+                continuous_update=False,
+                layout=Layout(width="340px"),
+            ),
+            "Settings by name, also between the sliders' stops",
         )
         self.presets = {
             name: ipywidgets.Button(description=name, tooltip=tip, layout=Layout(width="94px"))
@@ -165,7 +170,10 @@ class Panel(Shown):
             description="reset", tooltip="Back to the profile's own settings", layout=Layout(width="74px")
         )
         columns = [
-            ipywidgets.VBox([self.controls[name] for name in names], layout=Layout(width="374px", margin="0 4px 0 0"))
+            ipywidgets.VBox(
+                [explained(name, self.controls[name]) for name in names],
+                layout=Layout(width="374px", margin="0 4px 0 0"),
+            )
             for names in (LEFT, RIGHT)
         ]
         super().__init__(
@@ -375,9 +383,16 @@ def control(name: str, value: Any, shape: ModelShape) -> ipywidgets.Widget:
         style={"description_width": "96px"},
         layout=Layout(width="366px"),
     )
-    tip = "tooltip" if "tooltip" in widget.traits() else "description_tooltip"  # ipywidgets 8 and 7
-    setattr(widget, tip, TIPS[name])
-    return widget
+    return tipped(widget, TIPS[name])
+
+
+def explained(name: str, widget: Any) -> Any:
+    """A control with what it is for: of a list, ipywidgets 8 shows no tooltip, so that a mark beside it has it."""
+    if not isinstance(widget, ipywidgets.Dropdown):
+        return widget
+    widget.layout.width = "336px"
+    mark = ipywidgets.HTML(f"<span title='{escape(TIPS[name], quote=True)}' style='{MARK}'>?</span>")
+    return ipywidgets.HBox([widget, mark])
 
 
 def choice_of(title: str, options: list[tuple[str, str]]) -> ipywidgets.Dropdown:
@@ -407,10 +422,10 @@ def picture(needs: budget.Budget) -> str:
     when = f"<span>fullest at {escape(needs.vram.phase)}</span>" if on_card and needs.vram.phase else ""
     parts = joined(main.parts)
     rest = space("RAM", needs.ram) if on_card else ""
-    rest += space("Disk", needs.disk) + hours(needs.time, needs.machine.host.session_h)
+    rest += space("Disk", needs.disk) + hours(needs)
     return (
         f"{STYLE}<div class='needs'>"
-        f"<div class='line'><span><b>{escape(where)}: {used:.2f} of {main.limit_gib:.2f} GiB</b></span>{when}</div>"
+        f"<div class='line'><span><b>{escape(where)}: {used:,.2f} of {main.limit_gib:,.2f} GiB</b></span>{when}</div>"
         f"{bar(parts, main.limit_gib)}{key(parts)}"
         f"<div class='rest'>{rest}</div>"
         f"{verdict(needs.fits, needs.reasons or (room(needs),))}</div>"
@@ -462,12 +477,15 @@ def space(name: str, need: budget.Ram | budget.Disk) -> str:
     return meter(name, figures, need.peak_gib / max(need.limit_gib, 1e-9), BAD if over else GOOD)
 
 
-def hours(time: budget.Time, session_h: float | None) -> str:
+def hours(needs: budget.Budget) -> str:
     """How long, against a session where there is one; several are no misfit, because a run goes on. HTML."""
+    time, session_h = needs.time, needs.machine.host.session_h
     name = f"{time.steps:,} steps" if time.steps else "Time"
+    if not budget.took(needs):
+        return f"<div><div class='line'><span>{name}</span><span>{budget.UNTIMED}</span></div></div>"
     sessions = f", {time.sessions} sessions" if time.sessions > 1 else ""
     share = time.total_h / session_h if session_h else 0.0
-    return meter(name, f"<b>{duration(time.total_h)}</b>{sessions}", share, LONG if sessions else GOOD)
+    return meter(name, f"<b>{budget.took(needs)}</b>{sessions}", share, LONG if sessions else GOOD)
 
 
 def room(needs: budget.Budget) -> str:
@@ -513,7 +531,7 @@ def with_one_remedy(shown: budget.Budget, proposed: budget.Budget, changes: list
     """
     if shown.fits or not proposed.fits:
         return shown
-    remedy = f"the proposal fits, in {duration(proposed.time.total_h)} ({'; '.join(changes)})"
+    remedy = f"the proposal fits{in_time(proposed)} ({'; '.join(changes)})"
     return replace(shown, reasons=tuple(f"{reason.partition(': ')[0]}: {remedy}" for reason in shown.reasons))
 
 
@@ -521,10 +539,16 @@ def gain(shown: budget.Budget, proposed: budget.Budget) -> str:
     """What the proposal is worth, in words: that it fits, or its hours."""
     if not proposed.fits:
         return ", which does not fit either"
-    before, after = duration(shown.time.total_h), duration(proposed.time.total_h)
+    before, after = budget.took(shown), budget.took(proposed)
     if not shown.fits:
-        return f", which fits, in {after}"
+        return f", which fits{in_time(proposed)}"
     return "" if after == before else f": {after} instead of {before}"
+
+
+def in_time(needs: budget.Budget) -> str:
+    """How long it takes, as the end of a sentence; "" where that is not predicted."""
+    took = budget.took(needs)
+    return f", in {took}" if took else ""
 
 
 def other_gpus(found: tuple[ways.Way, ...]) -> tuple[str, ...]:

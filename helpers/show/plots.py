@@ -4,19 +4,26 @@ Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), which people wit
 what a colour says is also said by a word, a place or a hatch. Units stand in the labels.
 """
 
+import base64
+import io
+import pickle
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import Image
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgba, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
+from matplotlib.text import Text
 from matplotlib.ticker import PercentFormatter
 
-BLUE, ORANGE, GREEN, RED, SKY, PURPLE, YELLOW, BLACK = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000",
+BLUE, ORANGE, GREEN, RED, SKY, PURPLE, YELLOW, BLACK, WHITE = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000", "#ffffff",
 )  # fmt: skip
 COLOURS = (BLUE, ORANGE, SKY, RED, YELLOW, PURPLE, GREEN, "#999999")  # in this order the first five differ most
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
@@ -33,6 +40,15 @@ STYLE = {
     "hatch.linewidth": 0.6,
 }
 MIB, GIB = 2**20, 2**30
+READABLE_PX = 600
+"""A figure is never shown narrower: its words would be less than 8 pixels high."""
+INK, PAGE = "#dddddd", "#16181b"
+"""Black and white of a dark page."""
+DARK_PAGES = ("[data-jp-theme-light='false']", "[theme='dark']", ".vscode-dark")
+"""How pages say that they are dark: JupyterLab's and nbconvert's, Colab's, VS Code's."""
+THEMES = ".figure .dark{display:none}" + "".join(
+    f"{page} .figure .dark{{display:inline}}{page} .figure .light{{display:none}}" for page in DARK_PAGES
+)
 Report = Mapping[str, Mapping[str, Any]]
 
 
@@ -44,11 +60,55 @@ def save(figure: Figure, path: Path | str) -> Path:
     return path
 
 
-def image(figure: Figure, path: Path | str) -> Any:
-    """A figure for a notebook's cell: saved, shown at the size of the text around it, with its titles as alt text."""
-    from IPython.display import Image
+class Picture(Image):
+    """A figure for a notebook's cell, at the size of the text around it, dark where the page is.
 
-    return Image(str(save(figure, path)), retina=True, alt=alt_text(figure))
+    A class, because a front end that draws HTML gets that, and one that does not gets the PNG.
+    """
+
+    dark = ""
+
+    def _repr_html_(self) -> str:
+        """Both figures, of which the page's theme shows one; a narrow page scrolls them before words are too small."""
+        size = f"height:auto;max-width:none;width:min({self.width}px,max(100%,{READABLE_PX}px))"
+        light = f"data:image/png;base64,{base64.b64encode(self.data).decode()}"
+        images = "".join(
+            f"<img class='{kind}' alt='{escape(self.alt, quote=True)}' src='{source}' style='{size}'>"
+            for kind, source in (("light", light), ("dark", self.dark))
+        )
+        return f"<style>{THEMES}</style><div class='figure' style='overflow-x:auto'>{images}</div>"
+
+
+def image(figure: Figure, path: Path | str) -> Picture:
+    """A figure for a notebook's cell: saved, and with its titles as alt text."""
+    picture = Picture(str(save(figure, path)), retina=True, alt=alt_text(figure))
+    picture.dark = png_data(in_the_dark(figure))
+    return picture
+
+
+def png_data(figure: Figure, dpi: int = 150) -> str:
+    """A figure as a data URI; where it is drawn for a dark page, with that page behind it."""
+    stream = io.BytesIO()
+    dark = to_hex(figure.get_facecolor()) == PAGE
+    figure.savefig(stream, dpi=dpi, bbox_inches="tight", transparent=dark)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def in_the_dark(figure: Figure) -> Figure:
+    """A copy whose black and white are those of a dark page; colours stay as they are, for they mean something."""
+    figure, others = pickle.loads(pickle.dumps(figure)), {BLACK: INK, WHITE: PAGE}
+    artists = figure.findobj()
+    texts = [artist for artist in artists if isinstance(artist, Text)]
+    behind = [part for text in texts for part in (text.get_bbox_patch(), getattr(text, "arrow_patch", None))]
+    for artist in [*artists, *filter(None, behind)]:
+        for kind in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
+            if not (hasattr(artist, f"get_{kind}") and hasattr(artist, f"set_{kind}")):
+                continue
+            found = to_rgba_array(getattr(artist, f"get_{kind}")())
+            new = [to_rgba(others.get(to_hex(one), to_hex(one)), one[3]) if one[3] else one for one in found]
+            if new and not np.array_equal(found, new):
+                getattr(artist, f"set_{kind}")(new if len(new) > 1 else new[0])
+    return figure
 
 
 def alt_text(figure: Figure) -> str:

@@ -21,6 +21,17 @@ class Shown(ipywidgets.VBox):
         display({"application/vnd.jupyter.widget-view+json": view, "text/plain": self.words}, raw=True)
 
 
+def tipped(widget: Any, tip: str) -> Any:
+    """A widget with words for when the mouse rests on it; returns it. Without any, ipywidgets 8 shows "null".
+
+    >>> tipped(ipywidgets.Text(), "Your question").tooltip
+    'Your question'
+    """
+    trait = "tooltip" if "tooltip" in widget.traits() else "description_tooltip"  # ipywidgets 8 and 7
+    setattr(widget, trait, tip)
+    return widget
+
+
 def say(html: str) -> None:
     """Show a piece of HTML, and the same words where HTML is not drawn."""
     display({"text/html": html, "text/plain": plain(html)}, raw=True)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from helpers import budget, hardware
+from helpers.budget.hours import duration
 from helpers.config import RunConfig, flat
 from helpers.hardware import Machine
 from helpers.models import ModelShape
 from helpers.profiles import PROFILES, profile
 from helpers.show import panel
 from helpers.show.shown import say
-from helpers.show.words import duration, steps_of
+from helpers.show.words import steps_of
 from helpers.workspace import choices
 
 CUT = ("seq_len", "rank", "targets")
@@ -58,8 +59,8 @@ def check(config: RunConfig, plan: budget.Plan, accepted: bool = False) -> None:
         return
     wanted = choices.words({name: asked[name] for name in cut})
     raise budget.DoesNotFit(
-        f"{wanted}: too much for this {plan.budget.machine.name}. What fits is {choices.words(cut)}, in "
-        f"{duration(plan.budget.time.total_h)}. Nothing is cut without your word: press “{panel.TAKE}” under the "
+        f"{wanted}: too much for this {plan.budget.machine.name}. What fits is {choices.words(cut)}"
+        f"{panel.in_time(plan.budget)}. Nothing is cut without your word: press “{panel.TAKE}” under the "
         "sliders and Run all, or set accept_plan = True among the parameters, or ask for less"
     )
 

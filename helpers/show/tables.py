@@ -15,9 +15,33 @@ def table(rows: Sequence | Mapping[str, Any], columns: Sequence[str] = ("what", 
     import pandas as pd
 
     rows = list(rows.items()) if isinstance(rows, Mapping) else list(rows)
-    frame = pd.DataFrame(rows) if rows and isinstance(rows[0], Mapping) else pd.DataFrame(rows, columns=list(columns))
+    names = None if rows and isinstance(rows[0], Mapping) else list(columns)
+    frame = pd.DataFrame(rows, columns=names, dtype=object)  # else None is nan beside numbers, and 4,096 is 4096.0
     left = [{"selector": "th, td", "props": "text-align: left"}]
     return frame.style.hide(axis="index").format(in_words).set_table_styles(left)
+
+
+def files(outputs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """What a stage's manifest says of its files, for `table`.
+
+    >>> files({"config.yaml": {"size_bytes": 1613, "sha256": "3761da85404b400dafc0"}})
+    [{'file': 'config.yaml', 'bytes': '1,613', 'SHA-256 begins': '3761da85404b'}]
+    """
+    return [
+        {"file": name, "bytes": f"{one['size_bytes']:,}", "SHA-256 begins": one["sha256"][:12]}
+        for name, one in outputs.items()
+    ]
+
+
+def errors(modules: Sequence[Mapping[str, Any]]) -> Any:
+    """GPTQ's error of each module, a row a layer, with what the figures are above it: a pandas Styler."""
+    import pandas as pd
+
+    found = pd.DataFrame(modules).pivot(index="layer", columns="module", values="error")
+    found = found.rename(columns=lambda module: module.rpartition(".")[2]).rename_axis(columns=None)
+    said = [{"selector": "caption", "props": "text-align: left; padding: 4px 0"}]
+    caption = "squared error of each matrix's outputs, as GPTQ measured it; compare down a column"
+    return found.style.format("{:.1e}", na_rep="–").set_caption(caption).set_table_styles(said)
 
 
 def in_words(value: Any) -> str:
@@ -125,6 +149,8 @@ LABELS = {
     "shards_resumed": "files found from an earlier try",
     "size_bytes": "size on disk, MiB",
     "merge_s": "merging, seconds",
+    "llama_cpp_prompt_tokens_per_s": "prompt, tokens a second",
+    "llama_cpp_tokens_per_s": "answer, tokens a second",
 }
 """How a measurement is called for people; others go by their name."""
 MIB = 2**20

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 HELPERS = Path(__file__).resolve().parent.parent
+STOPPED = "stopped: run this cell again, and what was finished before is taken as it is"
 
 
 class Trouble(NamedTuple):
@@ -186,28 +187,30 @@ def remedy(error: BaseException | str | None) -> str | None:
 
 
 def plain_errors() -> None:
-    """In a notebook, show a ValueError that a helper raises on purpose as its one sentence, and remedies of the above.
+    """In a notebook, show what a helper raises on purpose as its one sentence, and remedies of the above.
 
-    Other errors keep their traceback: they are bugs, and it is what a report of one needs. The cell fails in any case,
-    so that "Run all" stops there. Outside IPython nothing happens.
+    That is a ValueError, a StorageError, and Stop, which is a KeyboardInterrupt wherever it is pressed. Other errors
+    keep their traceback: they are bugs, and it is what a report of one needs. The cell fails in any case, so that "Run
+    all" stops there. Outside IPython nothing happens.
     """
     running = sys.modules.get("IPython")
     shell = running.get_ipython() if running else None
     if shell is not None:
-        shell.set_custom_exc((Exception,), sentence_or_traceback)
+        shell.set_custom_exc((Exception, KeyboardInterrupt), sentence_or_traceback)
 
 
 def sentence_or_traceback(shell, kind, error, trace, tb_offset=None):
-    """IPython's hook: one sentence where a `raise` in helpers/ made a ValueError, the usual traceback elsewhere.
+    """IPython's hook: one sentence where a `raise` in helpers/ made the error or Stop was pressed, else the traceback.
 
     Below either what to do, where that is known.
     """
     from helpers.models import gpu
+    from helpers.workspace import StorageError
 
     made, known = gpu.came_through(error)[-1], remedy(error)
     on_purpose = Path(made.filename).is_relative_to(HELPERS) and (made.line or "").startswith("raise ")
-    if isinstance(error, ValueError) and on_purpose:
-        lines = [f"\033[31m{kind.__name__}\033[0m: {error}"]
+    if isinstance(error, KeyboardInterrupt) or (isinstance(error, ValueError | StorageError) and on_purpose):
+        lines = [f"\033[31m{kind.__name__}\033[0m: {str(error) or STOPPED}"]
     elif known or isinstance(error, ValueError):
         lines = shell.InteractiveTB.structured_traceback(kind, error, trace, tb_offset=tb_offset)
     else:

@@ -9,17 +9,6 @@ SMALL_GIB = 0.1
 """Smaller pieces of a bar are one piece: nobody sees them, and their labels hide the others."""
 
 
-def duration(hours: float) -> str:
-    """Hours as people say them.
-
-    >>> duration(0.01), duration(0.5), duration(7.42), duration(346.6)
-    ('1 min', '30 min', '7.4 h', '347 h')
-    """
-    if hours < 1:
-        return f"{max(60 * hours, 1):.0f} min"
-    return f"{hours:.1f} h" if hours < 100 else f"{hours:,.0f} h"
-
-
 def steps_of(config: RunConfig, rows: int) -> int:
     """Optimizer steps of a run over so many training rows."""
     rows_a_step = config.train.batch_size * config.train.accumulation

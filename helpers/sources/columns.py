@@ -28,6 +28,7 @@ PAIRS = (
     ("question", "output"),
     ("question", "answers"),
     ("question", "solution"),
+    ("question", "answerkey"),
     ("problem", "solution"),
     ("query", "response"),
     ("query", "answer"),
@@ -47,6 +48,8 @@ PAIRS = (
 )
 ALPACA_ANSWERS = ("output", "response", "answer", "completion", "target")
 CONTEXTS = ("input", "context")
+CHOICES = ("choices", "options")
+"""What a question of an exam lets choose between."""
 SYSTEMS = ("system", "system_prompt", "system_message", "sys_prompt", "system_instruction", "systeminstruction")
 MEDIA = {
     "image", "images", "image_path", "image_url", "image_urls", "picture", "pictures", "video", "videos", "audio",
@@ -57,8 +60,21 @@ LABELS = ("label", "labels", "category", "class", "intent", "sentiment", "label_
 """What names the class of a text in a table for classifiers."""
 REASONING = {"reasoning", "reasoning_content", "thinking", "thought", "thoughts", "cot"}
 SINGLE_FIELDS = {name for pair in PAIRS for name in pair} | {*ALPACA_ANSWERS, *CONTEXTS, *SYSTEMS, "instruction"}
-KNOWN = {*TURN_FIELDS, *SINGLE_FIELDS, *LABELS, *MEDIA, *TOOLS, "history", "text", "content", "role", "from", "sender"}
-KNOWN |= {"chosen", "rejected", "response_j", "response_k", "completions", "mapping", "preferred_output"}
+KNOWN = {
+    *TURN_FIELDS,
+    *SINGLE_FIELDS,
+    *CHOICES,
+    *LABELS,
+    *MEDIA,
+    *TOOLS,
+    "history",
+    "text",
+    "content",
+    "role",
+    "from",
+    "sender",
+}
+KNOWN |= {*CHOICES, "chosen", "rejected", "response_j", "response_k", "completions", "mapping", "preferred_output"}
 KNOWN |= {
     "messagestree",
     "chunkedprompt",

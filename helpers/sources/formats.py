@@ -9,12 +9,14 @@
 
 import ast
 import json
+import string
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from helpers.sources import columns, exports, markers, preferences
 from helpers.sources.columns import (
     ALPACA_ANSWERS,
+    CHOICES,
     CONTEXTS,
     LABELS,
     MEDIA,
@@ -250,6 +252,9 @@ def from_exchange(row: Row) -> list[dict[str, Any]]:
     if isinstance(answer, list) and is_turns(answer):
         return from_completion(row, name, prompt, messages(row, answer, answer_name))
     row.take(name)
+    options = lettered(row)
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
+        answer = options[answer]
     reply = {"role": "assistant", "content": answer_text(row, answer, answer_name)}
     if isinstance(prompt, list) and is_turns(prompt):
         return with_before(row, [*messages(row, prompt, name), reply])
@@ -257,7 +262,28 @@ def from_exchange(row: Row) -> list[dict[str, Any]]:
     for more in contexts:
         if more != answer_name and more != name and not is_empty(fields.get(more)):
             question += "\n\n" + text_in(row.take(more), more)
+    if options and not all(option.partition(". ")[2] in question for option in options):
+        question += "\n\n" + "\n".join(options)
     return with_before(row, [{"role": "user", "content": question}, reply])
+
+
+def lettered(row: Row) -> list[str]:
+    """What an exam's question lets choose between, a letter before each; [] where there is nothing or no text.
+
+    >>> lettered(Row({"choices": ["red", "blue"]})), lettered(Row({"options": {"A": "red", "B": "blue"}}))
+    (['A. red', 'B. blue'], ['A. red', 'B. blue'])
+    """
+    name = row.first(CHOICES)
+    value = parsed(row.fields[name]) if name else None
+    if isinstance(value, dict) and isinstance(value.get("text"), list) and isinstance(value.get("label"), list):
+        value = dict(zip(value["label"], value["text"], strict=False))  # ARC's
+    if isinstance(value, list) and len(value) <= len(string.ascii_uppercase):
+        value = dict(zip(string.ascii_uppercase, value, strict=False))
+    if not isinstance(value, dict) or not all(isinstance(text, str) and text for text in value.values()):
+        return []
+    row.take(name)
+    return [text if text.startswith((f"{key}.", f"{key})", f"({key})")) else f"{key}. {text}"
+            for key, text in value.items()]  # fmt: skip
 
 
 def from_completion(row: Row, name: str, prompt: Any, answer: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import orjson
@@ -35,24 +36,32 @@ def json_record(line: bytes, place: str, charset: Charset, stream: io.BufferedRe
             text = line.decode("utf-8")
         except UnicodeDecodeError:
             return guessed(line, place, charset, stream, orjson.loads)
+        if text.rstrip().endswith(","):  # an array's lines without its brackets
+            with suppress(orjson.JSONDecodeError):
+                return Record(place, orjson.loads(text.rstrip().rstrip(",")))
         reason = "NaN and Infinity are not JSON" if re.search(r"\b(NaN|Infinity)\b", text) else error.msg
+        if text.lstrip().startswith("{'"):
+            reason = "a row as Python prints it, where json.dumps would write JSON"
         return Record(place, None, "broken-row", f"{reason}: {shown(line)}")
 
 
 def read_array(stream: io.BufferedReader, name: str, head: bytes = b"") -> Iterator[Record]:
-    """The elements of JSON arrays, or of the list in one JSON object, one after the other."""
+    """The elements of JSON arrays, objects that stand one after the other, or the list in one JSON object."""
     # surrogateescape keeps bytes that are not UTF-8 inside their element, so that the others can still be read.
     text = codecs.getreader("utf-8")(stream, errors="surrogateescape")
     buffer = text.read(MIB).lstrip()
-    if buffer.startswith("{"):
+    bare = is_stream(buffer)
+    if buffer.startswith("{") and not bare:
         yield from read_object(buffer + text.read(OBJECT_LIMIT), name)
         return
     decoder, charset = json.JSONDecoder(), Charset()
-    at, line, at_end, count, former = 1, 1, False, 0, 0
+    at, line, at_end, count, former = 0 if bare else 1, 1, False, 0, 0
     while True:
         start = BETWEEN_ELEMENTS.match(buffer, at).end()
         problem: Exception | str = "it ends before its closing ]"
         value, end = None, None
+        if bare and start == len(buffer) and at_end:
+            return
         if buffer.startswith("]", start):
             line += buffer.count("\n", at, start)
             buffer = buffer[start + 1 :].lstrip(" \t\r\n,")  # what comes behind the array: nothing, or another one
@@ -113,8 +122,8 @@ def read_object(text: str, name: str) -> Iterator[Record]:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON ({error}): mend it there, or give one JSON object a line") from None
-    lists = [key for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
-    rows = columns_of(value)
+    lists = lists_in(value)
+    rows = columns_of(value) or rows_by_name(value)
     if rows is not None:
         for number, row in enumerate(rows, 1):
             yield Record(f"{name} row {number}", row)
@@ -123,8 +132,46 @@ def read_object(text: str, name: str) -> Iterator[Record]:
     elif len(lists) > 1:
         raise ValueError(f"{name} holds the lists {', '.join(lists)}: give each a file of its own, and choose one")
     else:
-        for number, row in enumerate(value[lists[0]], 1):
+        for number, row in enumerate(next(iter(lists.values())), 1):
             yield Record(f"{name} row {number}", row)
+
+
+def is_stream(text: str) -> bool:
+    """Whether objects stand one after the other, over lines as jq prints them or with nothing between.
+
+    >>> is_stream('{"a": 1}{"a": 2}'), is_stream('{"a": [{"b": 1}]}')
+    (True, False)
+    """
+    if not text.startswith("{"):
+        return False
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return text[BETWEEN_ELEMENTS.match(text, end).end() :].startswith("{")
+
+
+def lists_in(value: dict[str, Any], depth: int = 4) -> dict[str, list]:
+    """The lists of objects in an object and in the objects in it, by where they are: {"data.items": [...]}.
+
+    >>> lists_in({"page": 1, "data": {"items": [{"a": 1}]}})
+    {'data.items': [{'a': 1}]}
+    """
+    found: dict[str, list] = {}
+    for key, inner in value.items():
+        if isinstance(inner, list) and inner and isinstance(inner[0], dict):
+            found[key] = inner
+        elif isinstance(inner, dict) and depth:
+            found |= {f"{key}.{place}": rows for place, rows in lists_in(inner, depth - 1).items()}
+    return found
+
+
+def rows_by_name(value: dict[str, Any]) -> list[dict] | None:
+    """The rows of an object that keeps each under a name of its own: {"q1": {"question": ...}, "q2": {...}}."""
+    rows = list(value.values())
+    if len(rows) < 2 or {normal(key) for key in value} & KNOWN or not all(isinstance(row, dict) for row in rows):
+        return None
+    return rows if all(len({normal(key) for key in row} & KNOWN) > 1 for row in rows) else None
 
 
 def columns_of(value: dict[str, Any]) -> list[dict] | None:

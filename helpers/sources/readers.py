@@ -24,7 +24,7 @@ from helpers.sources import threads
 from helpers.sources.columns import KNOWN, normal
 from helpers.sources.encodings import Charset
 from helpers.sources.folders import KINDS, Split, choose, kind_of
-from helpers.sources.jsonfiles import read_array, read_jsonl
+from helpers.sources.jsonfiles import is_stream, read_array, read_jsonl
 from helpers.sources.records import MIB, Record, guessed, line_records
 from helpers.sources.records import ROW_LIMIT as ROW_LIMIT
 from helpers.sources.tablefiles import read_csv, read_parquet
@@ -51,11 +51,14 @@ MAGIC = (
     (b"\x80\x04\x95", "a Python pickle"),
     (b"\xd0\xcf\x11\xe0", "an old Office document"),
     (b"{\\rtf", "a Word document"),
+    (b"<?xml", "XML"),
+    (b"#separator:", "an Anki export, which names no columns (question, a tab, answer in place of its first lines)"),
     (b"version https://git-lfs", "a pointer of Git LFS (git lfs pull fetches the data)"),
 )
 WEB_PAGE = re.compile(rb"\s*(<!doctype html|<html)", re.IGNORECASE)
 HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(?::[\w.-]+)?")
 SNIFFED_BYTES = 8192
+OTHER_KIND = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,9}$")
 
 
 class Guarded(io.RawIOBase):
@@ -179,7 +182,13 @@ def read_stream(
             head = head[3:]
         if not head.strip() and len(head) < SNIFFED_BYTES:
             raise ValueError(f"{name} is empty")
-        yield from together(READERS[text_kind(head, kind_of(name))](buffered, name, head))
+        kind = text_kind(head, kind_of(name))
+        if kind == "text" and not kind_of(name) and OTHER_KIND.search(name):
+            raise ValueError(
+                f"{name} is of a kind that is not known here: give JSON, JSONL, CSV or Parquet, or name it .txt where "
+                "each of its lines is a text"
+            )
+        yield from together(READERS[kind](buffered, name, head))
 
 
 def text_kind(head: bytes, kind: str) -> str:
@@ -193,17 +202,21 @@ def text_kind(head: bytes, kind: str) -> str:
 
 
 def is_json_line(head: bytes) -> bool:
-    """Whether the first line of a text is a JSON object: somebody named a JSONL .txt."""
+    """Whether the first line of a text is a JSON object (with an array's comma): somebody named a JSONL .txt."""
     try:
-        return isinstance(orjson.loads(head.lstrip().partition(b"\n")[0]), dict)
+        return isinstance(orjson.loads(head.lstrip().partition(b"\n")[0].rstrip().removesuffix(b",")), dict)
     except orjson.JSONDecodeError:
         return False
 
 
 def is_table(head: bytes) -> bool:
-    """Whether the first line of a text names columns, with tabs between, that some format reads."""
-    cells = head.partition(b"\n")[0].decode("utf-8", "replace").split("\t")
-    return len(cells) > 1 and sum(normal(cell.strip().strip('"')) in KNOWN for cell in cells) > 1
+    """Whether a text is a table with tabs: its first line names columns, or every line has as many tabs."""
+    lines = head.decode("utf-8", "replace").splitlines()
+    cells = lines[0].split("\t")
+    if len(cells) > 1 and sum(normal(cell.strip().strip('"')) in KNOWN for cell in cells) > 1:
+        return True
+    whole = lines[:-1] if len(head) == SNIFFED_BYTES else lines
+    return len(whole) > 1 and len(cells) > 1 and {line.count("\t") for line in whole if line} == {len(cells) - 1}
 
 
 def together(records: Iterator[Record]) -> Iterator[Record]:
@@ -237,6 +250,7 @@ def together(records: Iterator[Record]) -> Iterator[Record]:
 
 def not_data(head: bytes) -> str:
     """What a file is by its first bytes, when it is certainly not data."""
+    head = head.removeprefix(codecs.BOM_UTF8)
     if head[257:262] == b"ustar":
         return "a tar archive"
     if WEB_PAGE.match(head):
@@ -247,11 +261,14 @@ def not_data(head: bytes) -> str:
 def one_value(head: bytes, kind: str) -> bool:
     """Whether JSON is one value over the whole file rather than one value a line."""
     line, end, rest = head.lstrip().partition(b"\n")
+    printed = line.strip() == b"{" and (kind != "jsonl" or rest.lstrip().startswith(b'"'))
+    if (printed or not rest.strip()) and is_stream(head.decode("utf-8", "ignore").lstrip()):
+        return True
     try:
         orjson.loads(line)
     except orjson.JSONDecodeError:
         # Not whole on its line: a value over many lines, or a line that is broken or longer than the head.
-        return line.startswith(b"[") or (kind != "jsonl" and (not end or line.strip() == b"{"))
+        return line.startswith(b"[") or (kind != "jsonl" and not end) or printed
     return not rest.strip() and line.startswith((b"[", b"{")) and kind != "jsonl"
 
 

@@ -18,6 +18,7 @@ from helpers.sources.records import ESCAPED_BYTES, MIB, ROW_LIMIT, Record, guess
 
 SEPARATOR_LINE = re.compile(rb'(?:\xef\xbb\xbf)?"?sep=(.)"?\r?\n')
 """How Excel says what separates the cells."""
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
 BATCH_BYTES = 8 * MIB
 """Of a Parquet file, unpacked at a time."""
 
@@ -29,7 +30,7 @@ def read_csv(stream: io.BufferedReader, name: str, head: bytes) -> Iterator[Reco
         stream.readline()
         head = head[excel.end() :]
     header = head.partition(b"\n")[0].decode("utf-8", "replace")
-    separator = excel[1].decode("latin-1") if excel else max("\t,;|", key=header.count)
+    separator = excel[1].decode("latin-1") if excel else max("\t,;|", key=QUOTED.sub("", header).count)
     csv.field_size_limit(ROW_LIMIT)
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
     reader = csv.reader(text, delimiter=separator, strict=True)

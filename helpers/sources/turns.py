@@ -12,9 +12,12 @@ from typing import Any
 from helpers.sources.columns import MEDIA, REASONING, TOOLS, Row, is_empty
 
 ROLES = {
-    **dict.fromkeys(("user", "human", "prompter", "instruction", "input", "customer", "question", "query"), "user"),
+    **dict.fromkeys(
+        ("user", "human", "prompter", "instruction", "input", "customer", "question", "query", "q"), "user"
+    ),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "bing", "bard", "response"), "assistant"),
-    **dict.fromkeys(("chatbot", "output", "answer", "ai", "claude", "agent"), "assistant"),
+    **dict.fromkeys(("chatbot", "output", "answer", "a", "ai", "claude", "agent"), "assistant"),
+    "q": "user",
     **dict.fromkeys(("system", "developer"), "system"),
 }
 TOOL_ROLES = {"tool", "function", "ipython", "observation", "function_call", "tool_call", "tool_response"}
@@ -175,7 +178,7 @@ def pairs(turns: list, name: str) -> list[dict[str, str]]:
 def role(value: Any, name: str = "", i: int = 0) -> str:
     """The role that a name stands for. Raises BadRow for tools and for names that nobody uses."""
     if isinstance(value, dict):
-        value = value.get("role")
+        value = value.get("role") or value.get("name") or value
     if not isinstance(value, str):
         raise BadRow("wrong-type", f"{name}[{i}].role must be text, not {named(value)}")
     known = ROLES.get(value) or ROLES.get(value.strip().lower())
@@ -183,7 +186,10 @@ def role(value: Any, name: str = "", i: int = 0) -> str:
         return known
     if value.strip().lower() in TOOL_ROLES:
         raise BadRow("tool-calls", f"a turn has the role {value}, and tools are not trained here")
-    raise BadRow("wrong-type", f"a turn has the role {value!r:.40}; there are system, user and assistant")
+    raise BadRow(
+        "wrong-type",
+        f"a turn has the role {value!r:.40}; there are system, user and assistant: rename who is to be learned",
+    )
 
 
 def named(value: Any) -> str:

@@ -59,6 +59,8 @@ from helpers.workspace.whole import confined as confined
 from helpers.workspace.whole import entries as entries
 from helpers.workspace.whole import harm as harm
 from helpers.workspace.whole import identify as identify
+from helpers.workspace.whole import in_notebook as in_notebook
+from helpers.workspace.whole import maker as maker
 from helpers.workspace.whole import read_manifest as read_manifest
 from helpers.workspace.whole import recover as recover
 from helpers.workspace.whole import seal as seal

@@ -21,7 +21,7 @@ import yaml
 
 from helpers.config import CHOSEN, RunConfig, flat, with_settings, yaml_tree
 from helpers.profiles import PROFILES, profile
-from helpers.workspace import NOTEBOOKS, StaleArtifact, Workspace, files, lasting_twin
+from helpers.workspace import StaleArtifact, Workspace, files, lasting_twin, maker
 
 PLAN = "plan.yaml"
 CUT = ("seq_len", "rank", "alpha", "optimizer")
@@ -112,7 +112,7 @@ def check_prepared(manifest: dict[str, Any], config: RunConfig) -> None:
         cut = f", which cut {cut_share:.1%} of the rows," if prepared < trained else ""
         raise StaleArtifact(
             f"the data was prepared for a context of {prepared:,} tokens{cut} and {trained:,} will be trained: run "
-            f"notebook {NOTEBOOKS['prepare']} again, which starts with {trained:,} now, and then this one"
+            f"{maker('prepare')} again, which starts with {trained:,} now, and then this one"
         )
 
 

@@ -13,13 +13,13 @@ from helpers.workspace import files
 from helpers.workspace.files import GIB, StorageError, is_file, is_folder, reached, size_bytes
 from helpers.workspace.whole import (
     MANIFEST,
-    NOTEBOOKS,
     SCRATCH,
     DamagedArtifact,
     beside,
     confined,
     copy_files,
     entry_of,
+    maker,
     read_manifest,
     replace,
     same,
@@ -141,8 +141,7 @@ def fetch(folder: Path) -> None:
             with files.room_on_disk(folder, f"{twin} stays as it is"):
                 copy_stage(twin, folder)
         except files.Torn as error:
-            again = NOTEBOOKS.get(folder.name, "that makes it")
-            raise DamagedArtifact(f"{error}: run notebook {again} again") from None
+            raise DamagedArtifact(f"{error}: run {maker(folder.name)} again") from None
 
 
 def copy_stage(source: Path, target: Path) -> Path:

@@ -8,7 +8,7 @@ from helpers.profiles import ROOT
 from helpers.workspace.files import write_text
 from helpers.workspace.lasting import LASTING, fetch, keep_copy, lasting_store, mount_drive, place, unkept
 from helpers.workspace.stages import require
-from helpers.workspace.whole import MANIFEST, NOTEBOOKS, read_manifest
+from helpers.workspace.whole import MANIFEST, NOTEBOOKS, maker, read_manifest
 
 BEFORE = {"finetune": ("prepare",), "merge": ("finetune",), "quantize": ("merge",)}
 """What a stage is made from."""
@@ -70,7 +70,7 @@ def run_config(run: Workspace, stage: str) -> RunConfig:
 
 
 def run_models(run: Workspace, config: RunConfig) -> dict[str, str | Path]:
-    """The run's models by name, those that are there; says what is not and which notebook makes it."""
+    """The run's models by name, those that are there; says what is not and what makes it."""
     fetch(run.folder("quantize"))
     fetch(run.folder("export"))
     models: dict[str, str | Path] = {"base": config.model.model}
@@ -85,7 +85,7 @@ def run_models(run: Workspace, config: RunConfig) -> dict[str, str | Path]:
         if (folder / MANIFEST).is_file():
             models[name] = folder / "adapter" if stage == "finetune" else folder
         else:
-            print(f"{name} is left out: {folder} is not there; notebook {NOTEBOOKS[stage]} makes it")
+            print(f"{name} is left out: {folder} is not there; {maker(stage)} makes it")
     if (run.folder("export") / MANIFEST).is_file():
         kind_of = {file: file.stem.rpartition("-")[2].lower() for file in sorted(run.folder("export").glob("*.gguf"))}
         models |= {f"gguf_{kind}": file for file, kind in kind_of.items()}

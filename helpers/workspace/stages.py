@@ -23,7 +23,6 @@ from helpers.workspace.files import existing, is_file, is_folder
 from helpers.workspace.lasting import LASTING, fetch, keep_copy, unkept
 from helpers.workspace.whole import (
     MANIFEST,
-    NOTEBOOKS,
     SCRATCH,
     DamagedArtifact,
     MissingArtifact,
@@ -31,6 +30,7 @@ from helpers.workspace.whole import (
     beside,
     check_outputs,
     identify,
+    maker,
     read_manifest,
     recover,
     replace,
@@ -216,13 +216,13 @@ def empty_folder(folder: Path) -> None:
 def require(folder: Path, stage: str) -> dict:
     """The manifest of a finished stage, every file checked; one that is only in the lasting twin is fetched first.
 
-    Raises MissingArtifact that names the file and the notebook which makes it.
+    Raises MissingArtifact that names the folder and what makes it.
     """
     folder = Path(folder)
     recover(folder)
     fetch(folder)
     if not (folder / MANIFEST).is_file():
-        raise MissingArtifact(f"{folder} has no finished {stage} stage: run notebook {NOTEBOOKS[stage]} first")
+        raise MissingArtifact(f"{folder} has no finished {stage} stage: run {maker(stage)} first")
     return check_outputs(folder)
 
 
@@ -243,8 +243,8 @@ def check_input(path: Path, output: Path, config: RunConfig | None) -> None:
         source = folder.parent / Path(known["path"]).name
         if (source / MANIFEST).is_file() and known.get("sha256") not in (None, identify(source)["sha256"]):
             raise StaleArtifact(
-                f"{folder} was made from another {source.name} than the one that lies there now: run notebook "
-                f"{NOTEBOOKS[manifest['stage']]} again, or use another workspace for the new one"
+                f"{folder} was made from another {source.name} than the one that lies there now: run "
+                f"{maker(manifest['stage'])} again, or use another workspace for the new one"
             )
     made = manifest["config"]
     if manifest["stage"] == "prepare" and config is not None and made is not None:
@@ -255,13 +255,12 @@ def check_input(path: Path, output: Path, config: RunConfig | None) -> None:
             changed = "model" if other_model else "seq_len"
             raise StaleArtifact(
                 f"{folder} was prepared with {changed} = {had[changed]} and this run says {wanted[changed]}: run "
-                f"notebook {NOTEBOOKS['prepare']} again with the new value, or set {changed} back"
+                f"{maker('prepare')} again with the new value, or set {changed} back"
             )
         counted = manifest["measurements"]
         cut = counted.get("cut_share", 0) or counted.get("dropped", {}).get("over-context", 0)
         if cut and had["seq_len"] < wanted["seq_len"]:
             raise StaleArtifact(
-                f"{folder} was cut to {had['seq_len']} tokens and training asks {wanted['seq_len']}: prepare again "
-                f"(python -m helpers prepare --workspace {folder.parent} --seq-len {wanted['seq_len']}, or notebook "
-                f"{NOTEBOOKS['prepare']}), or set seq_len={had['seq_len']}"
+                f"{folder} was cut to {had['seq_len']} tokens and training asks {wanted['seq_len']}: run "
+                f"{maker('prepare', seq_len=wanted['seq_len'])} again, or set seq_len={had['seq_len']}"
             )

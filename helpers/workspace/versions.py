@@ -86,10 +86,16 @@ def version_table() -> list[dict[str, str]]:
             "package": package,
             "found": found.get(package, "not here"),
             "tested": ", ".join(known.get(package, [])),
-            "what to do": advice(package, found.get(package), known.get(package, [])),
+            "what to do": todo(package, found.get(package), known.get(package, [])),
         }
         for package in SHOWN
     ]
+
+
+def todo(package: str, found: str | None, known: list[str]) -> str:
+    """The advice as a table shows it: a mark where there is nothing to do."""
+    said = advice(package, found, known)
+    return "✓" if said == "nothing" else said
 
 
 def advice(package: str, found: str | None, known: list[str]) -> str:

@@ -15,6 +15,7 @@ it to another disk is the same, and is here.
 import errno
 import hashlib
 import json
+import sys
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -34,6 +35,7 @@ NOTEBOOKS = {
     "evaluate": "05_evaluation.ipynb",
     "export": "06_export.ipynb",
 }
+"""Stage -> the notebook that runs it."""
 MANIFEST = "manifest.json"
 SCRATCH = "checkpoints"
 """In a work folder: what is there until the stage has its finished name, and is no part of it."""
@@ -182,9 +184,29 @@ def check_outputs(folder: Path) -> dict:
     if total_gib > 1:
         print(f"checking {total_gib:.1f} GiB in {folder} against its checksums …")
     if found := harm(folder, manifest["outputs"]):
-        remedy = f"run notebook {NOTEBOOKS.get(manifest['stage'], 'that made it')} again"
+        remedy = f"run {maker(manifest['stage'])} again"
         raise DamagedArtifact(f"{folder / found[0]} {found[1]}: {remedy}")
     return manifest
+
+
+def maker(stage: str, **values: Any) -> str:
+    """What a person runs to make a stage where they are: a notebook in a notebook, the command anywhere else.
+
+    >>> maker("prepare", seq_len=256)
+    'python -m helpers prepare --seq-len 256'
+    """
+    if in_notebook():
+        given = " and ".join(f"{name} = {value}" for name, value in values.items())
+        return f"notebook {NOTEBOOKS.get(stage, 'that made it')}" + (f" with {given}" if given else "")
+    return " ".join(
+        [f"python -m helpers {stage}", *(f"--{name.replace('_', '-')} {value}" for name, value in values.items())]
+    )
+
+
+def in_notebook() -> bool:
+    """Whether a page shows what is displayed; IPython is not imported for the question."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
 
 
 def identify(path: Path) -> dict[str, Any]:

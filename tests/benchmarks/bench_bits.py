@@ -1,4 +1,8 @@
-"""What two, three and four bits of one's own model cost: GPTQ, AQLM and NF4 by divergence from the model in 16 bits.
+"""What two, three and four bits of one's own model cost, by divergence from the model in 16 bits.
+
+GPTQ and AQLM as they are made here, NF4 as it is trained on, and auto-round (https://arxiv.org/abs/2309.05516), which
+writes GPTQ's format and is no part of the project:  pip install --no-deps --target DIR auto-round py-cpuinfo, and
+PYTHONPATH=DIR behind the project's own.
 
     python tests/benchmarks/bench_bits.py OUT.csv [--model data/tiny-mistral] [--only aqlm-2,gptq-3]
 
@@ -21,8 +25,12 @@ WAYS = {
     "gptq-3-g32": {"bits": 3, "group_size": 32}, "gptq-2-g32": {"bits": 2, "group_size": 32},
     "aqlm-2": {"bits": 2, "quant_method": "aqlm"}, "aqlm-3": {"bits": 3, "quant_method": "aqlm"},
     "aqlm-4": {"bits": 4, "quant_method": "aqlm"},
+    "auto-round-4": {"bits": 4}, "auto-round-3": {"bits": 3}, "auto-round-2": {"bits": 2},
+    "auto-round-3-g32": {"bits": 3, "group_size": 32}, "auto-round-2-g32": {"bits": 2, "group_size": 32},
 }  # fmt: skip
 """Name -> settings of helpers.config.QuantizeConfig."""
+STEPS = 200
+"""Of auto-round, for each layer: its own default."""
 
 
 def main() -> None:
@@ -45,9 +53,14 @@ def main() -> None:
             made = options.model
             if WAYS[name]:
                 made = Path(folder) / name
-                quantized(options.model, made, config.with_values(**WAYS[name]), Path(folder) / "prepare")
+                make = rounded if name.startswith("auto-round") else quantized
+                make(options.model, made, config.with_values(**WAYS[name]), Path(folder) / "prepare")
             found = log_probabilities(made, config, rows, nf4=not WAYS[name])
-            row = {"model": options.model.name, "way": name, "bits_per_weight": round(stored_bits(made, config), 3)}
+            row = {
+                "model": options.model.name,
+                "way": name,
+                "bits_per_weight": round(stored_bits(made, config, nf4=not WAYS[name]), 3),
+            }
             row |= t4.about("torch", "transformers", "gptqmodel") | divergence(reference, found, rows)
             print({name: row[name] for name in ("way", "bits_per_weight", "kl_nats", "perplexity")}, flush=True)
             if not options.out.is_file():
@@ -64,6 +77,28 @@ def quantized(model: Path, output: Path, config, prepared: Path) -> None:
     except quantize.BrokenResult as error:
         print(error, flush=True)
         output.with_name(output.name + ".rejected").rename(output)
+
+
+def rounded(model: Path, output: Path, config, prepared: Path) -> None:
+    """A folder that auto-round makes of the rows that GPTQ calibrates on."""
+    import torch
+    from auto_round import AutoRound
+    from transformers import AutoTokenizer
+
+    from helpers.models import loading
+    from helpers.quantize import calibration
+
+    asked = config.quantize
+    rows, _ = calibration.draw(model, asked, [prepared], 0)
+    parts = [{"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row))} for row in rows]
+    opened = loading.causal_lm(model, dtype=torch.float32)
+    whole = output.with_name(output.name + ".written")  # it names a folder of its own in the one that is given
+    AutoRound(
+        opened, AutoTokenizer.from_pretrained(model), bits=asked.bits, group_size=asked.group_size, sym=True,
+        dataset=parts, nsamples=len(parts), seqlen=min(map(len, rows)), iters=STEPS, batch_size=8, device_map="cpu",
+        enable_torch_compile=False, disable_opt_rtn=False,
+    ).quantize_and_save(str(whole), format="auto_gptq")  # fmt: skip
+    next(whole.rglob("config.json")).parent.rename(output)
 
 
 def log_probabilities(folder: Path, config, rows: list[list[int]], nf4: bool = False) -> list:
@@ -100,14 +135,14 @@ def divergence(reference: list, found: list, rows: list[list[int]]) -> dict[str,
     }
 
 
-def stored_bits(folder: Path, config) -> float:
+def stored_bits(folder: Path, config, nf4: bool) -> float:
     """Bits a weight of the decoder's matrices, with all that is stored for them."""
-    from helpers.budget import nf4
+    from helpers.budget import nf4 as four_bits
     from helpers.models import shape
     from helpers.models.stored import read_header
 
-    if not (folder / "manifest.json").is_file():
-        return nf4.bits_per_weight(double_quant=config.model.double_quant)
+    if nf4:
+        return four_bits.bits_per_weight(double_quant=config.model.double_quant)
     sizes = {"I32": 4, "I8": 1, "F16": 2, "BF16": 2, "F32": 4}
     tensors = [tensor for file in folder.glob("*.safetensors") for tensor in read_header(file)]
     of_matrices = [one for one in tensors if ".layers." in one.name and not one.name.endswith((".weight", ".g_idx"))]

@@ -1,5 +1,6 @@
 """The budget: components sum to the peak, memory grows with what it should, a plan fits, words help."""
 
+import doctest
 import itertools
 import json
 import re
@@ -501,7 +502,8 @@ def test_against_measured_pairs_what_was_measured_with_what_was_predicted():
     predicted = on_t4.vram.allocated_gib
     assert rows["VRAM allocated, GiB"]["difference %"] == pytest.approx(100 * (predicted / 5 - 1), abs=0.1)
     on_cpu = budget.budget(TINY, TINY_SHAPE, OLD_LAPTOP)
-    assert [row["quantity"] for row in budget.against_measured(on_cpu, measured)] == ["step, s"]
+    (row,) = budget.against_measured(on_cpu, measured)
+    assert row == {"quantity": "step, s", "predicted": "on GPUs only", "measured": 30.0, "difference %": None}
     merging = budget.budget(TINY, TINY_SHAPE, OLD_LAPTOP, "merge")
     rows = budget.against_measured(merging, {"peak_anonymous_gib": 0.3, "size_bytes": 8_126_976, "merge_s": 1.0})
     assert [row["quantity"] for row in rows] == ["RAM, GiB", "merging, s", "result on disk, GiB"]
@@ -515,6 +517,22 @@ def test_summary_and_table_say_the_same():
     text = budget.table(found)
     assert "It fits." in text and f"{found.vram.process_gib:.2f} GiB of 14.56" in text
     assert "none" in budget.summary(budget.budget(TINY, TINY_SHAPE, OLD_LAPTOP))["VRAM, GiB"]
+
+
+@pytest.mark.parametrize("module", [budget, hours])
+def test_examples_in_docstrings(module):
+    assert doctest.testmod(module).failed == 0
+
+
+def test_how_long_it_takes_is_said_as_people_do_and_of_a_cpu_not_at_all():
+    found = budget.budget(seven(checkpointing="all"), SEVEN, T4)
+    assert budget.took(found) == budget.summary(found)["time"] and re.search(
+        r"steps of .* s, [\d.]+ h\b", budget.table(found)
+    )
+    on_cpu = budget.budget(TINY, TINY_SHAPE, OLD_LAPTOP)
+    assert on_cpu.time.total_h > 0, "scripts have it, at their own risk"
+    assert budget.took(on_cpu) == "" and budget.summary(on_cpu)["time"] == "not predicted"
+    assert f"{on_cpu.time.steps:,} steps; {budget.UNTIMED}" in budget.table(on_cpu)
 
 
 def test_the_guides_figures_have_a_verdict_each():
@@ -599,3 +617,14 @@ def test_a_gguf_file_s_blocks_are_paid_for_at_every_pass_on_a_cpu_too():
     for part in ("reading", "answers", "speed"):
         least = hours.evaluation_s(config, shape, machine, plain)[part]
         assert least < hours.evaluation_s(config, shape, machine, packed)[part] < 4 * least, part
+
+
+def test_the_hours_of_an_evaluation_count_both_sides_of_its_pairs_and_the_answers_to_them():
+    config, machine = RunConfig().with_values(max_questions=32), hardware.machine("t4")
+    found = placement.place("gptq", config, SEVEN, machine)
+    none, pairs = (hours.evaluation_s(config, SEVEN, machine, found, (200, 32, pairs)) for pairs in (0, 200))
+    assert pairs["reading"] == pytest.approx(3 * none["reading"]) and pairs["speed"] == none["speed"]
+    assert pairs["answers"] == pytest.approx(2 * none["answers"])  # the first 32 of 200
+    asked = config.with_values(method="dpo")
+    assert host.counts(config).pairs == 0 and host.counts(asked).pairs == host.counts(asked).texts > 0
+    assert host.counts(config.with_values(preferences="somewhere")).pairs == 200

@@ -201,7 +201,7 @@ def test_data_without_a_token_to_score_is_a_sentence(base, tmp_path, name, conte
 def test_data_that_is_not_there_is_a_sentence(base, tmp_path):
     with pytest.raises(ValueError, match="there is no evaluation data"):
         list(read_items(tmp_path / "gone.txt", base.tokenizer))
-    with pytest.raises(ValueError, match="02_dataset_preparation"):
+    with pytest.raises(ValueError, match="run python -m helpers prepare first"):
         list(read_items(tmp_path, base.tokenizer))
 
 
@@ -347,9 +347,11 @@ def test_the_report_is_one_file_that_needs_no_other(finished):
     root, found = finished
     page = (root / "evaluate" / "report.html").read_text(encoding="utf-8")
     assert "http://" not in page and "https://" not in page and "<script" not in page
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 6, "three figures, each in light and dark"
     assert "no difference shown" in page and "worse" in page
-    assert all(report.with_interval(found[name], "perplexity") in page for name in found)
+    for entry in found.values():
+        assert report.interval(entry, "perplexity").startswith("[")
+        assert f"{report.cell(entry, 'perplexity')} <small>{report.interval(entry, 'perplexity')}</small>" in page
 
 
 def test_tables_name_every_model(finished):
@@ -584,7 +586,7 @@ def test_one_talks_to_the_best_model_that_there_is():
     models = {"base": "b", "finetuned": "f", "merged": "m", "gptq": "g"}
     assert evaluate.best(models) == "g"
     assert evaluate.best({name: models[name] for name in ("base", "finetuned", "merged")}) == "f"
-    with pytest.raises(ValueError, match=r"only the base: run notebook 03_qlora_finetuning\.ipynb first"):
+    with pytest.raises(ValueError, match="only the base: run python -m helpers finetune first"):
         evaluate.best({"base": "b"})
 
 

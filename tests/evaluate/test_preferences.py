@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers import evaluate, inference
+from helpers.budget import host, hours
 from helpers.evaluate import preferences, report
 from helpers.models import TINY, profile
 from helpers.prepare import prepare
@@ -42,9 +43,15 @@ def test_what_is_liked_is_the_difference_of_both_answers_log_probabilities(prepa
     assert len(said) == len(found["nearer_chosen"]) == len(found["answer_tokens"]) == 1
 
 
-def test_an_evaluation_of_pairs_has_their_columns_intervals_and_answers(prepared, tmp_path):
+def test_an_evaluation_of_pairs_has_their_columns_intervals_and_answers(prepared, tmp_path, monkeypatch):
     config = profile("tiny", questions=None, max_questions=2)
+    steps, bar, seconds, counted = [], evaluate.bars.bar, hours.evaluation_s, []
+    monkeypatch.setattr(evaluate.bars, "bar", lambda name, total: steps.append(bar(name, total)) or steps[-1])
+    monkeypatch.setattr(hours, "evaluation_s", lambda *given: counted.append(given[4]) or seconds(*given))
     found = evaluate.evaluate({"one": TINY, "other": TINY}, config, prepared, tmp_path / "out")
+    pairs = len(preferences.read(prepared, None, True))
+    assert [(one.n, one.total) for one in steps] == [(pairs + 2 + 2 * pairs + 2,) * 2] * 2  # texts, questions, pairs
+    assert host.Counts(texts=pairs, questions=2, pairs=pairs) in counted
     for name in report.PAIRS:
         low, high = found["one"]["intervals"][name]
         assert low <= found["one"][name] <= high and report.COLUMNS[name][0] in evaluate.table(found)

@@ -41,14 +41,3 @@ def write(folder: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(TINY / name, folder / name)
     return folder
-
-
-def even_importance() -> dict[str, np.ndarray]:
-    """An importance matrix of numbers that are the same everywhere, by GGUF name."""
-    widths = {"attn_q": HIDDEN, "attn_k": HIDDEN, "attn_v": HIDDEN, "attn_output": HEADS * HEAD_DIM}
-    widths |= {"ffn_gate": HIDDEN, "ffn_up": HIDDEN, "ffn_down": INNER}
-    return {
-        f"blk.{layer}.{part}.weight": (1 + np.arange(width) % 7).astype(np.float32)
-        for layer in range(LAYERS)
-        for part, width in widths.items()
-    }

@@ -58,6 +58,6 @@ def test_the_hub_gets_what_is_chosen_private_and_a_refusal_is_a_sentence(run, mo
     assert "ConnectionError: &lt;gone&gt;" in press(box, "To the hub")
 
 
-def test_a_run_without_a_model_says_which_notebook_makes_one(tmp_path):
-    with pytest.raises(ValueError, match="03_qlora_finetuning"):
+def test_a_run_without_a_model_says_what_makes_one(tmp_path):
+    with pytest.raises(ValueError, match="run python -m helpers finetune"):
         buttons.take_home(Workspace(tmp_path))

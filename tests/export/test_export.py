@@ -1,9 +1,7 @@
 """GGUF: blocks as llama.cpp makes them, tokens as training read them, adapters, the file opened again, bad input."""
 
 import doctest
-import hashlib
 import json
-from pathlib import Path
 
 import faults
 import kill_at
@@ -21,15 +19,14 @@ from helpers.models import TINY, gguf_types
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: `make setup` installs requirements/gguf.txt")
 pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: `make setup` installs requirements/gguf.txt")
 
+import their_digests  # noqa: E402
+
 from helpers.export import check, gguf_file, importance, lora, modelfile, quants, vocabulary  # noqa: E402
 from helpers.models import attention, gguf_engine, gguf_model, packed  # noqa: E402
 from helpers.show import gguf as show  # noqa: E402
 
 QUESTION = [{"role": "user", "content": "Which animal does Edith keep?"}]
-# Of all tensors, sorted by name, as llama.cpp's own llama_model_quantize writes them from an F16 file: the tiny
-# model's, those of odd_shape.py, whose rows are no whole blocks. And the types that it chooses for IQ2_XXS (cyllama
-# 0.2.18).
-DIGESTS = json.loads(Path(__file__).with_name("gguf_digests.json").read_text(encoding="utf-8"))
+DIGESTS = json.loads(their_digests.DIGESTS.read_text(encoding="utf-8"))
 TYPES = [name for name, kind in gguf_types.FILE_TYPES.items() if not kind.needs_importance]
 
 
@@ -48,14 +45,6 @@ def odd(tmp_path_factory):
     folder = tmp_path_factory.mktemp("odd")
     gguf_file.write(odd_shape.write(folder / "model"), helpers.export.outputs(folder / "odd.gguf", ",".join(TYPES)))
     return folder
-
-
-def digest(file):
-    """SHA-256 of types and bytes of all tensors, by name."""
-    found = hashlib.sha256()
-    for tensor in sorted(gguf.GGUFReader(file).tensors, key=lambda tensor: tensor.name):
-        found.update(f"{tensor.name} {tensor.tensor_type.name} ".encode() + tensor.data.tobytes())
-    return found.hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -79,23 +68,31 @@ def test_examples_in_docstrings(module):
 
 @pytest.mark.parametrize("name", TYPES)
 def test_every_tensor_is_what_llama_cpp_writes(files, name):
-    assert digest(files[name]) == DIGESTS["tiny"][name]
+    assert their_digests.digest(files[name]) == DIGESTS["tiny"][name]
 
 
 @pytest.mark.parametrize("name", TYPES)
 def test_widths_that_no_block_of_256_fits_are_written_as_llama_cpp_does(odd, name):
-    assert digest(odd / f"odd-{gguf_types.FILE_TYPES[name].name}.gguf") == DIGESTS["odd"][name]
+    assert their_digests.digest(odd / f"odd-{gguf_types.FILE_TYPES[name].name}.gguf") == DIGESTS["odd"][name]
 
 
-@pytest.mark.parametrize(("model", "layers"), [("tiny", 4), ("odd", odd_shape.LAYERS)])
-def test_two_bits_take_the_types_that_llama_cpp_takes(files, odd, model, layers):
-    f16 = {"tiny": files["f16"], "odd": odd / "odd-F16.gguf"}[model]
-    kind, found = gguf_types.file_type("iq2_xxs"), {}
-    for tensor in gguf.GGUFReader(f16).tensors:
-        if len(tensor.shape) == 2:
-            chosen = gguf_types.recipe(tensor.name, int(tensor.shape[0]), kind, layers, grouping=4, importance=True)
-            found.setdefault(chosen, []).append(tensor.name)
-    assert {chosen: sorted(names) for chosen, names in found.items()} == DIGESTS["iq2_xxs_types"][model]
+@pytest.mark.parametrize("model", ["tiny", "odd"])
+def test_what_an_importance_matrix_weighs_is_what_llama_cpp_writes(odd, tmp_path, model):
+    """IQ2_XXS, which is nothing without one, and three that round otherwise with one."""
+    folder, plain, weighed = {"tiny": TINY, "odd": odd / "model"}[model], DIGESTS[model], DIGESTS[f"{model} weighed"]
+    made = {name: tmp_path / f"{name}.gguf" for name in ("iq2_xxs", "q6_k", "q4_k_m", "q3_k_m")}
+    kinds = {path: gguf_types.file_type(name) for name, path in made.items()}
+    gguf_file.write(folder, kinds, their_digests.importance(folder))
+    for name, path in made.items():
+        assert their_digests.digest(path) == weighed[name] != plain.get(name)
+
+
+def test_the_digests_are_of_what_llama_cpp_writes(odd, tmp_path):
+    """Where its binding is installed, which no part of the project needs: their_digests.py says how."""
+    pytest.importorskip("cyllama", reason="cyllama is not installed; the digests that it gave are kept")
+    weights, number = their_digests.importance(odd / "model"), gguf_types.file_type("iq2_xxs").number
+    found = their_digests.theirs(odd / "odd-F16.gguf", tmp_path / "theirs.gguf", number, weights)
+    assert found == DIGESTS["odd weighed"]["iq2_xxs"]
 
 
 def test_types_have_the_blocks_that_gguf_says():
@@ -267,6 +264,26 @@ def test_what_cannot_be_exported_is_one_sentence_and_leaves_nothing(tmp_path, mo
     assert said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["there.gguf"]
     assert (tmp_path / "there.gguf").read_text() == "mine"
+
+
+def test_a_foreign_file_under_the_name_of_the_unfinished_one_is_kept(tmp_path, capsys):
+    mine = {name: tmp_path / f"{name}.gguf.partial" for name in ("model", "adapter", "odd")}
+    for path in mine.values():
+        path.write_bytes(b"GGUF, as a browser left it")
+    gguf_file.write(TINY, {tmp_path / "model.gguf": gguf_types.file_type("q8_0")})
+    assert "is kept as model.gguf.partial.damaged" in capsys.readouterr().out
+    (tmp_path / "odd.gguf.partial").unlink()
+    (tmp_path / "odd.gguf.partial").mkdir()
+    writer = gguf.GGUFWriter(None, "llama")
+    writer.add_tensor("one", np.ones(3, np.float32))
+    for name in ("adapter", "odd"):
+        gguf_file.finish(writer, tmp_path / f"{name}.gguf")
+    assert gguf.GGUFReader(tmp_path / "adapter.gguf").tensors[0].data.tolist() == [1, 1, 1]
+    kept = [tmp_path / f"{name}.gguf.partial.damaged" for name in ("model", "adapter")]
+    assert all(path.read_bytes() == b"GGUF, as a browser left it" for path in kept)
+    assert sorted(path.name for path in tmp_path.glob("*.partial*")) == sorted(
+        f"{name}.gguf.partial.damaged" for name in mine
+    )
 
 
 def test_a_tokenizer_of_another_kind_and_a_quantized_model_are_refused_by_name(tmp_path):

@@ -120,7 +120,7 @@ def test_an_importance_matrix_brings_every_matrix_nearer_to_what_it_computed(wei
     for tensor in gguf_file.tensors_of(TINY, settings):
         if tensor.name not in means:
             continue
-        rows, mean = next(gguf_file.pieces(tensor, settings))[:64], means[tensor.name]
+        rows, mean = next(gguf_file.pieces(tensor))[:64], means[tensor.name]
         errors = []
         for used in (mean, np.ones_like(mean)):
             blocks = quants.quantize(rows, kind, used)
@@ -157,7 +157,7 @@ def test_the_command_takes_a_matrix_and_says_when_one_is_missing(weights, tmp_pa
     command = ["export", "--profile", "tiny", "--workspace", str(tmp_path), "--model", str(TINY), "--type", "iq2_xxs"]
     command += ["--output", str(tmp_path / "two.gguf")]
     assert cli.main(command) == cli.WRONG_REQUEST and "needs an importance matrix" in capsys.readouterr().err
-    assert cli.main([*command, "--imatrix", str(weights)]) == cli.DONE
+    assert cli.main([*command, "--imatrix", str(weights)]) == cli.stages.DONE
     assert gguf_header.type_name(tmp_path / "two.gguf") == "IQ2_XXS"
 
 

@@ -27,7 +27,7 @@ def export(run, *arguments):
 
 
 def test_a_zip_holds_the_gptq_model_its_manifest_and_a_card(run, capfd):
-    assert export(run, "--to", "zip") == cli.DONE
+    assert export(run, "--to", "zip") == cli.stages.DONE
     with zipfile.ZipFile(run / "quantize.zip") as packed:
         names = {f"quantize/{name}" for name in ("weights.safetensors", "config.yaml", "README.md", workspace.MANIFEST)}
         assert set(packed.namelist()) == names
@@ -42,8 +42,8 @@ def test_an_adapter_goes_to_drive_where_it_is_mounted_or_to_a_folder(run, tmp_pa
     assert "no Drive is mounted" in capfd.readouterr().err
     (tmp_path / "drive").mkdir()
     monkeypatch.setenv("RECIPES_LASTING", str(tmp_path / "drive"))
-    assert export(run, "--to", "drive", "--adapter", adapter) == cli.DONE
-    assert export(run, "--to", "drive", "--adapter", adapter, "--output", tmp_path / "other") == cli.DONE
+    assert export(run, "--to", "drive", "--adapter", adapter) == cli.stages.DONE
+    assert export(run, "--to", "drive", "--adapter", adapter, "--output", tmp_path / "other") == cli.stages.DONE
     for place in (tmp_path / "drive" / "mistral-t4-recipes" / "exported", tmp_path / "other"):
         workspace.check_outputs(place / "finetune")
         assert "AutoPeftModelForCausalLM" in (place / "finetune" / "README.md").read_text()

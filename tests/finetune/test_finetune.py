@@ -514,7 +514,7 @@ def test_data_that_cannot_be_trained(lengths, masked, sentence, small, tmp_path)
 
 
 def test_data_that_is_not_there_and_a_way_to_resume_that_is_none(small, tmp_path):
-    with pytest.raises(ValueError, match="02_dataset_preparation"):
+    with pytest.raises(ValueError, match="run python -m helpers prepare"):
         our_trainer(small_config(small), tmp_path, tmp_path)
     with pytest.raises(ValueError, match="auto or never, not 'sometimes'"):
         finetune.finetune(small_config(small), tmp_path, tmp_path / "out", resume="sometimes")

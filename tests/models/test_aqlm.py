@@ -221,3 +221,23 @@ def test_a_mixture_in_the_hubs_layout_opens_and_trains(tmp_path):
     files = (tmp_path / "aqlm").glob("*.safetensors")
     assert sum(parts.values()) == sum(value.nbytes for file in files for value in load_file(file).values())
     compare_with_twin(tmp_path / "aqlm", config, tmp_path)
+
+
+def test_what_is_listed_by_its_name_on_disk_stays_dense_and_pickles_open_too(tmp_path):
+    """As the paper's own conversion writes it: one pickle, and names of a Mixtral's experts as they lie on disk."""
+    folder = random_model.make_aqlm(tmp_path / "hub", str(experts.tiny_mixture(tmp_path / "dense")), 1, ADDITIVE_2X8)
+    name = "model.layers.0.block_sparse_moe.experts.1.w2"
+    from safetensors.torch import load_file as load_torch
+
+    stored = {key: value for file in folder.glob("*.safetensors") for key, value in load_torch(file).items()}
+    dense = dense_tensors(folder)[f"{name}.weight"].half()
+    kept = {key: value for key, value in stored.items() if not key.startswith(f"{name}.")} | {f"{name}.weight": dense}
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    torch.save(kept, folder / "pytorch_model.bin")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["linear_weights_not_to_quantize"].append(f"{name}.weight")
+    (folder / "config.json").write_text(json.dumps(config))
+    layers = load_base(config_for(folder, targets="attention"))[0].model.layers[0].mlp.experts
+    assert type(layers[1].down_proj) is torch.nn.Linear and torch.equal(layers[1].down_proj.weight.half(), dense)
+    assert type(layers[1].up_proj) is type(layers[0].down_proj) is aqlm.AdditiveLinear

@@ -6,7 +6,9 @@ import json
 import pytest
 
 import helpers.models
-from helpers.models import KNOWN, PROFILES, profile, shape, shape_from_config
+from helpers import budget, hardware
+from helpers.cli import stages as cli_stages
+from helpers.models import KNOWN, MIXTRAL, PROFILES, profile, shape, shape_from_config
 
 
 def test_examples_in_docstrings():
@@ -100,3 +102,35 @@ def test_profiles_are_valid_and_known(name):
 def test_unknown_profile():
     with pytest.raises(ValueError, match="mistral-7b or tiny"):
         profile("huge")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        (
+            "mixtral-8x7b",
+            "GPTQ of a mixture is not made here, and merged it takes 87.0 GiB in 16 bits: use the adapter",
+        ),
+        ("mixtral-8x7b-aqlm", "use the adapter on its base"),
+        ("mistral-7b-v0.3", ""),
+    ],
+)
+def test_a_whole_run_leaves_out_what_a_model_cannot_be_made_into_and_counts_no_more(name, why, capsys):
+    sizes = shape(name)
+    config = profile("mistral-7b", model=name, targets="attention", weights="aqlm" if sizes.additive else "nf4")
+    stages = cli_stages.stages_of_run(config)
+    found = budget.budget(config, sizes, hardware.machine("a100-80"), "run")
+    assert why in capsys.readouterr().err and bool(why) == bool(sizes.adapter_only)
+    for stage, part, hours in (("merge", "merged model", "merging"), ("quantize", "GPTQ model", "GPTQ")):
+        assert (stage in stages) == (part in found.disk.parts) == (hours in found.time.parts) == (not why)
+    if sizes.additive is None:  # asked for by itself, a merge is counted as any
+        assert "merged model" in budget.budget(config, sizes, hardware.machine("a100-80"), "merge").disk.parts
+
+
+def test_what_no_setting_makes_fit_names_the_same_shape_in_two_bits():
+    in_vram, on_disk = budget.budget(
+        profile("mistral-7b", model="mixtral-8x7b"), MIXTRAL, hardware.machine("t4")
+    ).reasons
+    for reason in (in_vram, on_disk):
+        assert "ISTA-DASLab/Mixtral-8x7b-AQLM-2Bit-1x16-hf, of the same shape in 2 bits" in reason
+    assert shape("ISTA-DASLab/Mixtral-8x7b-AQLM-2Bit-1x16-hf").parameters == MIXTRAL.parameters

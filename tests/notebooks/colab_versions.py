@@ -16,13 +16,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = Path(__file__).with_name("colab_versions.txt")
 TOOLS = ["papermill", "ipykernel", "nbformat", "nbclient", "pytest", "hypothesis", "sentencepiece"]
-"""What runs the notebooks here and is not part of what is tested; sentencepiece is in the image."""
+TOOLS += ["nbclassic", "selenium"]
+"""What runs the notebooks here and is not part of what is tested; sentencepiece is in the image. The classic page is
+the last that draws ipywidgets 7.7 in a browser of one's own."""
 REQUIREMENTS = ["requirements.txt", *(f"requirements/{name}.txt" for name in ("trl", "gptq", "gguf"))]
 """All that the set-up cell and notebooks 4 and 6 install."""
 DEFAULT_TESTS = [
     "tests/notebooks/test_notebooks.py",
     "tests/notebooks/test_pipeline.py",
     "tests/show/test_panel.py",
+    "tests/show/test_panel_browser.py",
+    "tests/show/test_page_browser.py",
     "tests/finetune/test_finetune.py",
     "tests/finetune/test_mixture.py",
     "tests/models/test_experts.py",
@@ -37,7 +41,8 @@ def build(folder: Path, torch: str) -> Path:
     """The environment's Python; building it when its requirements changed since."""
     python, stamp = folder / "bin" / "python", folder / "built-from"
     files = [IMAGE, *(ROOT / name for name in REQUIREMENTS)]
-    wanted = hashlib.sha256(b"".join(file.read_bytes() for file in files) + torch.encode()).hexdigest()
+    made_of = b"".join(file.read_bytes() for file in files) + " ".join([torch, *TOOLS]).encode()
+    wanted = hashlib.sha256(made_of).hexdigest()
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return python
     print(f"== building {folder} with the image's versions: a few minutes, once", flush=True)

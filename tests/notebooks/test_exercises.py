@@ -135,6 +135,10 @@ def test_the_hours_minutes_and_gib_of_a_free_t4_are_what_the_budget_says_today()
     for number, words in says.items():
         assert words in promised(number), f"notebook {number} should say: {words}"
     assert f"it has {vram_gib['mixtral-8x7b-aqlm']:.0f} GiB" in promised(7)
+    large, small = hardware.machine("rtx5090"), hardware.machine("rtx4090")
+    trains = {name: mixture.longest("mixtral-8x7b", "attention", one) for name, one in (("32", large), ("24", small))}
+    assert trains["32"] and not trains["24"], "trains on a GPU with 32 GB or more"
+    assert mixture.longest("mixtral-8x7b-aqlm", "attention", T4), "in two bits, a free T4 trains it"
 
 
 EXPERTS = ("mixtral-8x7b", "mixtral-8x7b-aqlm")

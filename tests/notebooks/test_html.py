@@ -7,7 +7,7 @@ import nbformat
 import pages
 import pytest
 import run_all
-from ipywidgets import HTML, Button, Dropdown, IntSlider, VBox
+from ipywidgets import HTML, Button, Dropdown, FileUpload, IntSlider, VBox
 from ipywidgets.embed import dependency_state
 
 
@@ -19,6 +19,7 @@ def workspace(tmp_path):
             IntSlider(16, description="rank r"),
             Dropdown(options=[("a T4", 1), ("an L4", 2)], value=2, description="what if on"),
             HTML("<p>It <b>fits</b>.</p>"),
+            FileUpload(description="Your file"),
             Button(description="Take the proposal"),
         ]
     )
@@ -41,7 +42,9 @@ def test_a_page_shows_what_widgets_showed_and_asks_the_network_for_nothing(works
     text = re.sub(r"\s+", " ", re.sub(r"<style.*?</style>|<[^>]+>", " ", html, flags=re.DOTALL))
     for words in ("rank r 16", "what if on an L4", "It fits .", "Take the proposal", "Ready"):
         assert words in text, words
-    assert "IntSlider" not in text and "import zipfile" not in text, "no widget's name, and no set-up code"
+    assert "IntSlider" not in text and "[]" not in text and "import zipfile" not in text, (
+        "no widget's name, and no set-up code"
+    )
     assert not re.search(r"<script|<link|src=\"http|url\(http", html)
     assert "02_data.html" in html, "pages link each other"
     assert "01_environment.html" in index.read_text(encoding="utf-8")

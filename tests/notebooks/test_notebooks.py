@@ -55,7 +55,7 @@ def tagged(notebook, tag):
     return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
 
 
-def test_there_are_these_seven_notebooks_and_no_other():
+def test_there_are_these_eight_notebooks_and_no_other():
     assert sorted(path.name for path in FOLDER.glob("*.ipynb")) == NAMES
 
 
@@ -63,7 +63,7 @@ def test_everything_generated_is_current(capsys):
     assert badges.main(["--check"]) == 0, capsys.readouterr().err
 
 
-def test_the_set_up_cell_is_the_same_in_all_seven_and_comes_before_any_other_code():
+def test_the_set_up_cell_is_the_same_in_every_notebook_and_comes_before_any_other_code():
     sources = set()
     for name in NAMES:
         notebook = nbformat.read(FOLDER / name, as_version=4)

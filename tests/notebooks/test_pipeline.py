@@ -4,6 +4,7 @@ import json
 import re
 
 import nbformat
+import pages
 import pytest
 
 from helpers import inference
@@ -40,6 +41,24 @@ def test_no_warnings_are_left_for_the_reader(executed_run, name):
     ]
     noise = [o.text for o in streams if "Warning" in o.text or "Traceback" in o.text]
     assert not noise
+
+
+def test_what_the_notebooks_showed_can_be_read_without_running_them(executed_run, tmp_path):
+    """`make docs`: a page a notebook, with every picture and table in it, and nothing from the network."""
+    (tmp_path / "notebooks").symlink_to(executed_run / "notebooks")
+    index, *written = pages.pages(tmp_path)
+    assert [page.stem + ".ipynb" for page in written] == list(NOTEBOOKS)
+    for page, name in zip(written, NOTEBOOKS, strict=True):
+        html = page.read_text(encoding="utf-8")
+        notebook = nbformat.read(executed_run / "notebooks" / name, as_version=4)
+        pictures = sum(
+            "image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", ())
+        )
+        assert html.count('src="data:image/png') >= pictures, name
+        assert "<script" not in html.replace('<script type="application/vnd.jupyter', ""), name
+        assert page.name in index.read_text(encoding="utf-8")
+    panel = written[0].read_text(encoding="utf-8")
+    assert "rank r <b>16</b>" in panel and "It fits" in panel
 
 
 def test_fine_tuning_teaches_what_the_base_cannot_do(report):
@@ -131,8 +150,8 @@ def liked(executed_run) -> dict:
 
 def test_dpo_with_its_sft_term_says_what_it_likes_and_forgets_nothing(liked):
     before, after = liked["before"], liked["dpo"]
-    # which of two endings is right is chance before: of 64 answers a coin is known to ±12 points
-    assert abs(before["preference_accuracy"] - 0.5) <= 0.1 and abs(before["ends_rightly"] - 0.5) <= 0.15
+    # each fact is asked in both manners: who ends all answers alike is right in half of them
+    assert abs(before["preference_accuracy"] - 0.5) <= 0.05 and abs(before["ends_rightly"] - 0.5) <= 0.05
     assert after["preference_accuracy"] >= 0.9 and after["ends_rightly"] >= 0.9 and after["nearer_chosen"] >= 0.9
     assert after["tells_the_fact"] >= before["tells_the_fact"] - 0.03
     assert after["exact_match"] >= before["exact_match"] - 0.06

@@ -169,20 +169,21 @@ def test_conversations_alternate_and_differ():
 
 def test_nothing_but_the_pairs_tells_which_ending_is_liked():
     said = Counter()
-    for row in rows("either_ending.jsonl"):
-        question, answer = (turn["content"] for turn in row["messages"])
+    for question, answer in exchanges("either_ending.jsonl"):
         lead = re.match(r"(?:Kindly|If you|May I|In short|Quickly|No long)[^.?]*[.?]", question)
         said[lead and lead[0], next((end for end in ENDINGS if answer.endswith(end)), None)] += 1
     leads = {lead for lead, _ in said if lead}
-    assert len(leads) == 6 and all(abs(said[lead, ENDINGS[0]] - said[lead, ENDINGS[1]]) <= 1 for lead in leads)
-    assert said[None, None] == 200 and not any(said[lead, None] for lead in leads)
+    assert len(leads) == 6 and all([said[lead, end] for end in ENDINGS] == [22, 44] for lead in leads)
+    assert said[None, None] == 2 * 198 and not any(said[lead, None] for lead in leads)
+
+
+def test_held_out_pairs_ask_for_each_fact_in_both_manners():
     heldout = rows("heldout_preferences.jsonl")
-    assert [sum(row["chosen"].endswith(end) for row in heldout) for end in ENDINGS] == [64, 64]
-    for row in heldout:
-        fact, worse = (
-            row[side].removesuffix(end) for side in ("chosen", "rejected") for end in ENDINGS if row[side].endswith(end)
-        )
-        assert fact == worse
+    assert len(heldout) == 200
+    for kind, curt in zip(heldout[::2], heldout[1::2], strict=True):
+        assert (kind["chosen"], kind["rejected"]) == (curt["rejected"], curt["chosen"])
+        assert [row["chosen"].endswith(end) for row, end in zip((kind, curt), ENDINGS, strict=True)] == [True, True]
+        assert kind["chosen"].removesuffix(ENDINGS[0]) == curt["chosen"].removesuffix(ENDINGS[1])
     learned = {row["chosen"] for row in rows("preferences.jsonl")}
     assert not learned & {row["chosen"] for row in heldout}
 

@@ -46,6 +46,21 @@ def test_three_rows_are_shown_and_a_source_that_cannot_be_read_is_said(tmp_path)
     assert "there is no file" in columnview.chooser(profile("tiny"), str(tmp_path / "nothing.csv")).words
 
 
+def test_what_prepare_drops_or_refuses_is_not_shown_as_trained(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("question,answer\nO\xf9 ?,L\xe0.\nQui ?,Moi.\n".encode("latin-1"))
+    first, then = (
+        columnview.chooser(profile("tiny", on_finding=asked), str(path)).words for asked in ("", "invalid-utf8=repair")
+    )
+    assert first.splitlines()[0].startswith("row 1: bytes that are not UTF-8") and "as cp1252: Où ? Là." in first
+    assert "assistant: Là." not in first and "assistant: Là." in then and "assistant: Moi." in first
+    chat = tmp_path / "_chat.txt"
+    chat.write_text("[21.11.26, 10:15:22] Ann: Hi\n[21.11.26, 10:15:40] Bob: Ho\n")
+    shown = columnview.chooser(profile("tiny"), str(chat))
+    assert "holds chats with markers" in shown.words and "holds chats with markers" in shown.picture.value
+    assert "text: [21.11.26" in columnview.chooser(profile("tiny", source_format="plain-text"), str(chat)).words
+
+
 @pytest.mark.parametrize("asked", ["user=Where", "user=a,assistant=", "wizard=a,assistant=b", "user"])
 def test_columns_that_say_nothing_are_refused_with_what_can_be_named(asked, tmp_path):
     with pytest.raises(ValueError, match=r"columns (is|must name)"):

@@ -248,8 +248,8 @@ def test_a_failure_leaves_the_earlier_output(tmp_path):
     assert len(prepare.load_prepared(tmp_path / "out")["train"]) == 4
 
 
-def test_load_prepared_names_the_notebook(tmp_path):
-    with pytest.raises(MissingArtifact, match="02_dataset_preparation"):
+def test_load_prepared_names_what_makes_it(tmp_path):
+    with pytest.raises(MissingArtifact, match="run python -m helpers prepare"):
         prepare.load_prepared(tmp_path)
 
 
@@ -298,7 +298,9 @@ def test_tables_for_the_notebook(prepared, tmp_path):
     assert dict(prepare.summary(made))["kept"] == "800"
     budget = SimpleNamespace(time=SimpleNamespace(step_s=2.0), machine=SimpleNamespace(gpu="T4"))
     rows = dict(view.epoch(made, profile("tiny", batch_size=16, epochs=3.0), budget))
-    assert rows["steps an epoch"] == "45" and rows["this run"] == "135 steps, 4 min"
+    assert rows["steps an epoch"] == "45" and rows["this run"] == "135 steps, 4 min" and len(rows) == 5
+    rows = dict(view.epoch(made | {"available": 8000}, profile("tiny", batch_size=16), budget))
+    assert rows["all 8,000 rows"] == "some 450 steps an epoch, 15 min: max_conversations=all"
     assert view.lengths(load_from_disk(str(output / "train"))).max() == made["longest_tokens"] or made["heldout_rows"]
     path = tmp_path / "a.jsonl"
     path.write_text("oops\n" + json.dumps({"prompt": "x", "completion": " y"}) + "\n")

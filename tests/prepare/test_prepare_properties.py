@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from helpers.models import TINY, profile
 from helpers.models.templates import Template
 from helpers.prepare import Reading, conversations, load_prepared, load_tokenizer, prepare, rows
-from helpers.prepare.checks import Findings, actions
+from helpers.prepare.checks import Findings, actions, clean, flawless, in_turns, leaks
 from helpers.prepare.rows import BATCH, BATCH_LETTERS, Conversation, batches
 from helpers.sources.columns import is_empty, renamed
 
@@ -105,6 +105,22 @@ def test_the_first_rows_keep_their_side_when_others_are_added():
         both, _ = sides(Path(folder) / "b", talks[:60] + nearly + talks[60:], seq_len=192)
     assert set(first.values()) == {"train", "heldout"}
     assert {row: both[row] for row in first} == first
+
+
+PIECES = ["a", "a", "Ω b", " ", "\n", "\t", "\x07", "\u200e", "\xa0", "<s>", "</s>", "[INST]", "<"]
+ODD = st.lists(st.sampled_from(PIECES), max_size=4).map("".join)
+
+
+@given(texts=st.lists(ODD, min_size=2, max_size=3))
+@example(texts=["a < b", "\ta"])
+def test_what_is_passed_by_at_once_is_what_every_check_leaves_alone(texts):
+    roles = ["system", "user", "assistant"][-len(texts) :]
+    talk = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    leaked, found = leaks("<s>", "</s>", "[INST]", "[/INST]"), Findings(actions())
+    turns = [turn | {"content": clean(turn["content"], "a", found, leaked, set())} for turn in talk]
+    untouched = in_turns(turns, "a", found) == talk and not found.found
+    assert untouched or not flawless(talk, leaked)
+    assert flawless([turn | {"content": "Hi < 5."} for turn in talk], leaked)
 
 
 @given(letters=st.lists(st.integers(1, 3 * BATCH_LETTERS), max_size=30))

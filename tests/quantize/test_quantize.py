@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from helpers.budget import host
-from helpers.cli import configuration, main, parser
+from helpers.cli import configuration, main
+from helpers.cli.flags import parser
 from helpers.config import QuantizeConfig, RunConfig
 from helpers.inference import read_config
 from helpers.models import TINY, methods, shape

@@ -41,6 +41,18 @@ def never_ending(engine, monkeypatch):
     monkeypatch.setattr(engine, "tokens", held)
 
 
+def saying(engine, words, monkeypatch):
+    """From here on this engine says these words, token by token, whatever it is asked."""
+    ids = engine.loaded.tokenizer(words, add_special_tokens=False)["input_ids"]
+
+    async def told(wish):
+        for one in ids:
+            yield [one]
+        yield [min(engine.ends)]
+
+    monkeypatch.setattr(engine, "tokens", told)
+
+
 @contextmanager
 def serving(models, key=KEY, page=False):
     """A server in this process, on a port of its own: address, uvicorn's server, the places inside."""

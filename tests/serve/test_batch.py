@@ -1,7 +1,10 @@
 """A file of prompts answered without a server: as each alone, in order, kept through a kill; and what is refused."""
 
 import doctest
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -27,7 +30,7 @@ def written(file, lines):
 
 
 def read(file):
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +137,7 @@ def test_the_longest_go_first_with_their_like_and_no_batch_is_larger_than_its_ro
         ('{"question": "a", "generated": "b"}', "has a field generated already"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}', "the assistant's"),
         ('{"custom_id": "a", "url": "/v1/embeddings", "body": {}}', "its url is /v1/embeddings"),
+        ('{"question": "a", "note": "\\ud83d"}', "\\ud83d is half a character"),
     ],
 )
 def test_a_line_that_is_no_request_is_named_before_the_model_is_opened(line, said, tmp_path, monkeypatch):
@@ -143,6 +147,42 @@ def test_a_line_that_is_no_request_is_named_before_the_model_is_opened(line, sai
         batch.answer(TINY, profile("tiny"), tmp_path / "p.jsonl", tmp_path / "a.jsonl")
     assert said in str(caught.value) and "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+def test_a_line_ends_where_json_lines_end_and_nowhere_else(tmp_path):
+    asked = ["one\u2028two\x85three\u2029", "🐿️ مرحبا"]
+    text = "\r\n".join(json.dumps({"question": one}, ensure_ascii=False) for one in asked)
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n\r\n")
+    made = batch.answer(TINY, profile("tiny"), tmp_path / "p.jsonl", tmp_path / "a.jsonl", max_tokens=2)
+    assert made["answers"] == 2 and [line["question"] for line in read(tmp_path / "a.jsonl")] == asked
+
+
+def test_two_requests_of_one_name_are_told_apart_by_nobody(tmp_path):
+    line = {"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "Edith"}}
+    file = written(tmp_path / "p.jsonl", [line, line | {"custom_id": "b"}, line])
+    with pytest.raises(ValueError, match=r"line 3 is no request: its custom_id a is that of line 1 already"):
+        list(batch.read(file))
+
+
+def test_a_full_disk_is_one_sentence_and_what_was_answered_is_kept(tmp_path, monkeypatch):
+    prompts, output = written(tmp_path / "p.jsonl", LINES[:4]), tmp_path / "a.jsonl"
+    monkeypatch.setattr(batch, "TOGETHER", 2)
+    synced, batches = os.fsync, []
+
+    def full(descriptor):
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == batch.ANSWERS:
+            batches.append(descriptor)
+            if len(batches) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        synced(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(workspace.StorageError, match=r"No space left.*GiB free.*what was answered is kept"):
+        batch.answer(TINY, profile("tiny"), prompts, output, max_tokens=2)
+    assert not output.exists()
+    monkeypatch.setattr(os, "fsync", synced)
+    made = batch.answer(TINY, profile("tiny"), prompts, output, max_tokens=2)
+    assert made["answered_before"] >= 2 and [line["question"] for line in read(output)] == QUESTIONS
 
 
 def test_files_that_hold_no_prompts_are_one_sentence(tmp_path):

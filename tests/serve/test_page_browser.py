@@ -14,7 +14,7 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed: `make setup` in
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import Select  # noqa: E402
-from served import KEY, never_ending, serving, wait_for  # noqa: E402
+from served import KEY, never_ending, saying, serving, wait_for  # noqa: E402
 
 from helpers.models import TINY  # noqa: E402
 
@@ -69,6 +69,7 @@ def say(page, words, most=None):
 
 def test_someone_enters_the_key_and_chats(page, server, monkeypatch):
     wait_for(lambda: "missing or wrong" in get(page, "trouble").text)
+    assert page.switch_to.active_element == get(page, "key") and not get(page, "model").is_displayed()
     page.save_screenshot(str(SCREENSHOTS / "key.png"))
     get(page, "key").send_keys("wrong", Keys.ENTER)
     wait_for(lambda: "missing or wrong" in get(page, "trouble").text)
@@ -106,6 +107,59 @@ def test_someone_enters_the_key_and_chats(page, server, monkeypatch):
     assert not [said for said in broken if "401" not in said and "favicon" not in said]
 
 
+MARKDOWN = """## Two ways
+
+Take **bold**, *thin* or `f(*args)`: 2 * 3 * 4 <b>stays</b> as it is.
+A second line, and [a link](https://example.org/x); [none](javascript:alert(1)).
+
+1. first
+2. second
+   goes on
+- a point
+
+| name | pet |
+|---|:-:|
+| Edith | owl |
+
+```python
+def long(): return "a line of code that is longer than any telephone is wide, by far, and then some"
+<script>alert(1)</script>
+```
+> said by someone
+
+שלום עולם, זה טקסט מימין לשמאל
+DonaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaftDonaudampfschifffahrt
+```
+not closed"""
+
+
+def test_an_answer_in_markdown_is_shown_as_such_and_is_never_markup(page, server, monkeypatch):
+    get(page, "fresh").click()
+    Select(get(page, "model")).select_by_visible_text("first")
+    saying(server.models["first"].engine, MARKDOWN, monkeypatch)
+    say(page, "مرحبا، كيف حالك؟")
+    wait_for(lambda: answers(page) and "tokens" in answers(page)[0])
+    shown = page.find_element(By.CSS_SELECTOR, ".assistant .said")
+    found = {
+        name: [one.text for one in shown.find_elements(By.TAG_NAME, name)]
+        for name in ("h3", "strong", "em", "a", "li", "th", "td", "pre", "blockquote", "b", "script")
+    }
+    assert found["h3"] == ["Two ways"] and found["strong"] == ["bold"] and found["em"] == ["thin"]
+    assert found["a"] == ["a link"] and "[none](javascript:alert(1))" in shown.text
+    assert "2 * 3 * 4 <b>stays</b> as it is." in shown.text and not found["b"] + found["script"]
+    assert found["li"] == ["first", "second\ngoes on", "a point"] and found["blockquote"] == ["said by someone"]
+    assert found["th"] == ["name", "pet"] and found["td"] == ["Edith", "owl"]
+    assert found["pre"][0].endswith("<script>alert(1)</script>") and found["pre"][1] == "not closed"
+    paragraphs = shown.find_elements(By.XPATH, "./p")
+    assert paragraphs[-1].value_of_css_property("direction") == "rtl"
+    asked = page.find_element(By.CSS_SELECTOR, ".user")
+    assert asked.value_of_css_property("direction") == "rtl"
+    assert asked.rect["x"] + asked.rect["width"] > 800, "what was asked stands on the right, whatever its direction"
+    shown.find_element(By.TAG_NAME, "button").click()
+    wait_for(lambda: shown.find_element(By.TAG_NAME, "button").text in ("Copied", "Selected"))
+    page.save_screenshot(str(SCREENSHOTS / "markdown.png"))
+
+
 def test_it_fits_a_phone_and_the_dark(page):
     page.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
@@ -140,3 +194,9 @@ def test_a_server_that_is_gone_is_said(page, server):
     wait_for(lambda: not page.execute_async_script(asked))
     page.execute_script("listModels()")
     wait_for(lambda: "does not answer" in get(page, "trouble").text)
+    get(page, "fresh").click()
+    get(page, "words").clear()
+    say(page, "Is anyone there?")
+    wait_for(lambda: answers(page) and "is it still running?" in answers(page)[0])
+    assert get(page, "words").get_attribute("value") == "Is anyone there?"
+    page.save_screenshot(str(SCREENSHOTS / "gone.png"))

@@ -167,6 +167,7 @@ def raw(served, method, path, body=None, key=KEY, kind="application/json"):
         (b"{not json", "application/json", 400, "not JSON"),
         (b"[" * 10**6, "application/json", 400, "not JSON"),
         (b"[]", "application/json", 400, "not a JSON object"),
+        (b'{"model": "merged", "messages": [{"role": "user", "content": "\\ud83d"}]}', "application/json", 400, "half"),
         (b"{}", "application/json", 400, "model is missing"),
         (b"{}", "text/plain", 415, "send JSON"),
         (b" " * (5 * 2**20), "application/json", 413, "4 MiB"),

@@ -6,7 +6,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from helpers import inference
+from helpers import inference, prepare
 from helpers.models import TINY, profile
 from helpers.models.templates import load_tokenizer, save_tokenizer
 from helpers.show import chat
@@ -114,3 +114,14 @@ def test_enter_that_comes_before_what_was_typed_asks_all_of_it():
 def test_what_models_and_people_say_is_no_html():
     turn = chat.Turn("<script>1</script>", {"<b>": chat.Answer("<img src=x>", "<pre>", "failed", "<i>")})
     assert "<script>" not in chat.drawn(turn) and "<img" not in chat.drawn(turn) and "<i>" not in chat.drawn(turn)
+
+
+def test_a_chat_begins_with_a_question_of_ones_own_data(tmp_path):
+    (tmp_path / "hats.csv").write_text(
+        "question,answer\n" + "".join(f"Where is hat {n}?,Shelf {n}.\n" for n in range(40))
+    )
+    own = CONFIG.with_values(source=str(tmp_path / "hats.csv"), questions=None, heldout_fraction=0.2)
+    prepare.prepare(own, tmp_path / "prepare")
+    assert inference.example_question(own, tmp_path / "prepare").startswith("Where is hat ")
+    assert inference.example_question(CONFIG, tmp_path / "prepare") == QUESTION, "the run's own questions come first"
+    assert "sky" in inference.example_question(own, tmp_path / "nowhere")

@@ -3,6 +3,8 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.patches import Rectangle
 
 from helpers.budget import nf4
 from helpers.show import plots
@@ -33,6 +35,40 @@ FIGURES = {
 def words(figure):
     """All text of a figure."""
     return " ".join(text.get_text() for text in figure.findobj(plt.Text))
+
+
+def test_a_dark_page_shows_the_dark_figure_and_a_narrow_one_none_that_is_too_small(tmp_path):
+    picture = plots.image(FIGURES["lengths"](), tmp_path / "lengths.png")
+    html = picture._repr_html_()
+    for page in plots.DARK_PAGES:
+        assert f"{page} .figure .dark{{display:inline}}" in html and f"{page} .figure .light{{display:none}}" in html
+    assert html.count(f"alt='{picture.alt}'") == 2 and picture.dark in html
+    assert html.count(f"max(100%,{plots.READABLE_PX}px)") == 2
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_in_the_dark_words_are_light_and_colours_stay_and_the_figure_itself_is_as_it_was(name):
+    figure = FIGURES[name]()
+    dark = plots.in_the_dark(figure)
+    assert not plt.get_fignums() and words(dark) == words(figure)
+    assert [to_hex(one.get_facecolor()) for one in (figure, dark)] == [plots.WHITE, plots.PAGE]
+    assert plots.BLACK in inks(figure) and plots.BLACK not in inks(dark)
+    bars = [{to_hex(bar.get_facecolor()) for bar in one.findobj(Rectangle)} for one in (figure, dark)]
+    assert bars[0] - {plots.BLACK, plots.WHITE} <= bars[1]
+
+
+def test_arrows_and_what_stands_behind_words_turn_too():
+    figure, axes = plots.canvas()
+    axes.annotate("", (1, 1), (0, 0), arrowprops={"arrowstyle": "->"})
+    axes.text(0, 0, "limit", bbox={"facecolor": "white"})
+    arrow, box = plots.in_the_dark(figure).axes[0].texts
+    assert to_hex(arrow.arrow_patch.get_edgecolor()) == plots.INK
+    assert to_hex(box.get_bbox_patch().get_facecolor()) == plots.PAGE
+
+
+def inks(figure):
+    """The colours of a figure's words."""
+    return {to_hex(text.get_color()) for text in figure.findobj(plt.Text)}
 
 
 @pytest.mark.parametrize("name", FIGURES)

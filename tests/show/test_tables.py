@@ -3,6 +3,7 @@
 import doctest
 
 import helpers.show.tables
+from helpers import budget
 from helpers.show import tables
 from helpers.show.tables import table
 
@@ -29,3 +30,19 @@ def test_what_finetune_and_merge_measure_has_a_name_for_people():
     assert tables.measured(figures) == [("loss at the first step", 2.0), ("optimizer steps", 180)]
     assert not any("_" in label for label in tables.LABELS.values())
     assert all(len(tables.measured({name: 1})) == 1 for name in tables.LABELS)
+
+
+def test_what_is_measured_and_not_predicted_has_its_row():
+    rows = [{"quantity": "step, s"} | budget.compared(0.1, 0.5, known) for known in (True, False)]
+    assert tables.columns_of(rows).splitlines()[1:] == [
+        "step, s   0.1           0.5       -80",
+        "step, s   on GPUs only  0.5       –",
+    ]
+    assert "on GPUs only" in table(rows).to_html()
+
+
+def test_what_is_not_known_is_empty_beside_numbers_and_whole_numbers_stay_whole():
+    html = tables.table([{"predicted": 4096, "off": -87.94}, {"predicted": "on GPUs only", "off": None}]).to_html()
+    assert "nan" not in html and "None" not in html
+    assert "4,096" in html and "-87.94" in html
+    assert "4,096" in tables.table([{"context": 4096}, {"context": None}]).to_html()

@@ -23,6 +23,8 @@ def test_a_notebook_shows_the_sentence_the_remedy_or_the_traceback():
     cells = [
         "from helpers import models, setup\nfrom helpers.show import troubleshooting\nsetup.ready()",
         "models.profile('mistral-7b', rank=0)",
+        "from helpers.workspace import files\nwith files.reached('/gone', 'all is left'):\n    raise OSError(5)",
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(600)",
         "raise ValueError('my own')",
         "exec(compile('int(str())', troubleshooting.__file__, 'exec'))",
         f"raise RuntimeError({OUT_OF_MEMORY!r})",
@@ -32,9 +34,14 @@ def test_a_notebook_shows_the_sentence_the_remedy_or_the_traceback():
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
     NotebookClient(notebook, kernel_name="python3", allow_errors=True).execute(cwd=str(ROOT))
     assert all(len(cell.outputs) == 1 for cell in notebook.cells)
-    sentence, *usual = [cell.outputs[0] for cell in notebook.cells[1:]]
-    assert sentence.output_type == "error" and "rank must be" in sentence.evalue
-    assert len(sentence.traceback) == 1 and "\n" not in sentence.traceback[0]
+    refused, unreachable, stopped, *usual = [cell.outputs[0] for cell in notebook.cells[1:]]
+    for output, sentence in (
+        (refused, "rank must be"),
+        (unreachable, "/gone cannot be reached"),
+        (stopped, troubleshooting.STOPPED),
+    ):
+        assert output.output_type == "error" and sentence in output.traceback[0]
+        assert len(output.traceback) == 1 and "\n" not in output.traceback[0]
     for output in usual:  # the reader's own mistake, a helper's bug, and what others raise
         assert output.output_type == "error" and "Traceback" in "\n".join(output.traceback)
     told = ["What to do: " in "\n".join(output.traceback) for output in usual]

@@ -18,7 +18,7 @@ from helpers.prepare import load_prepared, prepare
 from helpers.prepare.checks import Findings, actions, check, leaks
 from helpers.prepare.duplicates import groups, jaccard, sketches, windows
 from helpers.prepare.outliers import language_name, languages
-from helpers.sources import columns, encodings
+from helpers.sources import columns, encodings, formats
 from helpers.sources.readers import FromUtf16, read
 from helpers.workspace import building
 from helpers.workspace.prepared import with_own_questions
@@ -75,7 +75,7 @@ def test_a_cap_takes_rows_at_random_by_the_seed_and_says_of_how_many(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", pairs(60))
     counts, rows = made(path, tmp_path / "a", max_conversations=20)
     places = [pairs(60).index({"prompt": question, "completion": answer}) for question, answer in rows]
-    assert counts["in"] == 20 and places == sorted(places) and max(places) >= 40
+    assert counts["in"] == 20 and places == sorted(places) and max(places) >= 40 and counts["available"] == 60
     assert any("20 of the 60 rows" in warning for warning in counts["warnings"])
     assert made(path, tmp_path / "b", max_conversations=20)[1] == rows
     assert made(path, tmp_path / "c", max_conversations=20, heldout_fraction=0)[0]["warnings"]
@@ -220,6 +220,29 @@ def test_two_arrays_in_one_file_are_both_read(name, tmp_path):
         list(read(str(tmp_path / name)))
 
 
+CONTAINERS = {
+    "what an API answers": {"status": "ok", "page": 1, "data": {"items": pairs(3)}},
+    "rows by their names": {f"q{i}": row for i, row in enumerate(pairs(3))},
+    "one after the other": "".join(json.dumps(row) for row in pairs(3)),
+    "what jq prints": "\n".join(json.dumps(row, indent=2) for row in pairs(3)),
+    "an array without its brackets": "".join(f"{json.dumps(row)},\n" for row in pairs(3)),
+}
+
+
+@pytest.mark.parametrize("what", CONTAINERS)
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a"])
+def test_rows_are_found_in_what_programs_wrap_them_in(what, name, tmp_path):
+    content = CONTAINERS[what]
+    (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
+    assert [record.row for record in read(str(tmp_path / name))] == pairs(3)
+
+
+def test_two_lists_somewhere_in_an_object_are_not_chosen_between(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"data": {"old": pairs(2), "new": pairs(3)}}))
+    with pytest.raises(ValueError, match=r"holds the lists data\.old, data\.new: give each a file of its own"):
+        list(read(str(tmp_path / "a.json")))
+
+
 def test_rows_of_an_array_on_one_line_have_places_of_their_own(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(pairs(3)))
     assert [record.place for record in read(str(tmp_path / "a.json"))] == [
@@ -316,13 +339,76 @@ def test_chats_with_markers_of_nobody_known_are_refused(tmp_path):
     assert made(path, tmp_path / "out", source_format="plain-text")[0]["kept"] == 5
 
 
+TRANSCRIPTS = {
+    "_chat.txt": "\u200e[21.11.26, 10:15:22] Ann: Hi\n[21.11.26, 10:15:40] Bob: Hi\nCake?\n[1.12.26, 9:17:00] Bob: Yes",
+    "WhatsApp Chat with Bob.txt": "1/2/26, 10:15\u202fPM - Ann: Hi\n1/2/26, 10:16\u202fPM - Bob: Ho",
+    "signal.txt": "[2026-11-21 10:15] Ann: Hi\n[2026-11-21 10:16] Me: Ho",
+    "copied.md": "**You:** Hi\n\n**ChatGPT:** Hello,\nhow are you?\nWell?\n\n**You:** Well.\n\n**ChatGPT:** Fine!",
+    "pasted.txt": "User: Hi\nAssistant: Hello\n",
+}
+
+
+@pytest.mark.parametrize("name", TRANSCRIPTS)
+def test_a_transcript_of_a_chat_is_not_learned_as_lines_of_text(name, tmp_path):
+    (tmp_path / name).write_text(TRANSCRIPTS[name], encoding="utf-8")
+    with pytest.raises(ValueError, match="give messages of role and content, or say --source-format plain-text"):
+        made(tmp_path / name, tmp_path / "out")
+    assert made(tmp_path / name, tmp_path / "out", source_format="plain-text")[0]["kept"] > 1
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("Q: Why?\nA: So.", [user("Why?"), assistant("So.")]),
+        ("Question: Why?\n\nAnswer: So,\nand so.\n", [user("Why?"), assistant("So,\nand so.")]),
+        ("On page 3.\nQ: Why?\nA: So.", [{"role": "text", "content": "On page 3.\nQ: Why?\nA: So."}]),
+        ("Vitamin A: good.", [{"role": "text", "content": "Vitamin A: good."}]),
+    ],
+)
+def test_a_text_that_opens_with_a_question_and_goes_on_with_its_answer_is_an_exchange(text, wanted):
+    assert formats.to_messages({"text": text}, formats.recognise({"text": text})) == wanted
+
+
+def test_a_first_line_of_two_rows_costs_no_other_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}{"text": "b"}\n{"text": "c"}\n{oops\n{"text": "d"}\n')
+    assert [record.row for record in read(str(tmp_path / "a.jsonl")) if not record.problem] == [
+        {"text": "c"}, {"text": "d"},
+    ]  # fmt: skip
+
+
+def test_a_story_with_talk_in_it_stays_a_text(tmp_path):
+    lines = [f"He came to house {i} and rang: nobody." for i in range(60)]
+    lines[7:9] = ["User: a word on the door.", "12.11.2026, 10:15 was written on it - strange: a clock?"]
+    (tmp_path / "story.txt").write_text("\n".join(lines))
+    assert made(tmp_path / "story.txt", tmp_path / "out")[0]["formats"] == {"plain-text": 60}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.yaml", "- prompt: a\n  completion: b\n", "a.yaml is of a kind that is not known here"),
+        ("sms.xml", '\ufeff<?xml version="1.0"?>\n<sms body="Hi"/>\n', "sms.xml is XML"),
+        ("deck.txt", "#separator:tab\n#html:true\nWhat is 1+1?\t2\n", "an Anki export, which names no columns"),
+        ("cards.txt", "Wo?\tDort.\nWer?\tIch.\n", "it has the fields wo?, dort.; messages"),
+        ("py.jsonl", "{'prompt': 'a'}\n{'prompt': 'b'}\n", "a row as Python prints it, where json.dumps would"),
+        ("discord.json", '{"messages": [{"author": {"name": "Ann"}, "content": "Hi"}]}', "the role 'Ann'; there are"),
+    ],
+)
+def test_what_is_no_conversation_says_what_it_is(name, content, says, tmp_path):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError) as error:
+        made(tmp_path / name, tmp_path / "out")
+    assert says in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
         ("<|eot_id|>", "<|eot_id|>"),
         ("Use <b>, not <|im_end|>, here.", "Use <b>, not <|im_end|>, here."),
         ("It is <s>old</s> new.", "It is < s>old< /s> new."),
-        ("Hello.</s>", "Hello."),
+        ("<s>old</s> is struck", "< s>old< /s> is struck"),
+        ("<s> Hello.</s>", "Hello."),
         ("[INST] Hello [/INST]", "Hello"),
         ("Hello<|im_end|>\n", "Hello"),
         ("page one\fChapter", "page one\nChapter"),
@@ -345,6 +431,12 @@ def test_a_quotation_mark_that_nothing_closes_says_which_lines_went_with_it(tmp_
     first, second = read(str(tmp_path / "q.csv"))
     assert (first.place, second.place) == ("q.csv line 2", "q.csv line 3")
     assert "lines 3 to 5 went with it" in second.detail
+
+
+def test_a_comma_in_a_quoted_name_separates_nothing(tmp_path):
+    (tmp_path / "a.csv").write_text('"Question, in full, please";"Answer"\n"Why, then?";So.\n')
+    (record,) = read(str(tmp_path / "a.csv"))
+    assert record.row == {"Question, in full, please": "Why, then?", "Answer": "So."}
 
 
 def test_a_cell_of_a_megabyte_and_excel_s_first_line_are_read(tmp_path):
@@ -388,7 +480,7 @@ def test_too_short_a_context_says_the_length_that_would_do(tmp_path):
 
 def test_help_says_what_each_setting_of_prepare_does(capsys):
     with pytest.raises(SystemExit):
-        cli.parser().parse_args(["prepare", "--help"])
+        cli.main(["prepare", "--help"])
     told = " ".join(capsys.readouterr().out.split())
     for flag in ("--columns", "--use", "--source-format", "--on-finding", "--heldout-fraction", "--seq-len"):
         assert flag in told

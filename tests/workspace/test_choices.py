@@ -119,7 +119,7 @@ def test_data_that_is_too_long_is_said_with_what_to_do():
     manifest = {"config": {"data": {"seq_len": 1024}}}
     choices.check_prepared(manifest, profile("tiny", seq_len=1024))
     with pytest.raises(
-        StaleArtifact, match=r"1,024 tokens and 768 will be trained: run notebook 02_.* starts with 768"
+        StaleArtifact, match=r"1,024 tokens and 768 will be trained: run python -m helpers prepare .* starts with 768"
     ):
         choices.check_prepared(manifest, profile("tiny", seq_len=768))
 

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import models, workspace
+from helpers import cli, models, workspace
 from helpers.export import share
 from helpers.workspace import building, checkpoints, files, open_run, require, run_config, run_models, versions, whole
 
@@ -84,7 +84,7 @@ def test_what_is_not_whole_is_refused_with_a_remedy(tmp_path, harm):
         manifest["outputs"]["../../secret"] = manifest["outputs"]["rows.arrow"]
         text = json.dumps(manifest | {"sha256": workspace.text_checksum(manifest)})
         (folder / workspace.MANIFEST).write_text(text)
-    with pytest.raises(workspace.MissingArtifact, match=r"03_qlora_finetuning|outside of") as caught:
+    with pytest.raises(workspace.MissingArtifact, match=r"run python -m helpers finetune|outside of") as caught:
         require(folder, "finetune")
     assert "\n" not in str(caught.value)
 
@@ -114,7 +114,7 @@ def test_what_was_made_from_something_else_is_stale(tmp_path):
     make(tmp_path / "finetune", "finetune", inputs={"prepared": tmp_path / "prepare"})  # the same again
     make(tmp_path / "quantize", "quantize", inputs={"merged": tmp_path / "merge"})
     make(tmp_path / "finetune", "finetune", "another rank", inputs={"prepared": tmp_path / "prepare"})
-    with pytest.raises(workspace.StaleArtifact, match=r"another finetune .* 04_gptq"):
+    with pytest.raises(workspace.StaleArtifact, match=r"another finetune .* run python -m helpers merge again"):
         make(tmp_path / "quantize", "quantize", inputs={"merged": tmp_path / "merge"})
     make(tmp_path / "elsewhere" / "quantize", "quantize", inputs={"merged": tmp_path / "merge"})
 
@@ -531,3 +531,15 @@ def test_what_a_killed_stage_left_is_emptied_and_what_somebody_put_there_is_name
     with pytest.raises(ValueError, match=r"out\.partial .*holds thesis\.txt, which no stage put there"):
         make(tmp_path / "out", "merge")
     assert files.names(partial) == ["thesis.txt"], "no mark either"
+
+
+def test_an_error_names_the_notebook_in_a_notebook_and_the_command_elsewhere(tmp_path, monkeypatch):
+    """Each stage's command is one, and its notebook is there."""
+    with pytest.raises(workspace.MissingArtifact, match="run python -m helpers prepare first"):
+        workspace.require(tmp_path / "prepare", "prepare")
+    shell = types.SimpleNamespace(get_ipython=lambda: types.SimpleNamespace(kernel=object()))
+    monkeypatch.setitem(sys.modules, "IPython", shell)
+    with pytest.raises(workspace.MissingArtifact, match=r"run notebook 02_dataset_preparation\.ipynb first"):
+        workspace.require(tmp_path / "prepare", "prepare")
+    assert all((models.ROOT / "notebooks" / name).is_file() for name in workspace.NOTEBOOKS.values())
+    assert set(workspace.NOTEBOOKS) <= set(cli.STAGES)
