@@ -12,7 +12,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 REQUIREMENTS := requirements.txt requirements/pins.txt
 NO_DEPS := requirements/trl.txt requirements/gptq.txt requirements/gguf.txt
 
-.PHONY: setup environment run test lint format badges clean docs lab help colab-check test-colab-versions
+.PHONY: setup environment run test lint format badges clean docs lab help colab-check test-colab-versions test-deepspeed
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -81,6 +81,11 @@ colab-check: setup  ## would pip leave Colab's image as it is? PACKAGES=LIST for
 # The notebooks' tests, and those of what rests on transformers' inner parts, with the versions of Colab's image
 test-colab-versions: setup  ## the tests that those versions can break, with Colab's image's, in .venv-colab
 	@$(BIN)/python tests/notebooks/colab_versions.py --torch "$(TORCH)"
+
+# Beside the environment and not in it, for DeepSpeed is no dependency; one of its operators is compiled, once
+test-deepspeed: setup  ## the tests of DeepSpeed's ZeRO, with DeepSpeed in .venv/deepspeed
+	@DS_BUILD_OPS=0 $(PIP) install --no-deps --no-build-isolation --upgrade --target $(VENV)/deepspeed deepspeed==0.19.8 hjson py-cpuinfo msgpack einops ninja
+	@PYTHONPATH=$(abspath $(VENV)/deepspeed) $(BIN)/python -m pytest tests/finetune/test_zero.py
 
 clean:  ## delete .venv, .venv-colab and caches; what you made, in runs/, stays
 	rm -rf $(VENV) .venv-colab .pytest_cache .ruff_cache .hypothesis

@@ -29,8 +29,8 @@ from helpers.hardware import Machine
 
 Parts = vram.Parts
 WAYS = ("none", "fsdp", "zero2", "zero3")
-RUN = ("none", "fsdp")
-"""Of these, what `finetune` runs; DeepSpeed's two are budgeted, to be compared with."""
+PROPOSED = ("none", "fsdp")
+"""Of these, what a plan proposes: of DeepSpeed's, zero2 runs where it is asked for, and zero3 does not."""
 DIVIDES_WEIGHTS = ("fsdp", "zero3")
 BUCKET_VALUES = 2**24
 """Values that ZeRO collects before it sends them. DeepSpeed's own default, 5e8, takes 1.9 GiB in 16 bits, twice."""
@@ -128,8 +128,8 @@ def on_each(whole: Parts, phase: str, step: Step, gpus: int) -> Parts:
     if sharding in ("zero2", "zero3"):
         parts["communication buffers"] = 2 * FULL * min(BUCKET_VALUES, trained)
     if sharding == "zero2":
-        if config.train.trains == "all":  # DeepSpeed computes in 16 bits, and divides the fp32 weights
-            parts |= {"32-bit weights": FULL * shape.parameters / gpus, "weights in 16 bits": HALF * shape.parameters}
+        if config.train.trains == "all":  # the optimizer's own copy of them is what DeepSpeed divides
+            parts["32-bit weights"] += FULL * shape.parameters / gpus
         return parts
     rest = HALF * shape.embedding_parameters
     if config.train.trains == "all":

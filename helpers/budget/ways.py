@@ -15,8 +15,8 @@ with divided weights. Their memory is within 3 %."""
 SAYS = {
     "none": "each GPU holds the whole model",
     "fsdp": "weights divided by fully_shard",
-    "zero2": "gradients and optimizer divided, not run here",
-    "zero3": "weights divided by DeepSpeed, not run here",
+    "zero2": "gradients and optimizer divided by DeepSpeed",
+    "zero3": "weights divided by DeepSpeed",
 }
 
 
@@ -65,8 +65,8 @@ def way(config: RunConfig, shape: ModelShape, machine: Machine, gpus: int, how: 
 
 
 def fastest(ways: tuple[Way, ...]) -> Way | None:
-    """Of those that fit and run, the first within `NEAR` of the fastest: less is divided, and less can go wrong."""
-    fitting = [way for way in ways if way.fits and way.sharding in sharding.RUN]
+    """The first of the proposed that fits within `NEAR` of the fastest: less is divided, and less can go wrong."""
+    fitting = [way for way in ways if way.fits and way.sharding in sharding.PROPOSED]
     least_s = min((way.step_s for way in fitting), default=0.0)
     return next((way for way in fitting if way.step_s <= (1 + NEAR) * least_s), None)
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from helpers import budget, hardware, workspace
 from helpers.budget import planning, vram
 from helpers.config import RunConfig
-from helpers.finetune import ranks, sharded, workers
+from helpers.finetune import ranks, sharded, workers, zero
 from helpers.finetune.base import attach_adapter, load_base, refuse_without_gpu
 from helpers.finetune.data import check_tokenizer, load_split
 from helpers.finetune.notices import into_file
@@ -85,6 +85,8 @@ def load(config: RunConfig) -> tuple[PreTrainedModel | PeftModel, PreTrainedToke
     """What trains, whole or divided among the ranks, and its tokenizer."""
     if config.train.sharding == "fsdp" and ranks.count() > 1:
         return sharded.load(config)
+    if zero.is_used(config):
+        zero.refuse_fp16()
     model, tokenizer = load_base(config)
     return attach_adapter(model, config), tokenizer
 

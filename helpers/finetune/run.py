@@ -10,8 +10,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from helpers import workspace
-from helpers.finetune import base, ranks, sharded
-from helpers.finetune.base import adapters
+from helpers.finetune import base, ranks, sharded, zero
 from helpers.finetune.trainer import FineTuner, saved_weights
 from helpers.finetune.watch import NotTrained, interrupts
 from helpers.models.stored import for_all_readers
@@ -48,8 +47,7 @@ def train(trainer: FineTuner, resume: str = "auto") -> dict[str, Any]:
     if watch.interrupted is not None:
         raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}; run again to continue from there")
     # fp16 skips the first steps while it looks for its scale: a short run can end without one update and raise nothing.
-    now = ((name, sharded.here(value).detach().cpu()) for name, value in adapters(trainer.model))
-    changed = sum(not torch.equal(watch.start[name], value) for name, value in now)
+    changed = sum(not torch.equal(watch.start[name], value) for name, value in trainer.trained())
     if (not watch.applied and watch.step_s) or not changed:
         raise NotTrained(
             f"{watch.applied} of {len(watch.step_s)} optimizer steps were applied and {changed} adapter weights differ "
@@ -138,6 +136,8 @@ def save(trainer: FineTuner, output: Path) -> Path:
     Of full fine-tuning output/model, a model in 16 bits. All ranks call it where weights are divided; rank 0 writes.
     """
     whole, model = sharded.trained(trainer.model), trainer.model
+    if zero.is_used(trainer.recipe):
+        whole = dict(trainer.trained())
     everything = not isinstance(model, PeftModel)
     folder = Path(output) / ("model" if everything else "adapter")
     if not ranks.is_first():

@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from helpers import workspace
 from helpers.budget import vram
 from helpers.budget.step import host_room
 from helpers.config import RunConfig
-from helpers.finetune import base, batches, ranks, sharded
+from helpers.finetune import base, batches, ranks, sharded, zero
 from helpers.finetune.base import adapters, trainable_to_fp32
 from helpers.finetune.data import check_rows, gather, label_count, load_split
 from helpers.finetune.engine import layers as decoder
@@ -44,6 +45,8 @@ class FineTuner(SFTTrainer):
     """Called with each checkpoint that was written."""
     origin: checkpoints.Origin | None = None
     """Whose its checkpoints are."""
+    recipe: RunConfig = RunConfig()
+    """What it was asked for."""
     told_of_pairs: tuple[str, ...] = ()
     """Figures beside the loss that its evaluations give."""
     whole: dict | None = None
@@ -77,7 +80,7 @@ class FineTuner(SFTTrainer):
         wrapped = super()._wrap_model(
             model, training, dataloader
         )  # older versions of transformers make ddp_handler there
-        if ranks.count() > 1 and training and not sharded.is_divided(model):
+        if ranks.count() > 1 and training and not self.divides():
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
             frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
             own = [*frozen, *(name for name, _ in model.named_buffers())]
@@ -96,6 +99,8 @@ class FineTuner(SFTTrainer):
                 "weights": sharded.trained(self.model),
                 "optimizer": sharded.optimizer_state(self.optimizer.optimizer),
             }
+        elif self.divides():
+            self.whole = {"weights": dict(self.trained()), "optimizer": self.optimizer.optimizer.state_dict()}
         if not ranks.is_first():
             return
         folder, best = Path(self.args.output_dir), self.state.best_global_step
@@ -119,7 +124,23 @@ class FineTuner(SFTTrainer):
         optimizer = super().create_optimizer(*arguments, **named)
         if sharded.is_divided(self.model):
             sharded.divides_what_it_loads(optimizer)
+        elif self.divides():
+            optimizer = self.optimizer = zero.Optimizer(
+                self.model, optimizer, self.recipe, self.args.gradient_accumulation_steps
+            )
+            accelerator = self.accelerator
+            accelerator.backward = lambda loss, **named: optimizer.backward(loss, accelerator.sync_gradients)
+            accelerator.clip_grad_norm_ = lambda *values, **named: optimizer.update()
         return optimizer
+
+    def divides(self) -> bool:
+        """Whether ranks hold parts of what trains, or of its optimizer's states."""
+        return sharded.is_divided(self.model) or zero.is_used(self.recipe)
+
+    def trained(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, what this rank can see of it on the CPU) of what trains. All ranks ask."""
+        see = zero.whole if zero.is_used(self.recipe) else lambda value: sharded.here(value).detach().cpu()
+        return ((name, see(value)) for name, value in adapters(self.model))
 
     def _save(self, output_dir=None, state_dict=None):
         """With the whole weights, where ranks hold parts of them."""
@@ -225,9 +246,9 @@ def build_trainer(
             by_bounds=causal_lm.config._attn_implementation == attention.NAME,
         ),
     )
-    if sharded.is_divided(trainer.model):  # accelerate prepares all but DistributedDataParallel
+    if sharded.is_divided(trainer.model) or zero.is_used(config):  # accelerate prepares all but DistributedDataParallel
         trainer.accelerator.prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
-    else:
+    if not sharded.is_divided(trainer.model):
         trainable_to_fp32(trainer.model)  # trl has just cast them
     if routed is not None:  # trl asks every mixture for its router's logits; here config.json decides
         causal_lm.config.output_router_logits = routed

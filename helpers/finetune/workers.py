@@ -35,7 +35,7 @@ import torch
 from helpers import budget, jobs, workspace
 from helpers.budget import sharding
 from helpers.config import RunConfig, from_tree
-from helpers.finetune import ranks
+from helpers.finetune import ranks, zero
 from helpers.finetune.watch import NotTrained, interrupts
 from helpers.models import gpu
 from helpers.show import live
@@ -63,12 +63,7 @@ class WorkerLost(StorageError):
 def refuse(config: RunConfig) -> None:
     """Raise ValueError for a way of using several GPUs that there is not, before anything is loaded."""
     sharding.refuse(config)
-    if config.train.sharding not in sharding.RUN:
-        raise ValueError(
-            f"sharding={config.train.sharding} is DeepSpeed's, which is budgeted but not driven here: on two H200 a 7B "
-            "in 4 bits made 7,656 tokens/s by zero2 and 2,026 by zero3, 9,038 by none and 6,827 by fsdp; set one of "
-            "the last two"
-        )
+    zero.refuse(config)
 
 
 def count(config: RunConfig) -> int:

@@ -362,8 +362,8 @@ def test_a_workers_error_is_the_launchers(failure, kind, sentence, tmp_path):
     assert kind is not RuntimeError or "in line 7" in str(error.__cause__)
 
 
-def test_sharding_that_is_not_there(inputs, tmp_path):
-    with pytest.raises(ValueError, match="sharding=zero3 is DeepSpeed's"):
+def test_sharding_that_only_costs_is_refused_before_anything_is_loaded(inputs, tmp_path):
+    with pytest.raises(ValueError, match="sharding=zero3 with weights=nf4: of a 7B in 4 bits two H200 made"):
         finetune.finetune(settings(inputs[0], sharding="zero3"), inputs[1], tmp_path / "finetune")
 
 
