@@ -7,11 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from helpers import cli
+from helpers import cli, hardware
 from helpers.cli import STAGES, flags, main, stages
 from helpers.cli.flags import is_read, parser
 from helpers.cli.stages import by_layer
@@ -114,6 +116,21 @@ def test_a_7b_without_a_gpu_says_what_to_do_instead(tmp_path, capfd):
     heard = capfd.readouterr()
     assert status == 3
     assert "GPU" in heard.out + heard.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs where there is no GPU")
+def test_a_whole_run_of_a_7b_without_a_gpu_is_refused_before_anything_is_fetched(tmp_path, capfd):
+    assert main(["run", "--profile", "mistral-7b", "--workspace", str(tmp_path / "run")]) == 2
+    assert "this machine has no GPU that PyTorch sees" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_whole_run_that_a_later_stage_could_not_end_is_refused_before_the_first(tmp_path, capfd, monkeypatch):
+    full = replace(hardware.probe(), host=replace(hardware.probe().host, disk_gib=0.001))
+    monkeypatch.setattr(hardware, "probe", lambda: full)
+    assert main(["run", "--profile", "tiny", "--workspace", str(tmp_path / "run")]) == 3
+    assert "disk" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_runs_own_configuration_stands_for_the_profile(tmp_path, capfd):

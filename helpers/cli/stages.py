@@ -249,12 +249,28 @@ def run_all(options: argparse.Namespace, config: RunConfig) -> Outcome:
             "evaluate --models on its finetune/model"
         )
     outcome: Outcome = (DONE, {}, "")
+    refuse_what_no_stage_could_end(options, config)
     for stage in stages_of_run(config):
         print(f"== {stage}", file=sys.stderr, flush=True)
         outcome = STAGES[stage](options, config)
         if outcome[0] != DONE:
             break
     return outcome
+
+
+def refuse_what_no_stage_could_end(options: argparse.Namespace, config: RunConfig) -> None:
+    """Raise before the first download what a later stage would raise: no GPU, or too little of something.
+
+    A run that has trained has its base, and part of what it needs of the disk, already.
+    """
+    from helpers.finetune.base import refuse_without_gpu
+
+    if workspace_of(options, config).folder("finetune").exists():
+        return
+    refuse_without_gpu(config)
+    if config.train.gpus == 1:  # several are planned where they run, on each GPU
+        shape, machine = models.shape(config.model.model, config.model.revision), machine_of(options)
+        budget.check(budget.settle(config, shape, machine, stage="run").budget)
 
 
 def stages_of_run(config: RunConfig) -> list[str]:
