@@ -150,7 +150,7 @@ class TrainConfig:
     accumulation: Annotated[int, Field(ge=1, le=4096, strict=True)] = 8
     """Micro-batches whose gradients make one step: a larger batch without its memory."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
-    """Step size of the optimizer, at the end of the warm-up; of pairs 5e-6 by default, and 1e-3 for tiny."""
+    """Step size of the optimizer, at the end of the warm-up; of pairs 5e-6 by default, and 5e-4 for tiny."""
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup_fraction: Fraction = 0.03

@@ -35,7 +35,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "max_new_tokens": 32,
     },
 }
-PAIRS: dict[str, dict[str, Any]] = {"mistral-7b": {"learning_rate": 5e-6}, "tiny": {"learning_rate": 1e-3}}
+PAIRS: dict[str, dict[str, Any]] = {"mistral-7b": {"learning_rate": 5e-6}, "tiny": {"learning_rate": 5e-4}}
 """What else differs where a profile learns from pairs; for a 7B the learning rate of Zephyr's QLoRA recipe
 (https://github.com/huggingface/alignment-handbook)."""
 

@@ -44,7 +44,7 @@ def pairs_of(name: str, source: str | None) -> RunConfig:
 
 def lessons(name: str, adapter: Path | str, source: str | None = None, **values: Any) -> RunConfig:
     """DPO on pairs, from an adapter on; values: settings that are not None."""
-    small = {"batch_size": 16, "epochs": 1.5} if name == "tiny" else {}
+    small = {"batch_size": 16, "epochs": 3.0} if name == "tiny" else {}
     chosen = PAIRS[name] | small | {key: value for key, value in values.items() if value is not None}
     return pairs_of(name, source).with_values(method="dpo", start_adapter=str(adapter), **chosen)
 

@@ -5,7 +5,6 @@ import json
 import math
 import mmap
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -611,13 +610,6 @@ def test_a_row_more_makes_nf4_unpack_and_fused_kernels_not():
     none, four = (hours.evaluation_s(SEVEN_B, SEVEN, T4, place) for place in away)
     bus_s = 4 * 2 * SEVEN.layer_linear_parameters / 10e9
     assert four["answers"] - none["answers"] == pytest.approx(4 * 128 * bus_s)
-
-
-def test_notebook_5_says_what_the_budget_says():
-    text = (ROOT / "notebooks" / "05_evaluation.ipynb").read_text(encoding="utf-8")
-    minutes, gib = re.search(r"Free T4, Mistral 7B: (\d+) minutes and ([\d.]+) GiB", text).groups()
-    found = budget.budget(SEVEN_B, SEVEN, T4, "inference")
-    assert (int(minutes), float(gib)) == (round(60 * found.time.total_h), round(found.vram.process_gib, 1))
 
 
 def test_pages_of_files_are_no_memory_that_a_user_is_running_out_of(tmp_path):
