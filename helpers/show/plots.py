@@ -5,8 +5,8 @@ what a colour says is also said by a word, a place or a hatch. Units stand in th
 """
 
 import base64
+import copy
 import io
-import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -96,7 +96,7 @@ def png_data(figure: Figure, dpi: int = 150) -> str:
 
 def in_the_dark(figure: Figure) -> Figure:
     """A copy whose black and white are those of a dark page; colours stay as they are, for they mean something."""
-    figure, others = pickle.loads(pickle.dumps(figure)), {BLACK: INK, WHITE: PAGE}
+    figure, others = copy.deepcopy(figure), {BLACK: INK, WHITE: PAGE}
     artists = figure.findobj()
     texts = [artist for artist in artists if isinstance(artist, Text)]
     behind = [part for text in texts for part in (text.get_bbox_patch(), getattr(text, "arrow_patch", None))]
