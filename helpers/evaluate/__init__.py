@@ -86,21 +86,23 @@ def evaluate(
         tasks = []
         for number, (name, path) in enumerate(models.items(), 1):
             place = planned.places[name]
+            if place.problem:
+                continue
             some = prompts if place.answers else []
             arguments = {"path": path, "config": config, "data": data, "prompts": some, "exact": questions is not None}
             compared = pairs if place.answers else []
             arguments |= {"machine": machine, "pairs": compared, "host": here.host}
             ram_gib = sum(placement.ram(place, config, shape_of(path, config), here).values())
             title = f"{name}, {number} of {len(models)}"
-            if not place.problem:
-                steps = texts + len(some) + preferences.steps(compared, asked_pairs(config, compared))
-                tasks.append(workers.Task(name, title, steps, ram_gib, arguments))
+            steps = texts + len(some) + preferences.steps(compared, asked_pairs(config, compared))
+            tasks.append(workers.Task(name, title, steps, ram_gib, arguments))
         gpus = workers.count(config, len(tasks))
         found = workers.at_once(tasks, gpus, here.host.ram_gib) if gpus > 1 else dict(one_by_one(tasks))
         if all(isinstance(outcome, str) for outcome in found.values()):
             raise ValueError("; ".join(f"{name} is not evaluated: {why}" for name, why in found.items()))
         for name, path in models.items():
-            place, outcome = planned.places[name], found.get(name, planned.places[name].problem)
+            place = planned.places[name]
+            outcome = found.get(name, place.problem)
             if isinstance(outcome, str):
                 report[name] = left_out(path, place, outcome)
                 continue
