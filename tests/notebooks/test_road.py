@@ -22,8 +22,8 @@ from helpers.models import TINY
 ROWS = {"conversations.jsonl": 96, "heldout_conversations.jsonl": 8, "questions.jsonl": 8, "calibration.jsonl": 40}
 SETTINGS = {"batch_size": 2, "max_steps": 12, "save_steps": 5, "eval_batch_size": 1, "max_new_tokens": 8}
 SETTINGS |= {"calibration_samples": 32}
-RANK = 8
-"""Typed into notebook 1, on a machine that trains nothing."""
+TYPED, MOVED = {"alpha": 24}, {"rank": 8, "seq_len": 128}
+"""In notebook 1, on a machine that prepares and trains nothing: into its form, and by its sliders."""
 
 
 @dataclass
@@ -103,9 +103,9 @@ def walk_on(folder: Path, base: Path, seed: int) -> Walk:
         if notebook.startswith("03"):
             found.lost = found.road.visit(notebook, kill_at=1, match="*checkpoint-10*", **injected)
             injected["seed"] += 50
-        typed = {"rank": RANK} if notebook.startswith("01") else {}
+        typed, moved = (TYPED, MOVED) if notebook.startswith("01") else ({}, {})
         vram_gib = found.vram_gib if notebook.startswith("05") else None
-        found.visits[notebook] = found.road.visit(notebook, typed, vram_gib, **injected)
+        found.visits[notebook] = found.road.visit(notebook, typed, moved, vram_gib, **injected)
         if found.visits[notebook].status:
             found.broken = f"{notebook} did not end: {found.visits[notebook].said}"
             break
@@ -143,10 +143,16 @@ def test_a_machine_lost_in_the_middle_of_training_loses_little(walk):
     assert "continuing from checkpoint-5" in walk.visits[NOTEBOOKS[2]].printed
 
 
-def test_what_was_chosen_on_one_machine_is_trained_on_another(walk):
-    config = workspace.require(walk.run / "finetune", "finetune")["config"]
-    assert config["adapter"]["rank"] == RANK
-    assert {name: config["train"][name] for name in ("max_steps", "save_steps")} == {"max_steps": 12, "save_steps": 5}
+def test_what_was_chosen_on_one_machine_is_prepared_and_trained_on_others(walk):
+    prepared, trained = (workspace.require(walk.run / stage, stage)["config"] for stage in ("prepare", "finetune"))
+    assert prepared["data"]["seq_len"] == trained["data"]["seq_len"] == MOVED["seq_len"]
+    assert (trained["adapter"]["rank"], trained["adapter"]["alpha"]) == (MOVED["rank"], TYPED["alpha"])
+    assert {name: trained["train"][name] for name in ("max_steps", "save_steps")} == {"max_steps": 12, "save_steps": 5}
+    adapter = json.loads((walk.run / "finetune" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (adapter["r"], adapter["lora_alpha"]) == (MOVED["rank"], TYPED["alpha"])
+    third = walk.visits[NOTEBOOKS[2]].printed
+    assert "rank 8, alpha 24" in third and "a context of 128 tokens" in third and "as chosen in notebook 1" in third
+    assert "rank r 8" in third, "the panel starts there"
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -176,7 +182,12 @@ def test_nothing_half_done_is_left_in_drive(walk):
 
 def test_the_report_is_in_drive(walk):
     report = json.loads((walk.run / "evaluate" / "report.json").read_text(encoding="utf-8"))
-    assert {"base", "finetuned", "gptq"} <= report.keys()
+    assert list(report) == ["base", "finetuned", "gptq"]
+
+
+def test_the_merged_model_stays_on_its_machine_and_the_next_says_that_it_is_left_out(walk):
+    said = walk.visits[NOTEBOOKS[4]].printed
+    assert "merged is left out" in said and "04_gptq_quantization.ipynb makes it" in said
 
 
 def test_sixteen_bits_that_do_not_fit_stay_sixteen(walk):
