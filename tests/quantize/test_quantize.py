@@ -379,22 +379,13 @@ def one_layer(tmp_path) -> Path:
     return folder
 
 
-def test_the_command_calibrates_a_foreign_folder_with_a_file(one_layer, tmp_path, capfd):
-    talk = [{"from": "human", "value": "What does a pony eat?"}, {"from": "gpt", "value": "Oats, and hay. " * 40}]
-    own = tmp_path / "chats.json"
-    own.write_text(json.dumps([{"conversations": talk}] * 40))
-    (one_layer / "chat_template.jinja").unlink()
-    output = tmp_path / "out"
-    command = ["quantize", "--model", str(one_layer), "--output", str(output), "--bits", "4", "--group-size", "128"]
+def test_a_calibration_file_is_named_by_flag_or_setting_and_missed_before_anything_is_done(tmp_path, capfd):
+    command = ["quantize", "--model", str(TINY), "--output", str(tmp_path / "out")]
     assert configuration(parser().parse_args([*command, "--calibration", "general"])).quantize.calibration == "general"
     missing = tmp_path / "missing.json"
     assert main([*command, "--calibration", str(missing), "--json"]) == 2
     assert f"{missing} is neither own, general or both, nor a file" in capfd.readouterr().err
-    assert main([*command, "--calibration", str(own), "--calibration-tokens", "192", "--json"]) == 0
-    answer = json.loads(capfd.readouterr().out)
-    assert answer["calibration"] == str(own)
-    assert answer["calibration_tokens"] >= 768
-    assert require(output, "quantize")["config"]["quantize"]["calibration"] == str(own)
+    (own := tmp_path / "chats.json").write_text("[]")
     settings = tmp_path / "settings.yaml"
     settings.write_text(f"calibration: {own}\n")
     assert configuration(parser().parse_args([*command, "--config", str(settings)])).quantize.calibration == str(own)
@@ -450,26 +441,42 @@ def test_a_result_that_is_worse_than_usual_says_what_to_try():
     assert all(PERPLEXITY_BOUND[bits] < PERPLEXITY_LIMIT[bits] <= 1.5 for bits in (8, 4, 3))
 
 
-def test_killed_at_counted_moments_the_next_run_finishes(one_layer, tmp_path):
-    output, folder = tmp_path / "run" / "out", tmp_path / "run"
+def test_killed_at_counted_moments_the_next_run_finishes(one_layer, tmp_path, monkeypatch, capfd):
+    """A foreign folder without a chat template, calibrated with a file of conversations."""
+    output, folder, own = tmp_path / "run" / "out", tmp_path / "run", tmp_path / "chats.json"
     folder.mkdir()
-    command = [sys.executable, "-m", "helpers", "quantize", "--model", str(one_layer), "--output", str(output)]
-    command += ["--calibration", "general", "--calibration-tokens", "192", "--profile", "tiny", "--json"]
+    talk = [{"from": "human", "value": "What does a pony eat?"}, {"from": "gpt", "value": "Oats, and hay. " * 40}]
+    own.write_text(json.dumps([{"conversations": talk}] * 40))
+    (one_layer / "chat_template.jinja").unlink()
+    command = ["quantize", "--model", str(one_layer), "--output", str(output), "--bits", "4", "--group-size", "128"]
+    command += ["--calibration", str(own), "--calibration-tokens", "192", "--profile", "tiny", "--json"]
 
-    def run(**options) -> subprocess.CompletedProcess:
-        environment = os.environ | (faults.environment(folder, **options) if options else {})
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-    worker = run(kill_at=1, counted="create", match="out.partial/*.safetensors", log=tmp_path / "log")
-    assert worker.returncode == 1 and "GPTQ was killed, most often because host memory ran out" in worker.stderr
+    in_worker = {"kill_at": 1, "counted": "create", "match": "out.partial/*.safetensors", "log": tmp_path / "log"}
+    with monkeypatch.context() as patched:  # of what is started from here, not of this process
+        for name, value in faults.environment(folder, **in_worker).items():
+            patched.setenv(name, value)
+        assert main(command) == 1
+    assert "GPTQ was killed, most often because host memory ran out" in capfd.readouterr().err
     assert {path.name for path in folder.iterdir()} == {"out.log"}, "only what says why"
-    publishing = run(kill_at=1, counted="rename", match="out", log=tmp_path / "log")
+
+    environment = faults.environment(folder, kill_at=1, counted="rename", match="out", log=tmp_path / "log")
+    publishing = subprocess.run(
+        [sys.executable, "-m", "helpers", *command],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
     assert publishing.returncode == -signal.SIGKILL, publishing.stderr
     assert [event.path for event in faults.events(tmp_path / "log") if event.what == "kill"][1:] == ["out"]
     assert {path.name for path in folder.iterdir()} == {"out.partial"}
-    done = run()
-    assert done.returncode == 0, done.stderr
-    assert require(output, "quantize")["measurements"]["within_bound"]
+
+    assert main(command) == 0
+    answer = json.loads(capfd.readouterr().out)
+    assert answer["calibration"] == str(own) and answer["calibration_tokens"] >= 768
+    manifest = require(output, "quantize")
+    assert manifest["measurements"]["within_bound"]
+    assert manifest["config"]["quantize"]["calibration"] == str(own)
     assert {path.name for path in folder.iterdir()} == {"out"}
 
 
