@@ -103,9 +103,10 @@ def test_a_build_is_kept_and_the_next_machine_opens_it_without_a_compiler(machin
     assert f"-python{sys.version_info[0]}{sys.version_info[1]}-" in kept.parent.name
     assert library.parent.name in kept.parent.name  # the versions, flags and sources that GPTQModel names its folder by
     kept.write_bytes(kept.read_bytes()[:9000])  # a copy that Drive cut short would end the process that opens it
-    third = machines("third", tmp_path, **NO_TOOLS)
+    third = machines("third", tmp_path, limit_s=0.2)  # so it is built again, for which there is no time here
     assert not third["loaded"]
-    assert "there is no ninja" in third["answer"] or "it cannot be compiled" in third["answer"]  # ninja may be here
+    assert third["answer"] == "its build was not done after 0 s"
+    assert "After 0 s a slower one is taken" in third["said"][0]
     assert third["libraries"] == []
 
     # a kill in the middle of linking leaves such a library in the cache too, and now nothing can be kept either
@@ -117,16 +118,13 @@ def test_a_build_is_kept_and_the_next_machine_opens_it_without_a_compiler(machin
     assert "could not be kept in" in mended["said"][-1]
 
 
-def test_a_build_that_fails_or_takes_too_long_says_why_and_is_not_tried_again(machines, tmp_path):
+def test_a_build_that_fails_says_why_and_is_not_tried_again(machines, tmp_path):
     failing = machines("failing", tmp_path, CXX="false")
     assert not failing["loaded"]
     assert "cannot be compiled" in failing["answer"]
     again = machines("failing", tmp_path)
     assert again["said"] == []
     assert "to build it again" in again["answer"]
-    slow = machines("slow", tmp_path, limit_s=0.2)
-    assert slow["answer"] == "its build was not done after 0 s"
-    assert "After 0 s a slower one is taken" in slow["said"][0]
     assert not [*tmp_path.rglob("*.so")]
 
 
