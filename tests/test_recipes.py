@@ -195,7 +195,7 @@ json.dump(
 
 def test_add_a_method_of_quantization(tmp_path):
     """In a copy of the package, as its process is one of its own: one file, and a line in two."""
-    shutil.copytree(ROOT / "helpers", tmp_path / "helpers", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "helpers", tmp_path / "helpers")
     (tmp_path / "data").symlink_to(ROOT / "data")
     (tmp_path / "helpers" / "quantize" / "bitsandbytes.py").write_text(NF4)
     added(
