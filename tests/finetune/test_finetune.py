@@ -575,9 +575,11 @@ def test_a_run_after_a_checkpointed_one_on_the_same_base_recomputes_nothing(smal
     plain = small_config(small, kernels="plain", checkpointing="all")
     model = finetune.attach_adapter(finetune.load_base(plain)[0], plain)
     decoders = model.get_base_model().model.layers
-    assert not choose_layers(model, plain)[0]
+    said = f"{len(decoders)} of {len(decoders)} layers are checkpointed; transformers' layers compute: "
+    assert choose_layers(model, plain) == (False, said + "plain kernels are asked for")
     assert all(layer.gradient_checkpointing for layer in decoders)
-    assert choose_layers(model, small_config(small, checkpointing="none"))[0]
+    ours = choose_layers(model, small_config(small, checkpointing="none"))
+    assert ours == (True, f"0 of {len(decoders)} layers are checkpointed; our own layers compute")
     assert not any(layer.gradient_checkpointing for layer in decoders)
 
 
