@@ -230,6 +230,20 @@ def test_losses_are_those_of_plain_peft_and_trl(values, small, request, tmp_path
     assert measured["steps_applied"] == STEPS
 
 
+def test_offloaded_inputs_come_back_where_a_hook_packs_arguments_anew(small, plain_losses, prepared, tmp_path):
+    # as FSDP2's does before each layer, in PyTorch 2.11 on a GPU: the same cos and sin in another tuple
+    def packed_anew(layer, arguments, named):
+        cos, sin = named["position_embeddings"]
+        return arguments, named | {"position_embeddings": (cos, sin)}
+
+    values = {"checkpointing": "all", "keep_attention": False, "offload_activations": True}
+    trainer = our_trainer(small_config(small, **values), prepared, tmp_path)
+    for layer in trainer.model.get_base_model().model.layers:
+        layer.register_forward_pre_hook(packed_anew, with_kwargs=True)
+    trainer.train()
+    assert logged_losses(trainer) == pytest.approx(plain_losses, abs=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["chunked", "full"])
 def test_loss_of_hidden_states_wider_than_the_head(kind):
     # DoRA's layers answer in fp32 under autocast, whatever the head's type
