@@ -59,7 +59,7 @@ test: setup $(VENV)/reference  ## lint, and all tests
 	@echo "== lint"
 	@$(MAKE) --no-print-directory lint
 	@echo "== tests (the eight notebooks among them)"
-	@$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
+	@$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
 lint: setup  ## style, and whether badges are current
 	@$(BIN)/ruff check .

@@ -5,8 +5,6 @@ import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before PyTorch counts the cores, which the others use too
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +16,37 @@ import helpers  # noqa: F401 - what it sets for PyTorch's threads must come befo
 
 os.environ["RECIPES_PATIENCE_S"] = "0"  # what may pass is tried as often, without pauses; processes inherit it
 ROOT = Path(__file__).resolve().parent.parent
+LONG = (
+    "evaluate/test_evaluate",  # with the eight notebooks, for which two other files would wait
+    "notebooks/test_road",
+    "quantize/test_quantize",
+    "finetune/test_gpus",
+    "models/test_families",
+    "finetune/test_finetune",
+    "test_merge",
+    "workspace/test_checkpoints",
+    "quantize/test_autogptq",
+    "finetune/test_sharded",
+    "models/test_gptq_kernels",
+    "quantize/test_additive",
+    "show/test_page_browser",
+    "show/test_panel_browser",
+    "evaluate/test_workers",
+    "test_recipes",
+)
+"""Files of tests that take half a minute and more, the longest first."""
 FAKE_TOKEN = "hf_" + "NotARealTokenButShapedLikeOne"[:34].ljust(34, "x")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first: none of them begins when the other processes have nothing left to do.
+
+    pytest-xdist deals files out in this order with --no-loadscope-reorder; by itself it takes files of many tests
+    first, and those that take longest have few.
+    """
+    places = {ROOT / "tests" / f"{name}.py": place for place, name in enumerate(LONG)}
+    assert all(file.is_file() for file in places), "a file of LONG has another name now"
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
 
 
 @pytest.fixture(scope="session")
@@ -49,14 +77,16 @@ def executed_run(once) -> Path:
 
 
 def execute(workspace: Path) -> None:
-    """Run each notebook; a failure is an assertion with what it printed."""
+    """Run each notebook; a failure is its cell's own error. run_all.py as a command: tests/notebooks/test_road.py."""
+    import run_all  # not sooner: papermill takes seconds
+
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         home = workspace.with_name(f"home-{notebook.stem}")
         home.mkdir(exist_ok=True)
-        command = ["notebooks/run_all.py", "--workspace", str(workspace), "--only", notebook.name]
-        environment = os.environ | {"HOME": str(home), "HF_TOKEN": FAKE_TOKEN, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        with pytest.MonkeyPatch.context() as patched:  # its kernel inherits the environment
+            for name, value in {"HOME": str(home), "HF_TOKEN": FAKE_TOKEN, "HF_HUB_OFFLINE": "1"}.items():
+                patched.setenv(name, value)
+            run_all.run_all("tiny", workspace, [notebook.name])
 
 
 @pytest.fixture(scope="session")
