@@ -405,7 +405,7 @@ def test_a_broken_result_takes_no_place_and_is_kept_beside(gptq_model, tmp_path,
     (spoilt / "sitecustomize.py").write_text(SPOILER)
     monkeypatch.setenv("PYTHONPATH", str(spoilt))
     command = ["quantize", "--model", str(TINY), "--output", str(output), "--calibration", "general"]
-    assert main([*command, "--calibration-tokens", "192"]) == 1
+    assert main([*command, "--calibration-tokens", "192", "--calibration-samples", "8"]) == 1
     sentence = capfd.readouterr().out
     assert "that is broken" in sentence and "% of perplexity" in sentence and "act_order" in sentence
     assert tree(output) == before
