@@ -50,13 +50,10 @@ NARROW = (
 """Of a table of text; how models were opened is its last column."""
 PAIRS = ("preference_accuracy", "preference_margin", "nearer_chosen", "answer_tokens")
 """And where pairs of answers were judged."""
-ARROWS = dict.fromkeys(("perplexity", "bits_per_byte", "size_bytes", "load_s", "first_token_s"), "↓") | dict.fromkeys(
-    (
-        *("exact_match", "preference_accuracy", "preference_margin", "nearer_chosen", "f1", "rouge_l", "bleu", "chrf"),
-        *("ended_share", "tokens_per_s", "tokens_per_s_batch_8"),
-    ),
-    "↑",
-)
+SAYS_NEITHER = ("loaded_as", "answer_tokens")
+LESS_IS_BETTER = ("perplexity", "bits_per_byte", "size_bytes", "load_s", "peak_allocated_gib", "peak_anonymous_gib")
+LESS_IS_BETTER += ("first_token_s", "gpu_ms_per_token")
+ARROWS = {name: "↓" if name in LESS_IS_BETTER else "↑" for name in COLUMNS if name not in SAYS_NEITHER}
 EQUAL = "no difference shown"
 SIDE_BY_SIDE_ROWS = 24
 PREDICTED = {  # predicted figure -> measured figure, what it is called
@@ -213,6 +210,20 @@ def difference(metric: str, one: Mapping[str, Any]) -> str:
     return f"{value:+z.3f} [{low:+z.3f}, {high:+z.3f}]"
 
 
+def verdicts(report: Report) -> str:
+    """HTML for a notebook: what came out in a sentence or two, what differs as a table, the rest folded under it."""
+    return template("verdicts").render(verdict=verdict(report), **compared_values(report))
+
+
+def compared_values(report: Report) -> dict[str, list[dict[str, str]]]:
+    """What the template of comparisons takes: those that show a difference, and those that show none."""
+    rows = comparisons(report)
+    return {
+        "shown": [row for row in rows if row["verdict"] != EQUAL],
+        "equal": [row for row in rows if row["verdict"] == EQUAL],
+    }
+
+
 def read_generations(folder: Path) -> list[dict[str, Any]]:
     """generations.jsonl of an evaluation. Raises ValueError when there is none."""
     path = Path(folder) / "generations.jsonl"
@@ -291,7 +302,7 @@ def write_html(
 
     made: (what, value) of the run that it is about, as `made_with` gives them.
     """
-    columns, compared = measured_columns(report), comparisons(report)
+    columns = measured_columns(report)
     page = template("report").render(
         title=f"Evaluation: {', '.join(evaluated(report))}",
         verdict=verdict(report),
@@ -302,8 +313,7 @@ def write_html(
             {"name": name, "cells": [(cell(entry, column), interval(entry, column)) for column in columns]}
             for name, entry in report.items()
         ],
-        shown=[row for row in compared if row["verdict"] != EQUAL],
-        equal=[row for row in compared if row["verdict"] == EQUAL],
+        **compared_values(report),
         figures=[both(figure) for figure in drawn.values()],
         tasks={name: entry["tasks"] for name, entry in report.items() if entry.get("tasks")},
         side=template("side_by_side").render(**side_by_side_values(generations[:SIDE_BY_SIDE_ROWS])),
