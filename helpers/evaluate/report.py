@@ -22,8 +22,8 @@ COLUMNS = {  # figure -> heading, how it is written
     "perplexity": ("perplexity", "{:.3f}"),
     "bits_per_byte": ("bits/byte", "{:.3f}"),
     "exact_match": ("exact match", "{:.1%}"),
-    "preference_accuracy": ("likes the better", "{:.1%}"),
-    "preference_margin": ("by nats", "{:.2f}"),
+    "preference_accuracy": ("prefers the better", "{:.1%}"),
+    "preference_margin": ("by how much, nats", "{:.2f}"),
     "nearer_chosen": ("says the better", "{:.1%}"),
     "answer_tokens": ("answer tokens", "{:.1f}"),
     "f1": ("F1", "{:.3f}"),
@@ -31,14 +31,14 @@ COLUMNS = {  # figure -> heading, how it is written
     "bleu": ("BLEU", "{:.1f}"),
     "chrf": ("chrF", "{:.3f}"),
     "ended_share": ("ended", "{:.0%}"),
-    "size_bytes": ("size MiB", "{:,.1f}"),
-    "load_s": ("load s", "{:.1f}"),
-    "peak_allocated_gib": ("VRAM GiB", "{:.2f}"),
-    "peak_anonymous_gib": ("RAM GiB", "{:.2f}"),
-    "first_token_s": ("first token s", "{:.3f}"),
+    "size_bytes": ("size, MiB", "{:,.1f}"),
+    "load_s": ("loading, s", "{:.1f}"),
+    "peak_allocated_gib": ("VRAM, GiB", "{:.2f}"),
+    "peak_anonymous_gib": ("RAM, GiB", "{:.2f}"),
+    "first_token_s": ("first token, s", "{:.3f}"),
     "tokens_per_s": ("tokens/s", "{:,.1f}"),
-    "gpu_ms_per_token": ("GPU ms a token", "{:.2f}"),
-    "tokens_per_s_batch_8": ("at batch 8", "{:,.1f}"),
+    "gpu_ms_per_token": ("GPU a token, ms", "{:.2f}"),
+    "tokens_per_s_batch_8": ("tokens/s, batch 8", "{:,.1f}"),
     "prompt_tokens_per_s": ("prompt tokens/s", "{:,.0f}"),
     "llama_cpp_tokens_per_s": ("llama.cpp tokens/s on this CPU", "{:,.1f}"),
     "llama_cpp_prompt_tokens_per_s": ("llama.cpp prompt tokens/s", "{:,.0f}"),
@@ -361,8 +361,9 @@ def made_with(config: Mapping[str, Any], machine: str) -> list[tuple[str, str]]:
     """
     model, adapter, train = config["model"], config["adapter"], config["train"]
     step = f"{train['batch_size']} × {train['accumulation']} conversations a step"
+    folder = Path(model["model"]).exists() or Path(model["model"]).is_absolute()  # which may lie on another machine
     return [
-        ("model", Path(model["model"]).name if Path(model["model"]).exists() else model["model"]),
+        ("model", Path(model["model"]).name if folder else model["model"]),
         ("data", Path(config["data"]["source"]).name),
         ("adapter", f"rank {adapter['rank']}, alpha {adapter['alpha']:g}, {adapter['targets']}"),
         ("training", f"learning rate {train['learning_rate']:g}, {step}, context {config['data']['seq_len']:,} tokens"),

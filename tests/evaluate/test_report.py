@@ -72,6 +72,8 @@ def test_it_says_what_was_trained_on_what_where_and_when(page):
     said = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
     assert said["model"] == "tiny-mistral" and said["data"] == "conversations.jsonl"
     assert said["adapter"] == "rank 8, alpha 32, all-linear" and "learning rate 0.0005" in said["training"]
+    elsewhere = report.made_with(asdict(profile("tiny").with_values(model="/gone/since/my-model")), "Tesla T4")
+    assert dict(elsewhere)["model"] == "my-model"
     assert re.fullmatch(r"Tesla T4, \d\d \w+ 20\d\d", said["measured on"])
 
 
