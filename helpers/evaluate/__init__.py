@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from helpers import hardware
 from helpers.budget import host, placement
 from helpers.budget.placement import Evaluation, Placement
 from helpers.config import RunConfig
-from helpers.evaluate import cost, metrics, perplexity, preferences, workers
+from helpers.evaluate import cost, kept, metrics, perplexity, preferences, workers
 from helpers.evaluate import report as report_pages
+from helpers.evaluate.kept import Evidence
 from helpers.evaluate.perplexity import Item, Perplexity, read_items, read_jsonl, rows_in
 from helpers.evaluate.tasks import run_tasks
 from helpers.hardware import Machine
@@ -43,8 +44,38 @@ from helpers.models import gguf_engine, gguf_header
 from helpers.models.gpu import free_memory, gives_back
 from helpers.models.methods import METHODS
 from helpers.show import bars, plots
-from helpers.workspace import MANIFEST, building, maker, read_manifest, write_text
+from helpers.workspace import MANIFEST, SCRATCH, Building, building, empty_folder, maker, read_manifest, write_text
 from helpers.workspace.prepared import scored, with_own_questions
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an evaluation is about, read and planned before anything is loaded."""
+
+    models: dict[str, str | Path]
+    config: RunConfig
+    """As planned: with fewer questions than were asked for where time demands it."""
+    data: Path
+    prompts: list[dict[str, Any]]
+    pairs: list[preferences.Pair]
+    texts: int
+    machine: Machine | None
+    """What the caller says; None: what each process finds."""
+    here: Machine
+    planned: Evaluation
+
+    @property
+    def exact(self) -> bool:
+        """Whether answers can be right word for word."""
+        return self.config.evaluate.questions is not None
+
+    def answered(self, name: str) -> list[dict[str, Any]]:
+        """The questions that a model answers: none where that would take too long."""
+        return self.prompts if self.planned.places[name].answers else []
+
+    def compared(self, name: str) -> list[preferences.Pair]:
+        """The pairs that a model reads."""
+        return self.pairs if self.planned.places[name].answers else []
 
 
 @gives_back
@@ -60,72 +91,136 @@ def evaluate(
     `intervals`, how it was opened (`loaded_as`), what was predicted, and under `against` its comparison with every
     model before it; with pairs (config.evaluate.preferences, or data itself) the figures of preferences.py too. An
     entry with `left_out` has no figures; that sentence says why. With config.train.gpus above 1 so many models are
-    evaluated at once.
+    evaluated at once. What is measured is kept: stopped, the same call goes on with the models that are missing.
     machine: whose VRAM and RAM decide how models are opened; default this one.
     Raises ValueError with one sentence for what the reader can mend. A model that fails when there are figures of
     others is left out.
     """
-    data, config = Path(data), with_own_questions(config, Path(data))
+    asked = read_and_plan(models, config, Path(data), machine)
+    inputs = {name: Path(path) for name, path in asked.models.items()} | {"data": asked.data}
+    with building(output, "evaluate", asked.config, inputs, keep=True) as stage:
+        empty_folder(stage.folder, scratch_too=False)  # a report that was stopped while it was written
+        twin = kept.lasting(output)
+        tasks = tasks_of(asked, stage.folder / SCRATCH)
+        failed = measured(tasks, asked, twin)
+        report, evidence = compared(asked, {task.name: task.file for task in tasks}, failed)
+        write_report(stage, asked, report, evidence, failed)
+    kept.clear(twin)
+    return report
+
+
+def read_and_plan(models: dict[str, str | Path], config: RunConfig, data: Path, machine: Machine | None) -> Asked:
+    """Everything that is asked, and how each model is opened. Raises ValueError for what cannot be."""
+    config = with_own_questions(config, data)
     asked = config.evaluate
     models = {name: pinned(path, config) for name, path in models.items()}
     check_models(models, config)
     questions = read_questions(asked.questions, asked.max_questions) if asked.questions else None
     tokenizer = open_tokenizer(next(iter(models.values())), config)
-    items = read_items(data, tokenizer, asked.max_heldout)
-    next(items)  # an empty file is found here, before anything is loaded
+    next(read_items(data, tokenizer, asked.max_heldout))  # an empty file is found here, before anything is loaded
     pairs = preferences.read(Path(asked.preferences or data), asked.max_heldout, asked.preferences is not None)
     prompts = questions or conversation_starts(data, asked.max_questions or host.UNASKED_PROMPTS)
     texts = min(rows_in(data, asked.eval_context), asked.max_heldout or 10**9)
     here = machine or hardware.probe()
     planned = plan(models, config, here, host.Counts(texts, len(prompts), len(pairs)))
-    config, prompts = planned.config, prompts[: planned.config.evaluate.max_questions]
+    prompts = prompts[: planned.config.evaluate.max_questions]
+    return Asked(models, planned.config, data, prompts, pairs, texts, machine, here, planned)
+
+
+def tasks_of(asked: Asked, folder: Path) -> list[workers.Task]:
+    """A task for each model that can be opened; folder: where its figures are kept."""
+    tasks = []
+    for number, (name, path) in enumerate(asked.models.items(), 1):
+        place = asked.planned.places[name]
+        if place.problem:
+            continue
+        some, pairs = asked.answered(name), asked.compared(name)
+        arguments = {"path": path, "config": asked.config, "data": asked.data, "prompts": some, "exact": asked.exact}
+        arguments |= {"machine": asked.machine, "pairs": pairs, "host": asked.here.host}
+        ram_gib = sum(placement.ram(place, asked.config, shape_of(path, asked.config), asked.here).values())
+        steps = asked.texts + len(some) + preferences.steps(pairs, asked_pairs(asked.config, pairs))
+        file = kept.name_of(name, path, asked.config, asked.data, [some, len(pairs)], asked.here.name)
+        title = f"{name}, {number} of {len(asked.models)}"
+        tasks.append(workers.Task(name, title, steps, ram_gib, folder / file, arguments))
+    return tasks
+
+
+def measured(tasks: list[workers.Task], asked: Asked, twin: Path | None) -> dict[str, str]:
+    """Measure the models whose figures are not kept; returns why some have none. twin: where they are kept for good.
+
+    Raises ValueError when no model has figures.
+    """
+    for task in tasks:
+        kept.fetch(task.file, twin)
+    times = {task.name: known[2] for task in tasks if (known := kept.read(task.file))}
+    for name, at in times.items():
+        print(f"{name}: kept from {kept.when(at)}.")
+    missing = [task for task in tasks if task.name not in times]
+    gpus, files = workers.count(asked.config, len(missing)), {task.name: task.file for task in missing}
+    alone = one_by_one(missing, alone=not times)
+    failed: dict[str, str] = {}
+    try:
+        for name, why in workers.at_once(missing, gpus, asked.here.host.ram_gib) if gpus > 1 else alone:
+            if why:
+                failed[name] = why
+            else:
+                times[name] = time.time()
+                kept.send(files[name], twin)
+    except BaseException:
+        if times:
+            print(f"The figures of {', '.join(times)} are kept: the same command goes on from them.", file=sys.stderr)
+        raise
+    if not times:
+        raise ValueError("; ".join(reasons(failed)))
+    return failed
+
+
+def reasons(failed: dict[str, str]) -> list[str]:
+    """Why models have no figures, a sentence each."""
+    return [f"{name} is not evaluated: {why}" for name, why in failed.items()]
+
+
+def compared(
+    asked: Asked, files: dict[str, Path], failed: dict[str, str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Evidence]]:
+    """(an entry a model, each with its comparison with those before it; their evidence)."""
     report: dict[str, dict[str, Any]] = {}
     evidence: dict[str, Evidence] = {}
-    named = {name: Path(path) for name, path in models.items()}
-    with building(output, "evaluate", config, {**named, "data": data}) as stage:
-        tasks = []
-        for number, (name, path) in enumerate(models.items(), 1):
-            place = planned.places[name]
-            if place.problem:
-                continue
-            some = prompts if place.answers else []
-            arguments = {"path": path, "config": config, "data": data, "prompts": some, "exact": questions is not None}
-            compared = pairs if place.answers else []
-            arguments |= {"machine": machine, "pairs": compared, "host": here.host}
-            ram_gib = sum(placement.ram(place, config, shape_of(path, config), here).values())
-            title = f"{name}, {number} of {len(models)}"
-            steps = texts + len(some) + preferences.steps(compared, asked_pairs(config, compared))
-            tasks.append(workers.Task(name, title, steps, ram_gib, arguments))
-        gpus = workers.count(config, len(tasks))
-        found = workers.at_once(tasks, gpus, here.host.ram_gib) if gpus > 1 else dict(one_by_one(tasks))
-        if all(isinstance(outcome, str) for outcome in found.values()):
-            raise ValueError("; ".join(f"{name} is not evaluated: {why}" for name, why in found.items()))
-        for name, path in models.items():
-            place = planned.places[name]
-            outcome = found.get(name, place.problem)
-            if isinstance(outcome, str):
-                report[name] = left_out(path, place, outcome)
-                continue
-            report[name], evidence[name] = outcome
-            if place.kind == "gguf" and place.answers and prompts:  # beside PyTorch, the engine it is made for
-                report[name] |= llama_cpp_speed(path)
-            report[name]["against"] = {
-                other: compare_models(evidence[name], evidence[other]) for other in evidence if other != name
-            }
-        write_cards(report, config, stage.folder / "cards")
-        stage.measurements.update(report)
-        write_text(stage.folder / "report.json", json.dumps(report, indent=1))
-        generations = write_generations(stage.folder / "generations.jsonl", prompts, evidence)
-        if said := {name: found["said"] for name, found in evidence.items() if found["said"]}:
-            preferences.write(stage.folder / "pairs.jsonl", pairs, said)
-        drawn = report_pages.figures(report, training_log(models))
-        for name, figure in drawn.items():
-            plots.save(figure, stage.folder / "plots" / f"{name}.png")
-        failed = [f"{name} is not evaluated: {why}" for name, why in found.items() if isinstance(why, str)]
-        about = describe(report, data, len(prompts), asked.questions, (*planned.notes, *failed))
-        made = report_pages.made_with(trained_with(models) or asdict(config), here.name)
-        report_pages.write_html(stage.folder / "report.html", report, generations, drawn, about, made)
-    return report
+    for name, path in asked.models.items():
+        place = asked.planned.places[name]
+        if why := failed.get(name, place.problem):
+            report[name] = left_out(path, place, why)
+            continue
+        report[name], evidence[name], _ = kept.read(files[name])
+        if place.kind == "gguf" and asked.answered(name):  # beside PyTorch, the engine it is made for
+            report[name] |= llama_cpp_speed(path)
+        report[name]["against"] = {
+            other: compare_models(evidence[name], evidence[other]) for other in evidence if other != name
+        }
+    return report, evidence
+
+
+def write_report(
+    stage: Building,
+    asked: Asked,
+    report: dict[str, dict[str, Any]],
+    evidence: dict[str, Evidence],
+    failed: dict[str, str],
+) -> None:
+    """Cards, report.json, answers, plots and the page."""
+    write_cards(report, asked.config, stage.folder / "cards")
+    stage.measurements.update(report)
+    write_text(stage.folder / "report.json", json.dumps(report, indent=1))
+    generations = write_generations(stage.folder / "generations.jsonl", asked.prompts, evidence)
+    if said := {name: found["said"] for name, found in evidence.items() if found["said"]}:
+        preferences.write(stage.folder / "pairs.jsonl", asked.pairs, said)
+    drawn = report_pages.figures(report, training_log(asked.models))
+    for name, figure in drawn.items():
+        plots.save(figure, stage.folder / "plots" / f"{name}.png")
+    notes = [*asked.planned.notes, *reasons(failed)]
+    about = describe(report, asked.data, len(asked.prompts), asked.config.evaluate.questions, notes)
+    made = report_pages.made_with(trained_with(asked.models) or asdict(asked.config), asked.here.name)
+    report_pages.write_html(stage.folder / "report.html", report, generations, drawn, about, made)
 
 
 def asked_pairs(config: RunConfig, pairs: Sequence[Any]) -> int:
@@ -153,19 +248,23 @@ def stored_bytes(path: str | Path) -> int:
     return gguf_header.weight_bytes(Path(path)) if kind(path) == "gguf" else 0
 
 
-def one_by_one(tasks: list[workers.Task]) -> Iterator[tuple[str, workers.Outcome]]:
-    """Each task's outcome, in this process. The first model's error is raised: as yet there is nothing to keep."""
+def one_by_one(tasks: list[workers.Task], alone: bool) -> Iterator[tuple[str, str]]:
+    """Each task's name when it is done in this process, with "" or why it has no figures.
+
+    alone: raise the first model's error, since as yet there is nothing to keep.
+    """
     for task in tasks:
         arguments = {name: value for name, value in task.arguments.items() if name != "host"}
+        why = ""
         with bars.bar(task.title, task.steps) as bar:
             try:
-                outcome = evaluate_one(**arguments, bar=bar)
+                kept.write(task.file, *evaluate_one(**arguments, bar=bar))
             except Exception as error:
-                if task is tasks[0]:
+                if alone and task is tasks[0]:
                     raise
-                outcome = workers.in_words(error)
-                print(f"{workers.came_from(error)}{task.name} is not evaluated: {outcome}.", file=sys.stderr)
-        yield task.name, outcome
+                why = workers.in_words(error)
+                print(f"{workers.came_from(error)}{task.name} is not evaluated: {why}.", file=sys.stderr)
+        yield task.name, why
 
 
 def left_out(path: str | Path, place: Placement, why: str) -> dict[str, Any]:
@@ -218,7 +317,7 @@ def training_log(models: dict[str, str | Path]) -> list[dict[str, Any]] | None:
 
 
 def describe(
-    report: dict[str, dict[str, Any]], data: Path, prompts: int, questions: str | None, notes: tuple[str, ...] = ()
+    report: dict[str, dict[str, Any]], data: Path, prompts: int, questions: str | None, notes: Sequence[str] = ()
 ) -> str:
     """How the figures came about, in two sentences, and what was not as asked, one sentence each."""
     first = next(iter(report_pages.evaluated(report).values()))
@@ -230,16 +329,16 @@ def describe(
     return " ".join([read, *(f"{note[0].upper()}{note[1:]}." for note in notes)])
 
 
-class Evidence(dict):
-    """What comparisons need of one model: items' scores by metric, BLEU's counts, answers."""
-
-
 def check_models(models: dict[str, str | Path], config: RunConfig) -> None:
     """Raises ValueError for no model, a folder that is none, or models whose tokenizers differ."""
     if not models:
         raise ValueError("there is no model to evaluate: give at least one NAME=FOLDER")
-    for path in models.values():
+    for name, path in models.items():
         kind(path)
+        if Path(name).name != name:
+            raise ValueError(
+                f"a model is called {name!r} here, and files get that name: leave out what no file may have"
+            )
     first, *others = models
     words = open_tokenizer(models[first], config).get_vocab()
     for name in others:
@@ -331,7 +430,8 @@ def evaluate_one(
         entry["tasks"] = run_tasks(loaded, asked.tasks, loaded.placement.batch_size)
     del loaded
     free_memory()
-    evidence = Evidence(perplexity=read, answers=answers, references=[row["answer"] for row in prompts])
+    references = [row["answer"] for row in prompts]
+    evidence: Evidence = {"perplexity": read, "answers": answers, "references": references}
     entry |= perplexity_figures(read)
     entry |= answer_figures(evidence, prompts, exact, entry["intervals"], config.seed)
     entry |= preference_figures(evidence, liked, entry["intervals"], config.seed)
