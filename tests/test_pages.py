@@ -233,10 +233,13 @@ def test_what_the_readme_says_beside_its_rows_is_what_was_measured():
     (slow, fast), (low, high), (their_low, their_high) = ((min(all_), max(all_)) for all_ in zip(*leanest, strict=True))
     assert f"{slow:.2f} to {fast:.2f} times as fast, and takes {low} to {high} GiB beside its {their_low} to" in text
     assert f"{their_low} to {their_high}." in text
-    trained = [row for row in measured("h200_aqlm.jsonl") if "predicted_allocated_gib" in row]
+    trained = [row for row in measured("h200_aqlm.jsonl") if "mixtral" in row.get("model", "") and row["fits"]]
     used = [row["allocated_gib"] for row in trained]
     off = max(abs(row["predicted_allocated_gib"] / row["allocated_gib"] - 1) for row in trained)
     assert f"in {min(used):.1f} to {max(used):.1f} GiB, predicted to {off:.1%}".replace("%", " %") in text
+    assert f"contexts up to {max(row['seq'] for row in trained):,} tokens" in text
+    others = [row["allocated_gib"] / row["predicted_allocated_gib"] for row in measured("h200_mixture.jsonl")]
+    assert f"more than {max(others) - 1:.1%} above".replace("%", " %") in text
     ours, _, beforehand, _ = measured("h200_preferences.jsonl")
     assert f"{ours['busy_tok_s'] / beforehand['busy_tok_s']:.1f} times the GPU-time speed of trl's" in text
     assert f"in {ours['reserved_gib']:.1f} GiB beside its {beforehand['reserved_gib']:.1f}" in text

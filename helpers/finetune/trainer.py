@@ -369,9 +369,9 @@ def choose_layers(model: PeftModel, config: RunConfig) -> tuple[bool, str]:
         checkpointed = "attention" if config.train.keep_attention else "input"
         saves = [checkpointed] * count + ["everything"] * (len(layers) - count)
         decoder.install(causal_lm, saves, host_room(config) if config.train.offload_activations else 0)
-        return True, f"{count} of {len(layers)} layers are checkpointed, through helpers.finetune.engine.layers"
+        return True, f"{count} of {len(layers)} layers are checkpointed; our own layers compute"
     if count:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})  # of all; transformers knows no number
         for place, layer in enumerate(layers):
             layer.gradient_checkpointing = place < count
-    return False, f"{count} of {len(layers)} layers are checkpointed, through transformers' layers: {decided.reason}"
+    return False, f"{count} of {len(layers)} layers are checkpointed; transformers' layers compute: {decided.reason}"

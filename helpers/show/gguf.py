@@ -158,12 +158,15 @@ def kept(errors: Mapping[str, Mapping[str, Any]], chosen: str = "") -> Figure:
         left.annotate(name, (found["bits"], 100 * found["error"]), textcoords="offset points", fontsize=8, **beside)
     left.set(xlabel="bits a weight", ylabel="error, % of the weights", title="What a type loses of one matrix")
     left.set_yscale("log")
+    left.yaxis.set_major_formatter("{x:g}")
     left.margins(0.15)
+    left.margins(x=0.3)  # for the names beside the outermost
     shown = [name for name in errors if name in names] or list(errors)[-2:]
     widest = max(float(np.abs(errors[name]["difference"]).max()) for name in shown) or 1.0
     for name, colour in zip(shown, plots.COLOURS, strict=False):
         values = np.asarray(errors[name]["difference"]).reshape(-1)
         right.hist(values, bins=np.linspace(-widest, widest, 81), histtype="step", color=colour, label=name)
     right.set(xlabel="change of a weight", ylabel="weights", title="How far weights move")
+    right.yaxis.set_major_formatter(plots.COUNT)
     right.legend(frameon=False, fontsize=8)
     return figure

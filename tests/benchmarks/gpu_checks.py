@@ -100,7 +100,7 @@ def packing(models: Path) -> dict:
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     worst = {row["variant"]: row.get("worst_difference", row.get("error")) for row in rows}
     ours = {
-        row["variant"]: "helpers.finetune.engine.layers" in row.get("layers", "")
+        row["variant"]: "our own layers compute" in row.get("layers", "")
         for row in rows
         if "plain" not in row["variant"]
     }

@@ -237,10 +237,10 @@ def adapted(folder, strength, **settings):
     ids=["plain", "rsLoRA, ranks and alphas of their own"],
 )
 def test_an_adapter_alone_gives_llama_cpp_what_peft_computes(files, questions, tmp_path, settings):
-    """Strong ones: with their matrices in F16 the second is at 2.9e-6, and with llama.cpp's default of keys and values
-    in F16 at 7.7e-6. What is left, 1.2e-6, is the base's: before F16 matrices llama.cpp rounds activations to 16 bits.
+    """What is left, 1e-6, is the base's: before F16 matrices llama.cpp rounds activations to 16 bits. Its default of
+    keys and values in F16 would add several times that.
     """
-    model = adapted(tmp_path / "adapter", 0.07, **settings)
+    model = adapted(tmp_path / "adapter", 0.05, **settings)
     helpers.export.export_adapter(tmp_path / "adapter", TINY, tmp_path / "adapter.gguf")
     with gguf_engine.serving(files["f16"], lora=tmp_path / "adapter.gguf", exact=True) as server:
         found = [divergence(server, model, ids) for ids in questions]

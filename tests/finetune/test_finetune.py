@@ -230,6 +230,20 @@ def test_losses_are_those_of_plain_peft_and_trl(values, small, request, tmp_path
     assert measured["steps_applied"] == STEPS
 
 
+def test_offloaded_inputs_come_back_where_a_hook_packs_arguments_anew(small, plain_losses, prepared, tmp_path):
+    # as FSDP2's does before each layer, in PyTorch 2.11 on a GPU: the same cos and sin in another tuple
+    def packed_anew(layer, arguments, named):
+        cos, sin = named["position_embeddings"]
+        return arguments, named | {"position_embeddings": (cos, sin)}
+
+    values = {"checkpointing": "all", "keep_attention": False, "offload_activations": True}
+    trainer = our_trainer(small_config(small, **values), prepared, tmp_path)
+    for layer in trainer.model.get_base_model().model.layers:
+        layer.register_forward_pre_hook(packed_anew, with_kwargs=True)
+    trainer.train()
+    assert logged_losses(trainer) == pytest.approx(plain_losses, abs=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["chunked", "full"])
 def test_loss_of_hidden_states_wider_than_the_head(kind):
     # DoRA's layers answer in fp32 under autocast, whatever the head's type
@@ -561,9 +575,11 @@ def test_a_run_after_a_checkpointed_one_on_the_same_base_recomputes_nothing(smal
     plain = small_config(small, kernels="plain", checkpointing="all")
     model = finetune.attach_adapter(finetune.load_base(plain)[0], plain)
     decoders = model.get_base_model().model.layers
-    assert not choose_layers(model, plain)[0]
+    said = f"{len(decoders)} of {len(decoders)} layers are checkpointed; transformers' layers compute: "
+    assert choose_layers(model, plain) == (False, said + "plain kernels are asked for")
     assert all(layer.gradient_checkpointing for layer in decoders)
-    assert choose_layers(model, small_config(small, checkpointing="none"))[0]
+    ours = choose_layers(model, small_config(small, checkpointing="none"))
+    assert ours == (True, f"0 of {len(decoders)} layers are checkpointed; our own layers compute")
     assert not any(layer.gradient_checkpointing for layer in decoders)
 
 

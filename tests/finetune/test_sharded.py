@@ -24,6 +24,7 @@ CASES = {
     "NF4, our own layers": {"checkpointing": 2},
     "NF4, transformers' layers": {"checkpointing": 2, "kernels": "plain"},
     "16 bits, our own layers": {"weights": "fp16", "keep_attention": False, "checkpointing": "all"},
+    "NF4, offloaded inputs": {"checkpointing": "all", "offload_activations": True},
     "full fine-tuning": {"weights": "fp16", "trains": "all"},
 }
 

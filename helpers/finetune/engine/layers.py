@@ -480,17 +480,18 @@ class Places:
     """The `Place` of the forward pass under way, made once for all layers."""
 
     def __init__(self, offload: Offload | None):
-        self.offload, self.embeddings, self.place = offload, None, None
+        self.offload, self.cos, self.place = offload, None, None
 
     def of(self, batch: int, embeddings: tuple[torch.Tensor, torch.Tensor], bounds: Any, longest: Any) -> Place:
         """embeddings: the model's cos and sin, (1 or batch, tokens, head_dim), new ones for every pass."""
-        if embeddings is not self.embeddings:  # the first layer of a pass
+        # The first layer of a pass is known by the tensor, not by the tuple: FSDP2's hooks pack a new one a layer.
+        if embeddings[0] is not self.cos:
             if self.offload is not None:
                 self.offload.begin()
             # (1 or batch, tokens, head_dim) -> (rows, head_dim): token t of the flattened batch takes row t % rows
             cos, sin = (part.reshape(-1, part.shape[-1]).contiguous() for part in embeddings)
             packing = None if bounds is None else attention.Packing(bounds, longest)
-            self.embeddings, self.place = embeddings, Place(batch, cos, sin, packing)
+            self.cos, self.place = embeddings[0], Place(batch, cos, sin, packing)
         return self.place
 
 
