@@ -8,7 +8,6 @@ waits while the host's memory is short beside those that are open. One that fail
 
 import pickle
 import queue
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, redirect_stdout
@@ -100,7 +99,7 @@ def at_once(tasks: list[Task], gpus: int, ram_gib: float) -> Iterator[tuple[str,
                 free = next(card for card in range(gpus) if card not in {worker.gpu for worker in running})
                 files = Path(folder) / str(len(tasks) - len(waiting) - 1)
                 running.append(started(task, free, gpus, files, ended))
-                threading.Thread(target=listen, args=(running[-1], messages), daemon=True).start()
+                jobs.hear(running[-1], messages)
             if waiting and len(running) < gpus and waiting[0].name not in said:
                 said.add(waiting[0].name)
                 print(f"{waiting[0].name} waits: {waiting[0].ram_gib:.1f} GiB of RAM are not free beside what is open.")
@@ -130,14 +129,6 @@ def started(task: Task, card: int, gpus: int, files: Path, ended: ExitStack) -> 
     ended.callback(process.wait)
     ended.callback(process.kill)
     return Worker(task, card, process, files, ended.enter_context(bars.bar(task.title, task.steps)))
-
-
-def listen(worker: Worker, messages: queue.Queue) -> None:
-    """Put a worker's messages into the queue, and None when it has ended."""
-    for message in jobs.messages(worker.process):
-        messages.put((worker, message))
-    worker.process.wait()
-    messages.put((worker, None))
 
 
 def show(worker: Worker, message: jobs.Message) -> None:

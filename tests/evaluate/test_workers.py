@@ -26,14 +26,14 @@ OF_THE_MACHINE = ("_s", "_gib", "_per_s", "_per_s_batch_8", "gpu_ms_per_token")
 KILLED = """
 import os, sys
 if sys.orig_argv[1:3] == ["-m", "helpers.evaluate"]:
-    import helpers.evaluate as evaluate
-    load = evaluate.load
+    from helpers.evaluate import measure
+    load = measure.load
     def opened(path, *rest):
         if str(path).endswith("killed"):
             os.kill(os.getpid(), 9)
         print("a word of", os.path.basename(path))
         return load(path, *rest)
-    evaluate.load = opened
+    measure.load = opened
 """
 """In a worker: a model that takes more host memory than there is."""
 
@@ -146,17 +146,15 @@ def test_each_worker_has_a_gpu_that_no_other_has_and_a_model_waits_where_memory_
         events.append(("opens", job.name, card, files.name))
         return SimpleNamespace(task=job, gpu=card, bar=SimpleNamespace(close=lambda: None))
 
-    def listen(worker, messages):
+    def hear(worker, messages):
         messages.put((worker, None))
 
     def outcome(worker):
         events.append(("ends", worker.task.name))
         return f"{worker.task.name}'s"
 
-    for name, fake in (("started", started), ("listen", listen), ("outcome", outcome)):
-        monkeypatch.setattr(workers, name, fake)
-    at_once = SimpleNamespace(Thread=lambda target, args, daemon: SimpleNamespace(start=lambda: target(*args)))
-    monkeypatch.setattr(workers, "threading", at_once)
+    for module, name, fake in ((workers, "started", started), (jobs, "hear", hear), (workers, "outcome", outcome)):
+        monkeypatch.setattr(module, name, fake)
     found = list(workers.at_once([task("a", 12.0), task("b", 12.0), task("c", 4.0)], gpus=2, ram_gib=20.0))
     assert capsys.readouterr().out == ""  # a GPU is never idle: the third takes it
     assert found == [("a", "a's"), ("c", "c's"), ("b", "b's")]
