@@ -319,9 +319,7 @@ def check_models(models: dict[str, str | Path], config: RunConfig) -> None:
     for name, path in models.items():
         kind(path)
         if Path(name).name != name:
-            raise ValueError(
-                f"a model is called {name!r} here, and files get that name: leave out what no file may have"
-            )
+            raise ValueError(f"a model cannot be called {name!r}: files get that name; choose letters and digits")
     first, *others = models
     words = open_tokenizer(models[first], config).get_vocab()
     for name in others:

@@ -153,3 +153,10 @@ def test_what_is_kept_comes_back_as_it_was_and_a_torn_file_is_none(models, tmp_p
     text = (tmp_path / "one.json").read_text(encoding="utf-8")
     (tmp_path / "one.json").write_text(text.replace('"entry"', '"Entry"'), encoding="utf-8")
     assert kept.read(tmp_path / "one.json") is None and kept.read(tmp_path / "two.json") is None
+
+
+@pytest.mark.parametrize("name", ["mine/second", ""])
+def test_a_name_that_no_file_can_have_is_refused_before_the_hours(models, tmp_path, name):
+    with pytest.raises(ValueError, match=f"a model cannot be called '{name}': files get that name"):
+        evaluate.evaluate({name: models["base"]}, CONFIG, HELDOUT, tmp_path / "evaluate")
+    assert list(tmp_path.iterdir()) == []
