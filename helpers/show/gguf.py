@@ -108,11 +108,11 @@ def rows(shape: ModelShape, machine: Machine, context: int) -> list[tuple[str, .
     on_laptop = {row["type"]: row for row in budget.runs_on(shape, context=context)}
     found = []
     for one in budget.choices(shape, machine.host.cpus, context):
-        longest = on_laptop[one.name]["longest context"]
+        longest = on_laptop[one.name]["longest context, tokens"]
         found.append(
             (
                 one.name,
-                size(one.size_bytes),
+                budget.size(one.size_bytes),
                 f"{one.bits:.2f}{'*' if one.needs_importance else ''}",
                 f"+{one.loss_percent:g} %",
                 f"{max(one.minutes, 1):.0f} min",
@@ -121,15 +121,6 @@ def rows(shape: ModelShape, machine: Machine, context: int) -> list[tuple[str, .
             )
         )
     return found
-
-
-def size(size_bytes: int) -> str:
-    """Bytes in GiB, in MiB below one.
-
-    >>> size(2**30 * 4), size(2**20 * 3)
-    ('4.00 GiB', '3.0 MiB')
-    """
-    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.1f} MiB"
 
 
 def cells(texts: Sequence[str], first: int = 0) -> str:

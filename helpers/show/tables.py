@@ -46,7 +46,7 @@ def errors(modules: Sequence[Mapping[str, Any]]) -> Any:
     found = pd.DataFrame(modules).pivot(index="layer", columns="module", values="error")
     found = found.rename(columns=lambda module: module.rpartition(".")[2]).rename_axis(columns=None)
     said = [{"selector": "caption", "props": "text-align: left; padding: 4px 0"}]
-    caption = "squared error of each matrix's outputs, as GPTQ measured it; compare down a column"
+    caption = "squared error of each matrix's outputs; compare down a column"
     style = found.reset_index().style.hide(axis="index")  # a named index would be a line of headings by itself
     return style.format("{:.1e}", na_rep="–", subset=found.columns).set_caption(caption).set_table_styles(said)
 
@@ -171,7 +171,7 @@ LABELS = {
 """How a measurement is called for people; others go by their name."""
 MIB = 2**20
 NOT_FOR_PEOPLE = ("run", "loss_check")
-SAYS_NOTHING = ("resumed_from_step", "shards_resumed", "before_allocated_gib")
+SAYS_NOTHING = ("resumed_from_step", "shards_resumed", "before_allocated_gib", "answered_before", "without_an_answer")
 SAYS_NOTHING += ("peak_allocated_gib", "peak_reserved_gib")
 """Of these a zero says that it was not so, or that there is no GPU."""
 
