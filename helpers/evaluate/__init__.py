@@ -318,7 +318,7 @@ def check_models(models: dict[str, str | Path], config: RunConfig) -> None:
         raise ValueError("there is no model to evaluate: give at least one NAME=FOLDER")
     for name, path in models.items():
         kind(path)
-        if Path(name).name != name:
+        if not name or Path(name).name != name:
             raise ValueError(f"a model cannot be called {name!r}: files get that name; choose letters and digits")
     first, *others = models
     words = open_tokenizer(models[first], config).get_vocab()
