@@ -13,6 +13,7 @@ its log. Who started it holds its standard input open, so that the end of that t
 import ctypes
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -69,6 +70,18 @@ def messages(process: subprocess.Popen) -> Iterator[Message]:
         except ValueError:  # cut off by its death
             continue
         yield message
+
+
+def hear(worker: Any, into: queue.Queue) -> None:
+    """Have a thread put (worker, message) into a queue for all that `worker.process` reports, and None at its end."""
+
+    def listen() -> None:
+        for message in messages(worker.process):
+            into.put((worker, message))
+        worker.process.wait()
+        into.put((worker, None))
+
+    threading.Thread(target=listen, daemon=True).start()
 
 
 def how_it_ended(status: int, log: Path) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from helpers import budget, evaluate, hardware, prepare
 from helpers.cli import main
 from helpers.config import ATTENTION_TARGETS, MLP_TARGETS
-from helpers.evaluate import metrics, report
+from helpers.evaluate import measure, metrics, report
 from helpers.inference import Generation
 from helpers.models import ROOT, families, profile, shape, shape_from_config
 from helpers.quantize import calibration
@@ -246,7 +246,7 @@ def test_add_a_metric(monkeypatch):
         references = [row["answer"] for row in questions]
         evidence[name] = evaluate.Evidence(perplexity=read, answers=answers, references=references)
         entry = {"kind": "model", "path": name, "loaded_as": "fp32", "intervals": {}, "context": 192, "stride": 96}
-        found[name] = entry | evaluate.answer_figures(evidence[name], questions, True, entry["intervals"], 0)
+        found[name] = entry | measure.answer_figures(evidence[name], questions, True, entry["intervals"], 0)
     found["finetuned"]["against"] = {"base": evaluate.compare_models(evidence["finetuned"], evidence["base"])}
     assert found["finetuned"]["length"] == 1 > found["base"]["length"]
     assert len(found["base"]["intervals"]["length"]) == 2

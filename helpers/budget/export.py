@@ -90,10 +90,9 @@ def minutes(
     files: Iterable[FileType],
     cpus: int,
     importance: bool = False,
-    rates: Mapping[str, float] = RATES,
 ) -> float:
     """Minutes on a machine: at most two threads quantize, one reads."""
-    return (core_seconds(shape, files, importance, rates) / min(cpus, THREADS) + FIXED_S) / 60
+    return (core_seconds(shape, files, importance) / min(cpus, THREADS) + FIXED_S) / 60
 
 
 THREADS = 2
@@ -103,25 +102,19 @@ THREADS = 2
 # ---- choosing --------------------------------------------------------------------------------------------------------
 
 
-def choices(
-    shape: ModelShape,
-    cpus: int,
-    context: int = DEFAULT_CONTEXT,
-    importance: bool = False,
-    rates: Mapping[str, float] = RATES,
-) -> list[Choice]:
+def choices(shape: ModelShape, cpus: int, context: int = DEFAULT_CONTEXT) -> list[Choice]:
     """Every type of a model, largest first; context: at most what the model reaches."""
     context = min(context, shape.max_context)
     found = []
     for name, file in FILE_TYPES.items():
-        size = file_bytes(shape, file, importance)
+        size = file_bytes(shape, file)
         found.append(
             Choice(
                 file.name,
                 size,
-                8 * weight_bytes(shape, file, importance) / shape.parameters,
+                8 * weight_bytes(shape, file) / shape.parameters,
                 LOSS_PERCENT[name],
-                minutes(shape, [file], cpus, importance, rates),
+                minutes(shape, [file], cpus),
                 run_gib(shape, size, context),
                 file.needs_importance,
             )

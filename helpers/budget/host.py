@@ -186,11 +186,11 @@ def checkpoint_bytes(config: RunConfig, shape: ModelShape) -> float:
     return 4 * lora_parameters(config, shape) + sum(vram.optimizer_states(config, shape))
 
 
-def disk(config: RunConfig, shape: ModelShape, stage: str, in_cache: bool = True) -> dict[str, float]:
-    """Component -> GiB on disk at a stage's fullest. in_cache: the downloaded base is (still) there."""
+def disk(config: RunConfig, shape: ModelShape, stage: str) -> dict[str, float]:
+    """Component -> GiB on disk at a stage's fullest, the downloaded base among it."""
     local = Path(config.model.model).exists()
     base = base_part(shape)
-    parts = {base: 0.0 if local or not in_cache else stored_bytes(shape) / GIB}
+    parts = {base: 0.0 if local else stored_bytes(shape) / GIB}
     merged = 2 * shape.parameters / GIB
     if stage in ("train", "run"):
         parts["prepared conversations"] = prepared_gib(config)

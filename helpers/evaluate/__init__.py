@@ -12,39 +12,58 @@ no verdict, and a sentence says why.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
-from importlib.util import find_spec
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from helpers import hardware
 from helpers.budget import host, placement
 from helpers.budget.placement import Evaluation, Placement
 from helpers.config import RunConfig
-from helpers.evaluate import cost, metrics, perplexity, preferences, workers
+from helpers.evaluate import cost, kept, metrics, preferences, workers
 from helpers.evaluate import report as report_pages
-from helpers.evaluate.perplexity import Item, Perplexity, read_items, read_jsonl, rows_in
-from helpers.evaluate.tasks import run_tasks
+from helpers.evaluate.kept import Evidence
+from helpers.evaluate.measure import evaluate_one, llama_cpp_speed
+from helpers.evaluate.perplexity import read_items, read_jsonl, rows_in
 from helpers.hardware import Machine
-from helpers.inference import (
-    Generation,
-    Loaded,
-    batch_generate,
-    kind,
-    load,
-    open_tokenizer,
-    pinned,
-    shape_of,
-)
-from helpers.models import gguf_engine, gguf_header
-from helpers.models.gpu import free_memory, gives_back
+from helpers.inference import kind, open_tokenizer, pinned, shape_of
+from helpers.models import gguf_header
+from helpers.models.gpu import gives_back
 from helpers.models.methods import METHODS
 from helpers.show import bars, plots
-from helpers.workspace import MANIFEST, building, maker, read_manifest, write_text
+from helpers.workspace import MANIFEST, SCRATCH, Building, building, empty_folder, maker, read_manifest, write_text
 from helpers.workspace.prepared import scored, with_own_questions
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an evaluation is about, read and planned before anything is loaded."""
+
+    models: dict[str, str | Path]
+    config: RunConfig
+    """As planned: with fewer questions than were asked for where time demands it."""
+    data: Path
+    prompts: list[dict[str, Any]]
+    pairs: list[preferences.Pair]
+    texts: int
+    machine: Machine | None
+    """What the caller says; None: what each process finds."""
+    here: Machine
+    planned: Evaluation
+
+    @property
+    def exact(self) -> bool:
+        """Whether answers can be right word for word."""
+        return self.config.evaluate.questions is not None
+
+    def answered(self, name: str) -> list[dict[str, Any]]:
+        """The questions that a model answers: none where that would take too long."""
+        return self.prompts if self.planned.places[name].answers else []
+
+    def compared(self, name: str) -> list[preferences.Pair]:
+        """The pairs that a model reads."""
+        return self.pairs if self.planned.places[name].answers else []
 
 
 @gives_back
@@ -60,77 +79,136 @@ def evaluate(
     `intervals`, how it was opened (`loaded_as`), what was predicted, and under `against` its comparison with every
     model before it; with pairs (config.evaluate.preferences, or data itself) the figures of preferences.py too. An
     entry with `left_out` has no figures; that sentence says why. With config.train.gpus above 1 so many models are
-    evaluated at once.
+    evaluated at once. What is measured is kept: stopped, the same call goes on with the models that are missing.
     machine: whose VRAM and RAM decide how models are opened; default this one.
     Raises ValueError with one sentence for what the reader can mend. A model that fails when there are figures of
     others is left out.
     """
-    data, config = Path(data), with_own_questions(config, Path(data))
+    asked = read_and_plan(models, config, Path(data), machine)
+    inputs = {name: Path(path) for name, path in asked.models.items()} | {"data": asked.data}
+    with building(output, "evaluate", asked.config, inputs, keep=True) as stage:
+        empty_folder(stage.folder, scratch_too=False)  # a report that was stopped while it was written
+        twin = kept.lasting(output)
+        tasks = tasks_of(asked, stage.folder / SCRATCH)
+        failed = measured(tasks, asked, twin)
+        report, evidence = compared(asked, {task.name: task.file for task in tasks}, failed)
+        write_report(stage, asked, report, evidence, failed)
+    kept.clear(twin)
+    return report
+
+
+def read_and_plan(models: dict[str, str | Path], config: RunConfig, data: Path, machine: Machine | None) -> Asked:
+    """Everything that is asked, and how each model is opened. Raises ValueError for what cannot be."""
+    config = with_own_questions(config, data)
     asked = config.evaluate
     models = {name: pinned(path, config) for name, path in models.items()}
     check_models(models, config)
     questions = read_questions(asked.questions, asked.max_questions) if asked.questions else None
     tokenizer = open_tokenizer(next(iter(models.values())), config)
-    items = read_items(data, tokenizer, asked.max_heldout)
-    next(items)  # an empty file is found here, before anything is loaded
+    next(read_items(data, tokenizer, asked.max_heldout))  # an empty file is found here, before anything is loaded
     pairs = preferences.read(Path(asked.preferences or data), asked.max_heldout, asked.preferences is not None)
     prompts = questions or conversation_starts(data, asked.max_questions or host.UNASKED_PROMPTS)
     texts = min(rows_in(data, asked.eval_context), asked.max_heldout or 10**9)
     here = machine or hardware.probe()
     planned = plan(models, config, here, host.Counts(texts, len(prompts), len(pairs)))
-    config, prompts = planned.config, prompts[: planned.config.evaluate.max_questions]
+    prompts = prompts[: planned.config.evaluate.max_questions]
+    return Asked(models, planned.config, data, prompts, pairs, texts, machine, here, planned)
+
+
+def tasks_of(asked: Asked, folder: Path) -> list[workers.Task]:
+    """A task for each model that can be opened; folder: where its figures are kept."""
+    tasks = []
+    for number, (name, path) in enumerate(asked.models.items(), 1):
+        place = asked.planned.places[name]
+        if place.problem:
+            continue
+        some, pairs = asked.answered(name), asked.compared(name)
+        arguments = {"path": path, "config": asked.config, "data": asked.data, "prompts": some, "exact": asked.exact}
+        arguments |= {"machine": asked.machine, "pairs": pairs, "host": asked.here.host}
+        ram_gib = sum(placement.ram(place, asked.config, shape_of(path, asked.config), asked.here).values())
+        steps = asked.texts + len(some) + preferences.steps(pairs, asked.config)
+        file = kept.name_of(name, path, asked.config, asked.data, [some, len(pairs)], asked.here.name)
+        title = f"{name}, {number} of {len(asked.models)}"
+        tasks.append(workers.Task(name, title, steps, ram_gib, folder / file, arguments))
+    return tasks
+
+
+def measured(tasks: list[workers.Task], asked: Asked, twin: Path | None) -> dict[str, str]:
+    """Measure the models whose figures are not kept; returns why some have none. twin: where they are kept for good.
+
+    Raises ValueError when no model has figures.
+    """
+    for task in tasks:
+        kept.fetch(task.file, twin)
+    times = {task.name: known[2] for task in tasks if (known := kept.read(task.file))}
+    for name, at in times.items():
+        print(f"{name}: kept from {kept.when(at)}.")
+    missing = [task for task in tasks if task.name not in times]
+    gpus, files = workers.count(asked.config, len(missing)), {task.name: task.file for task in missing}
+    alone = one_by_one(missing, alone=not times)
+    failed: dict[str, str] = {}
+    try:
+        for name, why in workers.at_once(missing, gpus, asked.here.host.ram_gib) if gpus > 1 else alone:
+            if why:
+                failed[name] = why
+            else:
+                times[name] = time.time()
+                kept.send(files[name], twin)
+    except BaseException:
+        if times:
+            print(f"The figures of {', '.join(times)} are kept: the same command goes on from them.", file=sys.stderr)
+        raise
+    if not times:
+        raise ValueError("; ".join(reasons(failed)))
+    return failed
+
+
+def reasons(failed: dict[str, str]) -> list[str]:
+    """Why models have no figures, a sentence each."""
+    return [f"{name} is not evaluated: {why}" for name, why in failed.items()]
+
+
+def compared(
+    asked: Asked, files: dict[str, Path], failed: dict[str, str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Evidence]]:
+    """(an entry a model, each with its comparison with those before it; their evidence)."""
     report: dict[str, dict[str, Any]] = {}
     evidence: dict[str, Evidence] = {}
-    named = {name: Path(path) for name, path in models.items()}
-    with building(output, "evaluate", config, {**named, "data": data}) as stage:
-        tasks = []
-        for number, (name, path) in enumerate(models.items(), 1):
-            place = planned.places[name]
-            if place.problem:
-                continue
-            some = prompts if place.answers else []
-            arguments = {"path": path, "config": config, "data": data, "prompts": some, "exact": questions is not None}
-            compared = pairs if place.answers else []
-            arguments |= {"machine": machine, "pairs": compared, "host": here.host}
-            ram_gib = sum(placement.ram(place, config, shape_of(path, config), here).values())
-            title = f"{name}, {number} of {len(models)}"
-            steps = texts + len(some) + preferences.steps(compared, asked_pairs(config, compared))
-            tasks.append(workers.Task(name, title, steps, ram_gib, arguments))
-        gpus = workers.count(config, len(tasks))
-        found = workers.at_once(tasks, gpus, here.host.ram_gib) if gpus > 1 else dict(one_by_one(tasks))
-        if all(isinstance(outcome, str) for outcome in found.values()):
-            raise ValueError("; ".join(f"{name} is not evaluated: {why}" for name, why in found.items()))
-        for name, path in models.items():
-            place = planned.places[name]
-            outcome = found.get(name, place.problem)
-            if isinstance(outcome, str):
-                report[name] = left_out(path, place, outcome)
-                continue
-            report[name], evidence[name] = outcome
-            if place.kind == "gguf" and place.answers and prompts:  # beside PyTorch, the engine it is made for
-                report[name] |= llama_cpp_speed(path)
-            report[name]["against"] = {
-                other: compare_models(evidence[name], evidence[other]) for other in evidence if other != name
-            }
-        write_cards(report, config, stage.folder / "cards")
-        stage.measurements.update(report)
-        write_text(stage.folder / "report.json", json.dumps(report, indent=1))
-        generations = write_generations(stage.folder / "generations.jsonl", prompts, evidence)
-        if said := {name: found["said"] for name, found in evidence.items() if found["said"]}:
-            preferences.write(stage.folder / "pairs.jsonl", pairs, said)
-        drawn = report_pages.figures(report, training_log(models))
-        for name, figure in drawn.items():
-            plots.save(figure, stage.folder / "plots" / f"{name}.png")
-        failed = [f"{name} is not evaluated: {why}" for name, why in found.items() if isinstance(why, str)]
-        about = describe(report, data, len(prompts), asked.questions, (*planned.notes, *failed))
-        made = report_pages.made_with(trained_with(models) or asdict(config), here.name)
-        report_pages.write_html(stage.folder / "report.html", report, generations, drawn, about, made)
-    return report
+    for name, path in asked.models.items():
+        place = asked.planned.places[name]
+        if why := failed.get(name, place.problem):
+            report[name] = left_out(path, place, why)
+            continue
+        report[name], evidence[name], _ = kept.read(files[name])
+        if place.kind == "gguf" and asked.answered(name):  # beside PyTorch, the engine it is made for
+            report[name] |= llama_cpp_speed(path)
+        report[name]["against"] = {
+            other: compare_models(evidence[name], evidence[other]) for other in evidence if other != name
+        }
+    return report, evidence
 
 
-def asked_pairs(config: RunConfig, pairs: Sequence[Any]) -> int:
-    """How many of the pairs are answered: as many as questions may be."""
-    return min(config.evaluate.max_questions or len(pairs), len(pairs))
+def write_report(
+    stage: Building,
+    asked: Asked,
+    report: dict[str, dict[str, Any]],
+    evidence: dict[str, Evidence],
+    failed: dict[str, str],
+) -> None:
+    """Cards, report.json, answers, plots and the page."""
+    write_cards(report, asked.config, stage.folder / "cards")
+    stage.measurements.update(report)
+    write_text(stage.folder / "report.json", json.dumps(report, indent=1))
+    generations = write_generations(stage.folder / "generations.jsonl", asked.prompts, evidence)
+    if said := {name: found["said"] for name, found in evidence.items() if found["said"]}:
+        preferences.write(stage.folder / "pairs.jsonl", asked.pairs, said)
+    drawn = report_pages.figures(report, training_log(asked.models))
+    for name, figure in drawn.items():
+        plots.save(figure, stage.folder / "plots" / f"{name}.png")
+    notes = [*asked.planned.notes, *reasons(failed)]
+    about = describe(report, asked.data, len(asked.prompts), asked.config.evaluate.questions, notes)
+    made = report_pages.made_with(trained_with(asked.models) or asdict(asked.config), asked.here.name)
+    report_pages.write_html(stage.folder / "report.html", report, generations, drawn, about, made)
 
 
 def plan(models: dict[str, str | Path], config: RunConfig, machine: Machine, counts: host.Counts) -> Evaluation:
@@ -153,19 +231,23 @@ def stored_bytes(path: str | Path) -> int:
     return gguf_header.weight_bytes(Path(path)) if kind(path) == "gguf" else 0
 
 
-def one_by_one(tasks: list[workers.Task]) -> Iterator[tuple[str, workers.Outcome]]:
-    """Each task's outcome, in this process. The first model's error is raised: as yet there is nothing to keep."""
+def one_by_one(tasks: list[workers.Task], alone: bool) -> Iterator[tuple[str, str]]:
+    """Each task's name when it is done in this process, with "" or why it has no figures.
+
+    alone: raise the first model's error, since as yet there is nothing to keep.
+    """
     for task in tasks:
         arguments = {name: value for name, value in task.arguments.items() if name != "host"}
+        why = ""
         with bars.bar(task.title, task.steps) as bar:
             try:
-                outcome = evaluate_one(**arguments, bar=bar)
+                kept.write(task.file, *evaluate_one(**arguments, bar=bar))
             except Exception as error:
-                if task is tasks[0]:
+                if alone and task is tasks[0]:
                     raise
-                outcome = workers.in_words(error)
-                print(f"{workers.came_from(error)}{task.name} is not evaluated: {outcome}.", file=sys.stderr)
-        yield task.name, outcome
+                why = workers.in_words(error)
+                print(f"{workers.came_from(error)}{task.name} is not evaluated: {why}.", file=sys.stderr)
+        yield task.name, why
 
 
 def left_out(path: str | Path, place: Placement, why: str) -> dict[str, Any]:
@@ -218,7 +300,7 @@ def training_log(models: dict[str, str | Path]) -> list[dict[str, Any]] | None:
 
 
 def describe(
-    report: dict[str, dict[str, Any]], data: Path, prompts: int, questions: str | None, notes: tuple[str, ...] = ()
+    report: dict[str, dict[str, Any]], data: Path, prompts: int, questions: str | None, notes: Sequence[str] = ()
 ) -> str:
     """How the figures came about, in two sentences, and what was not as asked, one sentence each."""
     first = next(iter(report_pages.evaluated(report).values()))
@@ -230,16 +312,14 @@ def describe(
     return " ".join([read, *(f"{note[0].upper()}{note[1:]}." for note in notes)])
 
 
-class Evidence(dict):
-    """What comparisons need of one model: items' scores by metric, BLEU's counts, answers."""
-
-
 def check_models(models: dict[str, str | Path], config: RunConfig) -> None:
     """Raises ValueError for no model, a folder that is none, or models whose tokenizers differ."""
     if not models:
         raise ValueError("there is no model to evaluate: give at least one NAME=FOLDER")
-    for path in models.values():
+    for name, path in models.items():
         kind(path)
+        if not name or Path(name).name != name:
+            raise ValueError(f"a model cannot be called {name!r}: files get that name; choose letters and digits")
     first, *others = models
     words = open_tokenizer(models[first], config).get_vocab()
     for name in others:
@@ -282,163 +362,6 @@ def conversation_starts(data: Path, limit: int) -> list[dict[str, Any]]:
         if len(starts) == limit:
             break
     return starts
-
-
-@gives_back
-def evaluate_one(
-    path: str | Path,
-    config: RunConfig,
-    data: Path,
-    prompts: list[dict[str, Any]],
-    exact: bool,
-    machine: Machine | None,
-    bar: Any,
-    pairs: list[preferences.Pair],
-) -> tuple[dict[str, Any], Evidence]:
-    """Load one model, measure everything, give its memory back; without prompts no answers and no speed.
-
-    bar: moves with all that is read or answered; pairs: of answers, if any.
-    """
-    asked = config.evaluate
-    entry: dict[str, Any] = {"path": str(path)}
-    with cost.peak_memory() as peaks:
-        bar.set_postfix_str("opening")
-        loaded = load(path, config, machine)
-        started = time.perf_counter()
-        bar.set_postfix_str("perplexity")
-        read = perplexity.perplexity(
-            loaded,
-            counted(read_items(data, loaded.tokenizer, asked.max_heldout), bar),
-            min(asked.eval_context, loaded.context),
-            min(asked.eval_stride, asked.eval_context),
-            loaded.placement.batch_size,
-            config.seed,
-        )
-        bar.set_postfix_str("answers")
-        answers = ask(loaded, prompts, config, bar.update)
-        if pairs:
-            bar.set_postfix_str("pairs")
-        liked, said = preferences.scores(loaded, pairs, config, asked_pairs(config, pairs), bar) if pairs else ({}, [])
-        bar.set_postfix_str("")
-    entry |= {"kind": loaded.kind, "loaded_as": loaded.how, "load_s": loaded.load_s} | peaks
-    entry |= sizes(path, loaded) | (cost.speed(loaded) if prompts else {})
-    if loaded.placement.away:  # its copies from the host are no kernels, but nothing runs beside them
-        entry["gpu_ms_per_token"] = None
-    entry["evaluation_s"] = time.perf_counter() - started
-    counts = host.Counts(len(read.losses), len(prompts), len(pairs))
-    entry |= predictions(loaded, config, machine or hardware.probe(), counts, peaks)
-    if asked.tasks:
-        entry["tasks"] = run_tasks(loaded, asked.tasks, loaded.placement.batch_size)
-    del loaded
-    free_memory()
-    evidence = Evidence(perplexity=read, answers=answers, references=[row["answer"] for row in prompts])
-    entry |= perplexity_figures(read)
-    entry |= answer_figures(evidence, prompts, exact, entry["intervals"], config.seed)
-    entry |= preference_figures(evidence, liked, entry["intervals"], config.seed)
-    evidence["said"] = said
-    return entry, evidence
-
-
-def llama_cpp_speed(path: str | Path) -> dict[str, float]:
-    """Tokens a second of llama.cpp itself on a GGUF file, on this CPU; nothing where llama.cpp is not installed."""
-    if find_spec("xllamacpp") is None:
-        return {}
-    return gguf_engine.speed(Path(path))
-
-
-def predictions(
-    loaded: Loaded, config: RunConfig, machine: Machine, counts: host.Counts, peaks: dict[str, float]
-) -> dict[str, float]:
-    """What the budget gives for a model as it was opened: `predicted_` and the name of the figure; VRAM with a GPU.
-
-    No precision that it was opened in, or none of its shape: nothing.
-    """
-    place, shape = loaded.placement, shape_of(loaded.path, config)
-    needs = placement.needs(place, config, shape, machine, counts)
-    unmeasured = set() if "peak_allocated_gib" in peaks else {"allocated_gib", "reserved_gib"}
-    return {f"predicted_{name}": size for name, size in needs.items() if name not in unmeasured}
-
-
-def counted(items: Iterable[Item], bar: Any) -> Iterator[Item]:
-    """The items; a bar moves on with each."""
-    for item in items:
-        yield item
-        bar.update()
-
-
-def ask(
-    loaded: Loaded, prompts: list[dict[str, Any]], config: RunConfig, each: Callable[[int], Any]
-) -> list[Generation]:
-    """Greedy answers, each to its question in a conversation of its own; each: called with how many came."""
-    asked = config.evaluate
-    chats = [[{"role": "user", "content": row["question"]}] for row in prompts]
-    batch_size = loaded.placement.batch_size
-    return batch_generate(loaded, chats, asked.max_new_tokens, batch_size, each=each) if chats else []
-
-
-def sizes(path: str | Path, loaded: Loaded) -> dict[str, Any]:
-    """size_bytes of the model's own folder; an adapter's with its base beside it."""
-    own = cost.disk_bytes(path)
-    if loaded.kind != "adapter":
-        return {"size_bytes": own}
-    base = cost.disk_bytes(loaded.base)
-    return {"size_bytes": own, "size_with_base_bytes": None if base is None else own + base}
-
-
-def perplexity_figures(read: Perplexity) -> dict[str, Any]:
-    """The entry's part about held-out texts."""
-    return {
-        "perplexity": read.perplexity.value,
-        "bits_per_byte": read.bits_per_byte.value,
-        "scored_tokens": read.tokens,
-        "scored_items": len(read.losses),
-        "context": read.context,
-        "stride": read.stride,
-        "intervals": {
-            "perplexity": [read.perplexity.low, read.perplexity.high],
-            "bits_per_byte": [read.bits_per_byte.low, read.bits_per_byte.high],
-        },
-    }
-
-
-def answer_figures(
-    evidence: Evidence, prompts: list[dict[str, Any]], exact: bool, intervals: dict[str, list[float]], seed: int
-) -> dict[str, Any]:
-    """The entry's part about answers; fills evidence with items' scores, and intervals."""
-    answers: list[Generation] = evidence["answers"]
-    figures: dict[str, Any] = {"exact_match": None, "answers": len(answers)}
-    if not answers:
-        return figures
-    texts = [answer.text for answer in answers]
-    scores = metrics.answer_scores(texts, evidence["references"])
-    if not exact:  # an open answer is never the same word for word
-        del scores["exact_match"]
-    evidence["scores"] = scores | {"ended_share": np.array([float(answer.ended) for answer in answers])}
-    for name, values in evidence["scores"].items():
-        estimate = metrics.mean_interval(values, seed)
-        figures[name], intervals[name] = estimate.value, [estimate.low, estimate.high]
-    evidence["bleu"] = metrics.bleu_counts(texts, evidence["references"])
-    estimate = metrics.bleu_interval(evidence["bleu"], seed)
-    figures["bleu"], intervals["bleu"] = estimate.value, [estimate.low, estimate.high]
-    labelled = [i for i, row in enumerate(prompts) if row.get("choices")]
-    if labelled:
-        figures["classification"] = metrics.classification(
-            [texts[i] for i in labelled], [evidence["references"][i] for i in labelled]
-        )
-    return figures
-
-
-def preference_figures(
-    evidence: Evidence, liked: dict[str, np.ndarray], intervals: dict[str, list[float]], seed: int
-) -> dict[str, float]:
-    """The entry's part about pairs; fills evidence and intervals. The length of answers is no better or worse."""
-    figures = {}
-    for name, values in liked.items():
-        estimate = metrics.mean_interval(values, seed)
-        figures[name], intervals[name] = estimate.value, [estimate.low, estimate.high]
-    compared = {name: values for name, values in liked.items() if name != "answer_tokens"}
-    evidence["scores"] = evidence.get("scores", {}) | compared
-    return figures
 
 
 def compare_models(one: Evidence, other: Evidence) -> dict[str, dict[str, Any]]:

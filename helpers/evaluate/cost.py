@@ -21,12 +21,18 @@ def disk_bytes(name: str | Path) -> int | None:
     """Bytes of a model's file or folder; of a hub model, of its snapshot in the cache. None when not there."""
     if Path(name).is_file():
         return Path(name).stat().st_size
+    folder = on_disk(name)
+    return None if folder is None else size_bytes(folder)
+
+
+def on_disk(name: str | Path) -> Path | None:
+    """The folder of a model; of a hub model, its snapshot in the cache, which has its commit for a name."""
     if Path(name).is_dir():
-        return size_bytes(Path(name))
+        return Path(name)
     from huggingface_hub import snapshot_download
 
     try:
-        return size_bytes(Path(snapshot_download(str(name), local_files_only=True)))
+        return Path(snapshot_download(str(name), local_files_only=True))
     except Exception:  # the hub's client raises many kinds for "not in the cache"
         return None
 

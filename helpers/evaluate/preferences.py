@@ -60,15 +60,20 @@ def pair_of(row: dict[str, Any]) -> Pair:
     return Pair(prompt, chosen, rejected, better["content"], row["rejected"][-1]["content"])
 
 
-def steps(pairs: list[Pair], answers: int) -> int:
+def answered(pairs: list[Pair], config: RunConfig) -> list[Pair]:
+    """The pairs that are answered too: as many as questions may be."""
+    return pairs[: config.evaluate.max_questions or len(pairs)]
+
+
+def steps(pairs: list[Pair], config: RunConfig) -> int:
     """What `scores` moves a bar by."""
-    return 2 * len(pairs) + answers
+    return 2 * len(pairs) + len(answered(pairs, config))
 
 
 def scores(
-    loaded: Loaded, pairs: list[Pair], config: RunConfig, answers: int, bar: Any = None
+    loaded: Loaded, pairs: list[Pair], config: RunConfig, bar: Any = None
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """(figure -> a number a pair, of the answers a number each; the answers); answers: how many are written.
+    """(figure -> a number a pair, of the answers a number each; the answers).
 
     bar: moves with every answer that is read or written.
     """
@@ -82,8 +87,9 @@ def scores(
         for side in ("chosen", "rejected")
     )
     found = {"preference_accuracy": (chosen > rejected).astype(float), "preference_margin": chosen - rejected}
-    written = batch_generate(loaded, [pair.prompt for pair in pairs[:answers]], asked.max_new_tokens, batch, each=each)
-    asked_for = zip(written, pairs[:answers], strict=True)
+    some = answered(pairs, config)
+    written = batch_generate(loaded, [pair.prompt for pair in some], asked.max_new_tokens, batch, each=each)
+    asked_for = zip(written, some, strict=True)
     found["nearer_chosen"] = np.array([preferred(one.text, *pair[3:]) for one, pair in asked_for])
     found["answer_tokens"] = np.array([float(one.tokens) for one in written])
     return found, [one.text for one in written]

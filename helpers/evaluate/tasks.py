@@ -15,22 +15,22 @@ from helpers.evaluate.perplexity import Window, batches, read_jsonl, window_loss
 from helpers.inference import Loaded
 
 
-def run_tasks(loaded: Loaded, names: str, batch_size: int = 8, limit: int | None = None) -> dict[str, dict[str, Any]]:
+def run_tasks(loaded: Loaded, names: str, batch_size: int = 8) -> dict[str, dict[str, Any]]:
     """Figures of each task in `names` (commas between): a .jsonl file, or a task of lm-evaluation-harness.
 
     Raises ValueError with one sentence when the harness or a task's data cannot be had.
     """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     local = [name for name in wanted if name.endswith(".jsonl")]
-    found = {Path(name).stem: multiple_choice(loaded, Path(name), batch_size, limit) for name in local}
-    return found | harness(loaded, [name for name in wanted if name not in local], batch_size, limit)
+    found = {Path(name).stem: multiple_choice(loaded, Path(name), batch_size) for name in local}
+    return found | harness(loaded, [name for name in wanted if name not in local], batch_size)
 
 
-def multiple_choice(loaded: Loaded, path: Path, batch_size: int = 8, limit: int | None = None) -> dict[str, Any]:
+def multiple_choice(loaded: Loaded, path: Path, batch_size: int = 8) -> dict[str, Any]:
     """Accuracy on a local task, with its 95% interval. Raises ValueError naming the row that is none."""
     if not path.is_file():
         raise ValueError(f"there is no task file {path}: give JSONL of question, choices and answer")
-    rows = list(read_jsonl(path))[:limit]
+    rows = list(read_jsonl(path))
     if not rows:
         raise ValueError(f"{path} holds no row: give JSONL of question, choices and answer")
     for number, row in enumerate(rows, 1):
@@ -80,9 +80,7 @@ def choice_window(loaded: Loaded, question: str, choice: str, item: int) -> Wind
     return Window(first + whole, len(first) + known, None, item)
 
 
-def harness(
-    loaded: Loaded, names: list[str], batch_size: int = 8, limit: int | None = None
-) -> dict[str, dict[str, Any]]:
+def harness(loaded: Loaded, names: list[str], batch_size: int = 8) -> dict[str, dict[str, Any]]:
     """Tasks of lm-evaluation-harness on a model that is open already."""
     if not names:
         return {}
@@ -97,7 +95,7 @@ def harness(
         model = HFLM(
             pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size, max_length=loaded.context
         )
-        results = lm_eval.simple_evaluate(model=model, tasks=names, limit=limit, bootstrap_iters=1000)["results"]
+        results = lm_eval.simple_evaluate(model=model, tasks=names, bootstrap_iters=1000)["results"]
     except Exception as error:  # unknown tasks and unreachable data come as many kinds
         raise ValueError(
             f"lm-evaluation-harness could not run {', '.join(names)} ({type(error).__name__}: {str(error)[:200]}): "

@@ -1,6 +1,6 @@
 """Several GPUs: models evaluated at once, a process and a GPU each, and the figures of one after the other.
 
-    found = at_once(tasks, gpus=2, ram_gib=30.0)      # name -> (entry, evidence), or why there are none
+    for name, why in at_once(tasks, gpus=2, ram_gib=30.0): ...      # "", or why there are no figures
 
 A process takes one model and ends, so that the next one finds the GPU and the host as empty as the first. A model
 waits while the host's memory is short beside those that are open. One that fails leaves the others alone.
@@ -8,9 +8,8 @@ waits while the host's memory is short beside those that are open. One that fail
 
 import pickle
 import queue
-import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,13 +20,12 @@ from typing import Any
 
 from helpers import hardware, jobs
 from helpers.config import RunConfig
+from helpers.evaluate import kept
 from helpers.hardware import Host
 from helpers.models import gpu
 from helpers.show import bars
 
 OUT_OF_MEMORY = "out of memory"
-Outcome = tuple[dict[str, Any], Any] | str
-"""A model's entry in the report and the evidence for comparisons; or why there are none, a sentence."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,8 @@ class Task:
     """Of its bar: texts and questions."""
     ram_gib: float
     """Host memory that it takes."""
+    file: Path
+    """Where its figures are kept (kept.py)."""
     arguments: dict[str, Any]
     """What `evaluate.evaluate_one` is called with, but for the bar; and `host`, what was free before any was opened."""
 
@@ -53,7 +53,7 @@ class Worker:
     gpu: int
     process: Popen
     files: Path
-    """Its job, its answer and its log: this path with a suffix each."""
+    """Its job and its log: this path with a suffix each."""
     bar: Any
     failure: str = ""
 
@@ -84,18 +84,22 @@ def count(config: RunConfig, models: int) -> int:
     return max(several, 1)
 
 
-def at_once(tasks: list[Task], gpus: int, ram_gib: float) -> dict[str, Outcome]:
-    """Every task's outcome by its name; ram_gib: of the host, free. Leaves no process behind, whatever happens."""
+def at_once(tasks: list[Task], gpus: int, ram_gib: float) -> Iterator[tuple[str, str]]:
+    """Each task's name when it has ended, with "" or why it has no figures; ram_gib: of the host, free.
+
+    Leaves no process behind, whatever happens.
+    """
     gpu.free_memory()
-    waiting, running, found, said = list(tasks), [], {}, set()
+    waiting, running, said = list(tasks), [], set()
     messages: queue.Queue = queue.Queue()
     with TemporaryDirectory(prefix="evaluation-") as folder, ExitStack() as ended:
         while waiting or running:
             while (task := next_one(waiting, running, gpus, ram_gib)) is not None:
                 waiting.remove(task)
                 free = next(card for card in range(gpus) if card not in {worker.gpu for worker in running})
-                running.append(started(task, free, gpus, Path(folder) / str(len(found) + len(running)), ended))
-                threading.Thread(target=listen, args=(running[-1], messages), daemon=True).start()
+                files = Path(folder) / str(len(tasks) - len(waiting) - 1)
+                running.append(started(task, free, gpus, files, ended))
+                jobs.hear(running[-1], messages)
             if waiting and len(running) < gpus and waiting[0].name not in said:
                 said.add(waiting[0].name)
                 print(f"{waiting[0].name} waits: {waiting[0].ram_gib:.1f} GiB of RAM are not free beside what is open.")
@@ -105,8 +109,7 @@ def at_once(tasks: list[Task], gpus: int, ram_gib: float) -> dict[str, Outcome]:
                 continue
             running.remove(worker)
             worker.bar.close()
-            found[worker.task.name] = outcome(worker)
-    return {task.name: found[task.name] for task in tasks}
+            yield worker.task.name, outcome(worker)
 
 
 def next_one(waiting: list[Task], running: list[Worker], gpus: int, ram_gib: float) -> Task | None:
@@ -118,7 +121,7 @@ def next_one(waiting: list[Task], running: list[Worker], gpus: int, ram_gib: flo
 
 def started(task: Task, card: int, gpus: int, files: Path, ended: ExitStack) -> Worker:
     """A task's process, which is killed and buried when `ended` closes."""
-    job = {"arguments": str(files.with_suffix(".job")), "answer": str(files.with_suffix(".answer"))}
+    job = {"arguments": str(files.with_suffix(".job")), "file": str(task.file)}
     Path(job["arguments"]).write_bytes(pickle.dumps(task.arguments))
     environment, log = gpu.of_worker(card, gpus), files.with_suffix(".log")
     # Of a session of its own: a Ctrl-C of the terminal reaches this process alone, which ends them
@@ -126,14 +129,6 @@ def started(task: Task, card: int, gpus: int, files: Path, ended: ExitStack) -> 
     ended.callback(process.wait)
     ended.callback(process.kill)
     return Worker(task, card, process, files, ended.enter_context(bars.bar(task.title, task.steps)))
-
-
-def listen(worker: Worker, messages: queue.Queue) -> None:
-    """Put a worker's messages into the queue, and None when it has ended."""
-    for message in jobs.messages(worker.process):
-        messages.put((worker, message))
-    worker.process.wait()
-    messages.put((worker, None))
 
 
 def show(worker: Worker, message: jobs.Message) -> None:
@@ -147,14 +142,12 @@ def show(worker: Worker, message: jobs.Message) -> None:
     worker.failure = message.get("failed", worker.failure)
 
 
-def outcome(worker: Worker) -> Outcome:
-    """What an ended worker leaves."""
-    if worker.failure:
+def outcome(worker: Worker) -> str:
+    """Why an ended worker left no figures; "" when it did."""
+    if worker.failure or not worker.process.returncode:
         return worker.failure
-    if worker.process.returncode:
-        how, why = jobs.how_it_ended(worker.process.returncode, worker.files.with_suffix(".log"))
-        return f"its process ended with {how}{', ' * bool(why)}{why}"
-    return pickle.loads(worker.files.with_suffix(".answer").read_bytes())
+    how, why = jobs.how_it_ended(worker.process.returncode, worker.files.with_suffix(".log"))
+    return f"its process ended with {how}{', ' * bool(why)}{why}"
 
 
 def in_words(error: Exception) -> str:
@@ -192,7 +185,7 @@ def main(evaluate_one: Callable[..., tuple[dict[str, Any], Any]]) -> None:
             arguments = pickle.loads(Path(job["arguments"]).read_bytes())
             host = arguments.pop("host")
             arguments["machine"] = arguments["machine"] or on_this_gpu(host)
-            Path(job["answer"]).write_bytes(pickle.dumps(evaluate_one(**arguments, bar=bar)))
+            kept.write(Path(job["file"]), *evaluate_one(**arguments, bar=bar))
     except Exception as error:
         report({"said": came_from(error), "failed": in_words(error)})
     jobs.end(0)

@@ -18,7 +18,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -147,7 +146,7 @@ def followed(workers: list[Worker], work: Path) -> dict[str, Any]:
     """
     messages: queue.Queue = queue.Queue()
     for worker in workers:
-        threading.Thread(target=listen, args=(worker, messages), daemon=True).start()
+        jobs.hear(worker, messages)
     shown, stop = Shown(), SimpleNamespace(interrupted=None)
     failed: list[Worker] = []
     ended, deadline, passed_on = 0, None, False
@@ -178,14 +177,6 @@ def followed(workers: list[Worker], work: Path) -> dict[str, Any]:
         # Who waits for a killed process fails too, and may be heard first.
         raise error_of(min(failed, key=lambda worker: worker.failure.get("died", 0)), len(workers), work)
     return shown.result
-
-
-def listen(worker: Worker, messages: queue.Queue) -> None:
-    """Put a worker's messages into the queue, and None when it has ended."""
-    for message in jobs.messages(worker.process):
-        messages.put((worker, message))
-    worker.process.wait()
-    messages.put((worker, None))
 
 
 def kill(worker: Worker) -> None:

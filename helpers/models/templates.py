@@ -102,7 +102,7 @@ class Encoded(NamedTuple):
     """Tokens before turns were left out to fit the context."""
 
 
-def load_tokenizer(name: str | Path, revision: str | None = None, padding_side: str = "right") -> Any:
+def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
     """A model's tokenizer, ready for chat: a pad token that is not eos, a chat template, a padding side.
 
     Raises ValueError with the remedy when it cannot be had, or has no token that could pad.
@@ -118,7 +118,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None, padding_side: 
             "tokenizer.json and the chat_template.jinja of the same model in transformers' format beside it"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name), revision=revision, padding_side=padding_side)
+        tokenizer = AutoTokenizer.from_pretrained(str(name), revision=revision, padding_side="right")
     except Exception as error:  # the hub's client raises many kinds for "not there" and "no network"
         if folder.is_dir():
             raise ValueError(

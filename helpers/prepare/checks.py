@@ -135,12 +135,6 @@ class Findings:
                 finding.values[name] = " ".join(str(value)[:200].split())[:40]
         return action
 
-    def undo(self, kind: str) -> None:
-        """Take back the last count: the row failed a worse check after all."""
-        self.found[kind].count -= 1
-        if not self.found[kind].count:
-            del self.found[kind]
-
     def table(self) -> list[dict]:
         """The findings as rows, in the order of CHECKS, each with its sentence."""
         return [

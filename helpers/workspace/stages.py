@@ -199,10 +199,10 @@ def locked(folder: Path) -> int:
         os.close(handle)  # what was locked has its finished name by now
 
 
-def empty_folder(folder: Path) -> None:
+def empty_folder(folder: Path, scratch_too: bool = True) -> None:
     """Delete what lies in a folder that this process holds, but for the mark that it is a stage's."""
     scratch = folder / SCRATCH
-    inside = [scratch / name for name in files.names(scratch)]
+    inside = [scratch / name for name in files.names(scratch)] if scratch_too else []
     for path in (*(folder / name for name in files.names(folder) if name != SCRATCH), *inside):
         with suppress(OSError):
             if path == folder / MARK:

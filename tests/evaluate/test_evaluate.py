@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers import budget, cli, evaluate, hardware, inference
 from helpers.budget import hours, placement
 from helpers.budget.placement import Placement
-from helpers.evaluate import cost, judge, metrics, perplexity, report, tasks
+from helpers.evaluate import cost, judge, measure, metrics, perplexity, report, tasks
 from helpers.evaluate.perplexity import Item, read_items
 from helpers.models import ROOT, TINY, experts, loading, profile, shape
 from helpers.show import bars
@@ -360,7 +360,7 @@ def test_tables_name_every_model(finished):
 
 def test_a_size_with_its_base_is_said_of_an_adapter(folders):
     loaded = inference.load(folders["adapter"], CONFIG)
-    sizes = evaluate.sizes(folders["adapter"], loaded)
+    sizes = measure.sizes(folders["adapter"], loaded)
     assert sizes["size_with_base_bytes"] - sizes["size_bytes"] == cost.disk_bytes(folders["plain"])
 
 

@@ -26,9 +26,9 @@ def prepared(tmp_path_factory):
 
 
 def test_what_is_liked_is_the_difference_of_both_answers_log_probabilities(prepared):
-    config = profile("tiny", eval_context=192)
+    config = profile("tiny", eval_context=192, max_questions=1)
     loaded, pairs = inference.load(TINY, config), preferences.read(prepared, None, True)
-    found, said = preferences.scores(loaded, pairs, config, answers=1)
+    found, said = preferences.scores(loaded, pairs, config)
 
     def log_probability(item) -> float:
         ids = torch.tensor([item.ids])

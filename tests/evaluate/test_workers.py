@@ -26,14 +26,14 @@ OF_THE_MACHINE = ("_s", "_gib", "_per_s", "_per_s_batch_8", "gpu_ms_per_token")
 KILLED = """
 import os, sys
 if sys.orig_argv[1:3] == ["-m", "helpers.evaluate"]:
-    import helpers.evaluate as evaluate
-    load = evaluate.load
+    from helpers.evaluate import measure
+    load = measure.load
     def opened(path, *rest):
         if str(path).endswith("killed"):
             os.kill(os.getpid(), 9)
         print("a word of", os.path.basename(path))
         return load(path, *rest)
-    evaluate.load = opened
+    measure.load = opened
 """
 """In a worker: a model that takes more host memory than there is."""
 
@@ -106,7 +106,7 @@ def test_one_after_the_other_a_model_that_fails_leaves_the_others_and_the_first_
 
 
 def test_when_all_fail_that_is_an_error_that_names_each(models, two_on_a_cpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "at_once", lambda tasks, gpus, ram_gib: {task.name: "it fell" for task in tasks})
+    monkeypatch.setattr(workers, "at_once", lambda tasks, gpus, ram_gib: [(task.name, "it fell") for task in tasks])
     both = {name: models[name] for name in ("broken", "killed")}
     with pytest.raises(ValueError, match=r"^broken is not evaluated: it fell; killed is not evaluated: it fell$"):
         evaluate.evaluate(both, two_on_a_cpu, HELDOUT, tmp_path / "none")
@@ -117,7 +117,7 @@ def test_when_all_fail_that_is_an_error_that_names_each(models, two_on_a_cpu, tm
 
 
 def task(name: str, ram_gib: float) -> workers.Task:
-    return workers.Task(name, name, 1, ram_gib, {})
+    return workers.Task(name, name, 1, ram_gib, Path(name), {})
 
 
 @pytest.mark.parametrize(
@@ -146,20 +146,18 @@ def test_each_worker_has_a_gpu_that_no_other_has_and_a_model_waits_where_memory_
         events.append(("opens", job.name, card, files.name))
         return SimpleNamespace(task=job, gpu=card, bar=SimpleNamespace(close=lambda: None))
 
-    def listen(worker, messages):
+    def hear(worker, messages):
         messages.put((worker, None))
 
     def outcome(worker):
         events.append(("ends", worker.task.name))
         return f"{worker.task.name}'s"
 
-    for name, fake in (("started", started), ("listen", listen), ("outcome", outcome)):
-        monkeypatch.setattr(workers, name, fake)
-    at_once = SimpleNamespace(Thread=lambda target, args, daemon: SimpleNamespace(start=lambda: target(*args)))
-    monkeypatch.setattr(workers, "threading", at_once)
-    found = workers.at_once([task("a", 12.0), task("b", 12.0), task("c", 4.0)], gpus=2, ram_gib=20.0)
+    for module, name, fake in ((workers, "started", started), (jobs, "hear", hear), (workers, "outcome", outcome)):
+        monkeypatch.setattr(module, name, fake)
+    found = list(workers.at_once([task("a", 12.0), task("b", 12.0), task("c", 4.0)], gpus=2, ram_gib=20.0))
     assert capsys.readouterr().out == ""  # a GPU is never idle: the third takes it
-    assert found == {"a": "a's", "b": "b's", "c": "c's"} and list(found) == ["a", "b", "c"]
+    assert found == [("a", "a's"), ("c", "c's"), ("b", "b's")]
     assert events == [
         ("opens", "a", 0, "0"),
         ("opens", "c", 1, "1"),
@@ -183,7 +181,7 @@ def test_a_stop_ends_every_process_and_a_gpu_that_memory_leaves_idle_is_said(mon
     monkeypatch.setattr(jobs, "start", start)
     monkeypatch.setattr(workers.queue, "Queue", lambda: SimpleNamespace(get=stop, put=lambda message: None))
     with pytest.raises(KeyboardInterrupt):
-        workers.at_once([task("a", 1.0), task("b", 1.0), task("c", 9.0)], gpus=3, ram_gib=10.0)
+        list(workers.at_once([task("a", 1.0), task("b", 1.0), task("c", 9.0)], gpus=3, ram_gib=10.0))
     assert [process.returncode for process in processes] == [-9, -9]
     assert capsys.readouterr().out == "c waits: 9.0 GiB of RAM are not free beside what is open.\n"
 
