@@ -25,11 +25,22 @@ IMAGE_KEEPS = ("torch", "numpy", "ipywidgets")
 NO_DEPENDENCIES = "requirements/trl.txt"
 
 
+class NotReady(Exception):
+    """Stops a set-up with one sentence.
+
+    A class, because IPython asks an error how it wants to be shown; of a SystemExit it says how to leave IPython.
+    """
+
+    def _render_traceback_(self) -> list[str]:
+        """The sentence, and nothing around it."""
+        return [str(self)]
+
+
 def ready(home: Path | None = None) -> None:
     """Make this interpreter ready for a notebook: right Python, recipes in a folder, packages there, plain errors.
 
     home: where a rented machine keeps files. Recipes in a zip, or in an input that cannot be written to, are put into
-    home/recipes first. On your own machine nothing is installed. Safe to call twice. Raises SystemExit with one
+    home/recipes first. On your own machine nothing is installed. Safe to call twice. Raises NotReady with one
     sentence.
     """
     check_python()
@@ -46,10 +57,10 @@ def ready(home: Path | None = None) -> None:
 
 
 def check_python() -> None:
-    """Raise SystemExit for a Python that the packages have no wheels for."""
+    """Raise NotReady for a Python that the packages have no wheels for."""
     here, oldest, newest = (".".join(map(str, version)) for version in (sys.version_info[:2], OLDEST, NEWEST))
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
-        raise SystemExit(
+        raise NotReady(
             f"This is Python {here} and the recipes need {oldest} to {newest}: "
             "choose another kernel (in Colab: Runtime > Change runtime type > Runtime version)."
         )
@@ -67,11 +78,11 @@ def is_lasting(root: Path, home: Path) -> bool:
 def settle(root: Path, folder: Path) -> Path:
     """Recipes from a zip or a read-only folder as a folder of their own: whole, or not there. Returns the folder.
 
-    What a zip holds outside of the recipes, or under a name that leads out of them, stays in it. Raises SystemExit
+    What a zip holds outside of the recipes, or under a name that leads out of them, stays in it. Raises NotReady
     when the folder is there already, since it is somebody's.
     """
     if folder.exists():
-        raise SystemExit(f"{folder} is there and holds no recipes: rename it, and run this cell again.")
+        raise NotReady(f"{folder} is there and holds no recipes: rename it, and run this cell again.")
     unpacking = folder.with_name(folder.name + ".unpacking")
     shutil.rmtree(unpacking, ignore_errors=True)
     archive = next((place for place in (root, *root.parents) if place.is_file()), None)
@@ -98,14 +109,14 @@ def take_over(folder: Path) -> None:
 
 
 def install_packages() -> None:
-    """Add what a rented machine's image lacks; its own torch, numpy and widgets stay. Raises SystemExit."""
+    """Add what a rented machine's image lacks; its own torch, numpy and widgets stay. Raises NotReady."""
     present = {distribution.name.lower(): distribution.version for distribution in metadata.distributions()}
     keep = [f"{name}=={present[name]}" for name in IMAGE_KEEPS if name in present]
     print("Installing what the recipes need, about a minute the first time ...")
     for options in (["-r", "requirements.txt", *keep], ["--no-deps", "-r", NO_DEPENDENCIES]):
         complaint = pip(*options)
         if complaint:
-            raise SystemExit(complaint)
+            raise NotReady(complaint)
 
 
 def pip(*options: str) -> str:

@@ -25,7 +25,8 @@ for folder in (HOME, HOME / "drive" / "MyDrive"):  # else in a zip of the reposi
         found += [str(path / name.removesuffix(SETUP)) for name in names]
 found = found or [str(path.parents[1]) for path in Path("/kaggle/input").rglob(SETUP)]
 if not found:
-    raise SystemExit(
+    stop = type("NoRecipes", (Exception,), {"_render_traceback_": lambda error: [str(error)]})  # a sentence, no more
+    raise stop(
         f"There are no recipes above {Path.cwd()}, and no zip of them in {HOME} or in Drive: open this notebook "
         "where it lies, or upload a zip of its repository (in Kaggle: Add input, turn Internet on), and run it again."
     )

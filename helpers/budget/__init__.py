@@ -80,16 +80,17 @@ def against_measured(budget: Budget, measured: dict) -> list[dict]:
     on_gpu = budget.machine.gpu is not None
     hours = budget.time.parts
     result = {"merge": "merged model", "quantize": "GPTQ model"}.get(budget.stage, "")
+    stage = f" ({STAGE_NAMES[budget.stage]})" if result else ""  # rows of these two stand in one table
     predicted = {
-        "peak_allocated_gib": ("VRAM allocated, GiB", budget.vram.allocated_gib if on_gpu else 0.0, 1.0),
-        "peak_reserved_gib": ("VRAM reserved, GiB", budget.vram.reserved_gib if on_gpu else 0.0, 1.0),
-        "peak_anonymous_gib": ("RAM, GiB", budget.ram.peak_gib, 1.0),
+        "peak_allocated_gib": (f"VRAM allocated{stage}, GiB", budget.vram.allocated_gib if on_gpu else 0.0, 1.0),
+        "peak_reserved_gib": (f"VRAM reserved{stage}, GiB", budget.vram.reserved_gib if on_gpu else 0.0, 1.0),
+        "peak_anonymous_gib": (f"RAM{stage}, GiB", budget.ram.peak_gib, 1.0),
         "step_s": ("step, s", budget.time.step_s, 1.0),
         "reference_s": ("reference, s", 3600 * hours.get("reference", 0.0), 1.0),
         "train_s": ("training, s", 3600 * (hours.get("training", 0.0) + hours.get(LOOKING, 0.0)), 1.0),
         "merge_s": ("merging, s", 3600 * hours.get("merging", 0.0), 1.0),
         "total_s": ("GPTQ, s", 3600 * hours.get("GPTQ", 0.0), 1.0),
-        "size_bytes": ("result on disk, GiB", budget.disk.parts.get(result, 0.0), 1 / GIB),
+        "size_bytes": (f"{result} on disk, GiB", budget.disk.parts.get(result, 0.0), 1 / GIB),
     }
     return [
         {

@@ -147,15 +147,24 @@ def runs_on(
         longest = int(rest_gib / kv_cache_gib(shape, 1024)) * 1024 if rest_gib > 0 else 0
         row: dict[str, object] = {
             "type": choice.name,
-            "file, GiB": float(f"{choice.size_bytes / GIB:.3g}"),
+            "file": size(choice.size_bytes),
             f"RAM at {context:,} tokens, GiB": round(choice.run_gib, 1),
             f"on {ram_gib:g} GB": "yes" if longest >= context else "no",
-            "longest context": min(longest, shape.max_context),
+            "longest context, tokens": min(longest, shape.max_context),
         }
         if vram_gib:
             row[f"layers on a {vram_gib:g} GB GPU"] = on_gpu(shape, choice, vram_gib, context)
         rows.append(row)
     return rows
+
+
+def size(size_bytes: int) -> str:
+    """Bytes in GiB, in MiB below one.
+
+    >>> size(2**30 * 4), size(2**20 * 3)
+    ('4.00 GiB', '3.0 MiB')
+    """
+    return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB else f"{size_bytes / 2**20:.1f} MiB"
 
 
 def table(types: Iterable[Choice], laptop: list[dict[str, object]]) -> str:

@@ -18,6 +18,22 @@ mark {background: #F0E442; color: black; print-color-adjust: exact; -webkit-prin
 table.side thead {display: none} table.side tr {border: 1px solid #8888; margin-bottom: 0.8em}
 table.side td {border: none; border-top: 1px solid #8884}
 table.side td::before {content: attr(data-of); display: block; font-size: 0.8em; opacity: 0.7}}</style>""",
+    "differ": """\
+{% macro compared(rows) %}<div class="scroll"><table class="differ"><thead><tr><th>model</th><th>against</th>
+<th>metric</th><th>verdict</th><th class="number">difference</th><th class="number">p</th></tr></thead><tbody>
+{% for row in rows %}<tr><td>{{ row.model }}</td><td>{{ row.against }}</td><td>{{ row.metric }}</td>
+<td class="{{ row.verdict }}">{{ row.verdict }}</td><td class="number">{{ row.difference }}</td>
+<td class="number">{{ row.p }}</td></tr>
+{% endfor %}</tbody></table></div>{% endmacro %}
+{% if shown %}{{ compared(shown) }}{% else %}<p>No difference is shown between any two neighbours.</p>{% endif %}
+{% if equal %}<details><summary>{{ equal|length }} comparison{{ "s show" if equal|length > 1 else " shows" }} no \
+difference</summary>
+{{ compared(equal) }}</details>{% endif %}""",
+    "verdicts": """\
+<div class="verdicts"><p><b>{{ verdict|join(" ") }}</b></p>{% include "differ" %}</div>
+<style>.verdicts {max-width: 756px} .verdicts .scroll {overflow-x: auto}
+.verdicts th, .verdicts td {text-align: left !important; padding: 0.3em 0.6em}
+.verdicts .better, .verdicts .worse {font-weight: bold} .verdicts summary {cursor: pointer}</style>""",
     "report": """\
 <!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -35,7 +51,9 @@ td.number, th.number {text-align: right; font-variant-numeric: tabular-nums} th 
 td.number small {display: block; white-space: nowrap} .differ td {white-space: nowrap}
 table.figures th:first-child {position: sticky; left: 0; background: var(--page)}
 .scroll {overflow-x: auto}
-@media (max-width: 640px) {.scroll {background: linear-gradient(90deg, #0000 95%, #8885)}}
+/* a shadow where a table goes on, and over it, moving with the table, the page where it ends */
+@media (max-width: 640px) {.scroll {background: linear-gradient(90deg, #0000, var(--page) 50%) right / 60px 100% \
+no-repeat local, linear-gradient(90deg, #0000, #8888) right / 16px 100% no-repeat scroll}}
 .verdict {font-size: 1.15em; border-left: 6px solid var(--good); padding: 0.3em 0.9em}
 .made {display: grid; grid-template-columns: max-content 1fr; gap: 0.1em 1em} .made dt {color: var(--pale)}
 .made dd {margin: 0; overflow-wrap: anywhere}
@@ -50,16 +68,8 @@ details::details-content {content-visibility: visible; block-size: auto} figure,
 {% if made %}<dl class="made">{% for what, value in made %}<dt>{{ what }}</dt><dd>{{ value }}</dd>{% endfor %}
 </dl>{% endif %}
 <p>{{ about }}</p>
-{% macro compared(rows) %}<div class="scroll"><table class="differ"><thead><tr><th>model</th><th>against</th>
-<th>metric</th><th>verdict</th><th class="number">difference</th><th class="number">p</th></tr></thead><tbody>
-{% for row in rows %}<tr><td>{{ row.model }}</td><td>{{ row.against }}</td><td>{{ row.metric }}</td>
-<td class="{{ row.verdict }}">{{ row.verdict }}</td><td class="number">{{ row.difference }}</td>
-<td class="number">{{ row.p }}</td></tr>
-{% endfor %}</tbody></table></div>{% endmacro %}
 <h2>What differs</h2>
-{% if shown %}{{ compared(shown) }}{% else %}<p>No difference is shown between any two neighbours.</p>{% endif %}
-{% if equal %}<details><summary>{{ equal|length }} comparisons show no difference</summary>
-{{ compared(equal) }}</details>{% endif %}
+{% include "differ" %}
 <p><small>Paired on the same items by sign-flip permutation (BLEU: approximate randomization), two-sided, 5% a test: of
 twenty tests of equal models one is expected to show a difference.</small></p>
 <h2>The table</h2>

@@ -22,8 +22,8 @@ COLUMNS = {  # figure -> heading, how it is written
     "perplexity": ("perplexity", "{:.3f}"),
     "bits_per_byte": ("bits/byte", "{:.3f}"),
     "exact_match": ("exact match", "{:.1%}"),
-    "preference_accuracy": ("likes the better", "{:.1%}"),
-    "preference_margin": ("by nats", "{:.2f}"),
+    "preference_accuracy": ("prefers the better", "{:.1%}"),
+    "preference_margin": ("by how much, nats", "{:.2f}"),
     "nearer_chosen": ("says the better", "{:.1%}"),
     "answer_tokens": ("answer tokens", "{:.1f}"),
     "f1": ("F1", "{:.3f}"),
@@ -31,14 +31,14 @@ COLUMNS = {  # figure -> heading, how it is written
     "bleu": ("BLEU", "{:.1f}"),
     "chrf": ("chrF", "{:.3f}"),
     "ended_share": ("ended", "{:.0%}"),
-    "size_bytes": ("size MiB", "{:,.1f}"),
-    "load_s": ("load s", "{:.1f}"),
-    "peak_allocated_gib": ("VRAM GiB", "{:.2f}"),
-    "peak_anonymous_gib": ("RAM GiB", "{:.2f}"),
-    "first_token_s": ("first token s", "{:.3f}"),
+    "size_bytes": ("size, MiB", "{:,.1f}"),
+    "load_s": ("loading, s", "{:.1f}"),
+    "peak_allocated_gib": ("VRAM, GiB", "{:.2f}"),
+    "peak_anonymous_gib": ("RAM, GiB", "{:.2f}"),
+    "first_token_s": ("first token, s", "{:.3f}"),
     "tokens_per_s": ("tokens/s", "{:,.1f}"),
-    "gpu_ms_per_token": ("GPU ms a token", "{:.2f}"),
-    "tokens_per_s_batch_8": ("at batch 8", "{:,.1f}"),
+    "gpu_ms_per_token": ("GPU a token, ms", "{:.2f}"),
+    "tokens_per_s_batch_8": ("tokens/s, batch 8", "{:,.1f}"),
     "prompt_tokens_per_s": ("prompt tokens/s", "{:,.0f}"),
     "llama_cpp_tokens_per_s": ("llama.cpp tokens/s on this CPU", "{:,.1f}"),
     "llama_cpp_prompt_tokens_per_s": ("llama.cpp prompt tokens/s", "{:,.0f}"),
@@ -50,13 +50,10 @@ NARROW = (
 """Of a table of text; how models were opened is its last column."""
 PAIRS = ("preference_accuracy", "preference_margin", "nearer_chosen", "answer_tokens")
 """And where pairs of answers were judged."""
-ARROWS = dict.fromkeys(("perplexity", "bits_per_byte", "size_bytes", "load_s", "first_token_s"), "↓") | dict.fromkeys(
-    (
-        *("exact_match", "preference_accuracy", "preference_margin", "nearer_chosen", "f1", "rouge_l", "bleu", "chrf"),
-        *("ended_share", "tokens_per_s", "tokens_per_s_batch_8"),
-    ),
-    "↑",
-)
+SAYS_NEITHER = ("loaded_as", "answer_tokens")
+LESS_IS_BETTER = ("perplexity", "bits_per_byte", "size_bytes", "load_s", "peak_allocated_gib", "peak_anonymous_gib")
+LESS_IS_BETTER += ("first_token_s", "gpu_ms_per_token")
+ARROWS = {name: "↓" if name in LESS_IS_BETTER else "↑" for name in COLUMNS if name not in SAYS_NEITHER}
 EQUAL = "no difference shown"
 SIDE_BY_SIDE_ROWS = 24
 PREDICTED = {  # predicted figure -> measured figure, what it is called
@@ -213,6 +210,20 @@ def difference(metric: str, one: Mapping[str, Any]) -> str:
     return f"{value:+z.3f} [{low:+z.3f}, {high:+z.3f}]"
 
 
+def verdicts(report: Report) -> str:
+    """HTML for a notebook: what came out in a sentence or two, what differs as a table, the rest folded under it."""
+    return template("verdicts").render(verdict=verdict(report), **compared_values(report))
+
+
+def compared_values(report: Report) -> dict[str, list[dict[str, str]]]:
+    """What the template of comparisons takes: those that show a difference, and those that show none."""
+    rows = comparisons(report)
+    return {
+        "shown": [row for row in rows if row["verdict"] != EQUAL],
+        "equal": [row for row in rows if row["verdict"] == EQUAL],
+    }
+
+
 def read_generations(folder: Path) -> list[dict[str, Any]]:
     """generations.jsonl of an evaluation. Raises ValueError when there is none."""
     path = Path(folder) / "generations.jsonl"
@@ -291,7 +302,7 @@ def write_html(
 
     made: (what, value) of the run that it is about, as `made_with` gives them.
     """
-    columns, compared = measured_columns(report), comparisons(report)
+    columns = measured_columns(report)
     page = template("report").render(
         title=f"Evaluation: {', '.join(evaluated(report))}",
         verdict=verdict(report),
@@ -302,8 +313,7 @@ def write_html(
             {"name": name, "cells": [(cell(entry, column), interval(entry, column)) for column in columns]}
             for name, entry in report.items()
         ],
-        shown=[row for row in compared if row["verdict"] != EQUAL],
-        equal=[row for row in compared if row["verdict"] == EQUAL],
+        **compared_values(report),
         figures=[both(figure) for figure in drawn.values()],
         tasks={name: entry["tasks"] for name, entry in report.items() if entry.get("tasks")},
         side=template("side_by_side").render(**side_by_side_values(generations[:SIDE_BY_SIDE_ROWS])),
@@ -351,8 +361,9 @@ def made_with(config: Mapping[str, Any], machine: str) -> list[tuple[str, str]]:
     """
     model, adapter, train = config["model"], config["adapter"], config["train"]
     step = f"{train['batch_size']} × {train['accumulation']} conversations a step"
+    folder = Path(model["model"]).exists() or Path(model["model"]).is_absolute()  # which may lie on another machine
     return [
-        ("model", Path(model["model"]).name if Path(model["model"]).exists() else model["model"]),
+        ("model", Path(model["model"]).name if folder else model["model"]),
         ("data", Path(config["data"]["source"]).name),
         ("adapter", f"rank {adapter['rank']}, alpha {adapter['alpha']:g}, {adapter['targets']}"),
         ("training", f"learning rate {train['learning_rate']:g}, {step}, context {config['data']['seq_len']:,} tokens"),

@@ -137,7 +137,7 @@ def take_home(run: Workspace) -> list[str]:
     folder, said = run.folder("export"), []
     twin = lasting_twin(folder)
     for file in sorted(folder.glob("*.gguf")):
-        size = f"{file.stat().st_size / 2**30:.2f} GiB"
+        size = budget.size(file.stat().st_size)
         if twin is not None and is_file(twin / file.name):
             said.append(f"{file.name}, {size}: kept in {twin}; from Drive, drive.google.com downloads it")
         elif place() == "colab":

@@ -364,7 +364,7 @@ def describe(model: ModelShape) -> dict[str, str]:
         "decoder layers": f"{model.layers}",
         "hidden size": f"{model.hidden:,}",
         "MLP size": f"{model.intermediate:,}",
-        "query heads": f"{model.heads} of {model.head_dim}",
+        "query heads": f"{model.heads}, each {model.head_dim} wide",
         "key and value heads": f"{model.kv_heads}, each shared by {model.heads // model.kv_heads} query heads",
         "vocabulary": f"{model.vocab:,} tokens",
         "context": f"{model.max_context:,} tokens",

@@ -168,8 +168,21 @@ class Findings:
 def named_fields(finding: Finding) -> str:
     """The unused fields by how many rows have them, each with its first value."""
     names = sorted(finding.fields, key=lambda name: (-finding.fields[name], name))
-    told = [f"{name} ({finding.fields[name]:,}: {finding.values[name]})" for name in names[:SHOWN_FIELDS]]
-    return ", ".join(told) + (f" and {len(names) - len(told)} more" if len(names) > len(told) else "")
+    told = [
+        f"{name} in {count:,} row{'s' * (count > 1)}, such as {shortened(finding.values[name])}"
+        for name in names[:SHOWN_FIELDS]
+        for count in (finding.fields[name],)
+    ]
+    return "; ".join(told) + (f"; and {len(names) - len(told)} more" if len(names) > len(told) else "")
+
+
+def shortened(value: str, most: int = 20) -> str:
+    """A value by which a field is known, whole or its beginning.
+
+    >>> shortened("ultrachat"), shortened("f0e37e9f7800261167ce91143f98f511f768847236f133f2d0aed60b44")
+    ('ultrachat', 'f0e37e9f780026116…')
+    """
+    return value if len(value) <= most else value[: most - 3] + "…"
 
 
 def sentence(finding: Finding) -> str:

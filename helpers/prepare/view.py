@@ -79,7 +79,10 @@ def epoch(made: dict[str, Any], config: RunConfig, budget: Any) -> list[tuple[st
     timed = f", {duration(total * seconds / 3600)}" if seconds else ""
     rows = [
         ("tokens an epoch", f"{made['train_tokens']:,}, {made['trained_tokens']:,} of them trained"),
-        ("rows a step", f"{rows_a_step} ({config.train.batch_size} × {config.train.accumulation})"),
+        (
+            "rows a step",
+            f"{rows_a_step} (micro-batch {config.train.batch_size} × accumulation {config.train.accumulation})",
+        ),
         ("steps an epoch", f"{steps:,}"),
         ("this run", f"{total:,} steps{timed}"),
     ]

@@ -64,10 +64,12 @@ def in_words(shown: tqdm) -> str:
 
 
 def picture(said: str, share: float) -> str:
-    """The text, and a bar that is filled to a share; HTML.
+    """The text, and a bar that is filled to a share, until it is full and says nothing any more; HTML.
 
-    >>> "width:50.0%" in picture("questions: 2/4", 0.5)
-    True
+    >>> "width:50.0%" in picture("questions: 2/4", 0.5), picture("questions: 4/4", 1.0).count("<div")
+    (True, 1)
     """
-    filled = f"<div style='width:{100 * min(share, 1):.1f}%;background:#2f8fd0;border-radius:3px;height:6px'></div>"
+    if share >= 1:
+        return f"<div style='{STYLE}'>{escape(said)}</div>"
+    filled = f"<div style='width:{100 * share:.1f}%;background:#2f8fd0;border-radius:3px;height:6px'></div>"
     return f"<div style='{STYLE}'>{escape(said)}<div style='{FRAME}'>{filled}</div></div>"

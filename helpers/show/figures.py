@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
 
 from helpers import budget
 from helpers.budget import nf4
@@ -20,7 +21,7 @@ from helpers.budget.hours import duration
 from helpers.config import RunConfig
 from helpers.hardware import Machine
 from helpers.models import ModelShape
-from helpers.show.plots import BLUE, COLOURS, GREEN, HATCHES, ORANGE, RED, SKY, canvas, mark_limit
+from helpers.show.plots import BEHIND_WORDS, BLUE, COLOURS, GREEN, HATCHES, ORANGE, RED, SKY, canvas, mark_limit
 from helpers.show.words import joined
 
 GIB = 2**30
@@ -47,15 +48,15 @@ def stages(rows: Sequence[tuple[str, str, float, float, float]], base_gib: float
     boxes = [("base", "base, 16 bits", base_gib, None, None), *rows]
     top = max(size for _, _, size, _, _ in boxes)
     for at, (stage, made, size, vram, hours) in enumerate(boxes):
+        said = budget.STAGE_NAMES.get(stage, stage)
         axes.bar(at, size, width=0.62, color=COLOURS[at % len(COLOURS)], edgecolor="none")
         size_said = f"{size:.1f} GiB" if size >= 1 else f"{1024 * size:.0f} MiB"
         took = f"\n{vram:.1f} GiB of VRAM\n{duration(hours)}" if vram is not None else "\ndownloaded"
         axes.annotate(f"{made}\n{size_said}", (at, size), (0, 4), textcoords="offset points", ha="center", fontsize=10)
-        axes.annotate(
-            f"{stage}{took}", (at, 0), (0, -6), textcoords="offset points", ha="center", va="top", fontsize=10
-        )
+        axes.annotate(f"{said}{took}", (at, 0), (0, -6), textcoords="offset points", ha="center", va="top", fontsize=10)
         if at:
-            axes.annotate("", (at - 0.35, 0.5 * top), (at - 0.65, 0.5 * top), arrowprops={"arrowstyle": "-|>", "lw": 2})
+            high = 0.75 * top  # between the words above tall boxes and those above low ones
+            axes.annotate("", (at - 0.35, high), (at - 0.65, high), arrowprops={"arrowstyle": "-|>", "lw": 2})
     axes.set(
         xticks=[], ylim=(0, 1.3 * top), ylabel="GiB on disk", title="One line of stages: what each takes and leaves"
     )
@@ -86,7 +87,7 @@ def lora(shapes: Mapping[str, tuple[int, int]], module: str = "q_proj") -> Figur
         axes.text(at + wide / 2, (1 - high) / 2 - 0.05, words,
                   ha="center", va="top", fontsize=10)  # fmt: skip
         gap = 0.75 if name == "B" else 0.45
-        axes.text(at + wide + gap / 2, 0.5, sign, ha="center", va="center", fontsize=20)
+        axes.text(at + wide + gap / 2, 0.5, sign, ha="center", va="center", fontsize=36 if sign == "·" else 20)
         at += wide + gap
     trained = sum(rows * columns for name, (rows, columns) in shapes.items() if name != "W")
     share = trained / (shapes["W"][0] * shapes["W"][1])
@@ -157,9 +158,9 @@ def nf4_rounding(block: Block) -> Figure:
 
 def card_filling(config: RunConfig, shape: ModelShape, machine: Machine) -> dict[str, dict[str, float]]:
     """Stage -> component -> GiB of VRAM when it is fullest, small components joined."""
-    names = {"train": "training", "merge": "merge", "quantize": "GPTQ", "inference": "evaluation"}
     return {
-        said: joined(budget.budget(config, shape, machine, stage=stage).vram.parts) for stage, said in names.items()
+        budget.STAGE_NAMES[stage]: joined(budget.budget(config, shape, machine, stage=stage).vram.parts)
+        for stage in ("train", "merge", "quantize", "inference")
     }
 
 
@@ -176,7 +177,8 @@ def card(filling: Mapping[str, Mapping[str, float]], limit_gib: float, name: str
         for stage, size in zip(filling, sizes, strict=True):
             left[stage] += size
     for stage, total in left.items():
-        axes.annotate(f"{total:.1f} GiB", (total, stage), (4, 0), textcoords="offset points", va="center", fontsize=10)
+        axes.annotate(f"{total:.1f} GiB", (total, stage), (4, 0), textcoords="offset points", va="center", fontsize=10,
+                      bbox=BEHIND_WORDS, zorder=5)  # fmt: skip
     axes.invert_yaxis()
     axes.set(xlabel="GiB", xlim=(0, 1.06 * limit_gib), title=f"What fills a {name}, stage by stage")
     mark_limit(axes, limit_gib, f"limit {limit_gib:.2f} GiB")
@@ -237,7 +239,8 @@ def timeline(layers: int, whole_gib: float, input_gib: float) -> Figure:
                   ha="right", va="top", fontsize=10)  # fmt: skip
     axes.annotate("backward", (layers, 1), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
                   va="top", fontsize=10)  # fmt: skip
-    axes.set(xlabel="time (forward passes of one layer)", ylabel="activations (GiB)", xlim=(0, None), ylim=(0, None))
+    axes.set(xlabel="time (forward passes of one layer)", ylabel="activations (GiB)", xlim=(0, None))
+    axes.set_ylim(0, 1.2 * axes.dataLim.y1)  # room for the words above the highest peak
     axes.set_title("Activation checkpointing: less memory, more time")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=1, frameon=False, fontsize=10)
     return figure
@@ -309,7 +312,8 @@ def sweep(found: Sweep) -> Figure:
         place.grid(visible=False)
     shown = bars.bar(["rounding", "GPTQ"], [found.rounding_error, found.gptq_error], color=[SKY, GREEN], width=0.6)
     bars.bar_label(shown, labels=[f"{one:.1%}" for one in (found.rounding_error, found.gptq_error)], fontsize=10)
-    bars.set(title="error of the outputs", ylabel="share of the outputs' size", ylim=(0, 1.25 * found.rounding_error))
+    bars.set(title="error of the outputs", ylabel="error ÷ size of the outputs", ylim=(0, 1.25 * found.rounding_error))
+    bars.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     bars.grid(axis="x", visible=False)
     return figure
 

@@ -108,11 +108,11 @@ def rows(shape: ModelShape, machine: Machine, context: int) -> list[tuple[str, .
     on_laptop = {row["type"]: row for row in budget.runs_on(shape, context=context)}
     found = []
     for one in budget.choices(shape, machine.host.cpus, context):
-        longest = on_laptop[one.name]["longest context"]
+        longest = on_laptop[one.name]["longest context, tokens"]
         found.append(
             (
                 one.name,
-                size(one.size_bytes),
+                budget.size(one.size_bytes),
                 f"{one.bits:.2f}{'*' if one.needs_importance else ''}",
                 f"+{one.loss_percent:g} %",
                 f"{max(one.minutes, 1):.0f} min",
@@ -121,15 +121,6 @@ def rows(shape: ModelShape, machine: Machine, context: int) -> list[tuple[str, .
             )
         )
     return found
-
-
-def size(size_bytes: int) -> str:
-    """Bytes in GiB, in MiB below one.
-
-    >>> size(2**30 * 4), size(2**20 * 3)
-    ('4.00 GiB', '3.0 MiB')
-    """
-    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.1f} MiB"
 
 
 def cells(texts: Sequence[str], first: int = 0) -> str:
@@ -158,12 +149,15 @@ def kept(errors: Mapping[str, Mapping[str, Any]], chosen: str = "") -> Figure:
         left.annotate(name, (found["bits"], 100 * found["error"]), textcoords="offset points", fontsize=8, **beside)
     left.set(xlabel="bits a weight", ylabel="error, % of the weights", title="What a type loses of one matrix")
     left.set_yscale("log")
+    left.yaxis.set_major_formatter("{x:g}")
     left.margins(0.15)
+    left.margins(x=0.3)  # for the names beside the outermost
     shown = [name for name in errors if name in names] or list(errors)[-2:]
     widest = max(float(np.abs(errors[name]["difference"]).max()) for name in shown) or 1.0
     for name, colour in zip(shown, plots.COLOURS, strict=False):
         values = np.asarray(errors[name]["difference"]).reshape(-1)
         right.hist(values, bins=np.linspace(-widest, widest, 81), histtype="step", color=colour, label=name)
     right.set(xlabel="change of a weight", ylabel="weights", title="How far weights move")
+    right.yaxis.set_major_formatter(plots.COUNT)
     right.legend(frameon=False, fontsize=8)
     return figure

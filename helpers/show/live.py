@@ -196,12 +196,13 @@ def picture(curves: Curves) -> str:
     share = step / max(curves.total_steps, 1)
     loss = list(zip(curves.steps, curves.losses, strict=True))
     smooth = list(zip(curves.steps, curves.smoothed, strict=True))
-    held = f" · held out {curves.heldout[-1][1]:.3f} ●" if curves.heldout else ""
+    held = f" · held out {curves.heldout[-1][1]:.3f} <span style='color:{RED}'>●</span>" if curves.heldout else ""
     value = f"{curves.smoothed[-1]:.3f}{held}" if smooth else ""
     end = curves.total_steps
+    rate = mark(curves.rates[-1][1]) if curves.rates else ""
     charts = [
-        chart("loss, smoothed", value, [(loss, BLUE, 0.35, 1), (smooth, BLUE, 1, 2)], curves.heldout, end),
-        chart("learning rate", latest(curves.rates, ".2g"), [(curves.rates, GREEN, 1, 2)], [], end, zero=True),
+        chart("loss, smoothed", value, [(loss, BLUE, 0.5, 1), (smooth, BLUE, 1, 2)], curves.heldout, end),
+        chart("learning rate", rate, [(curves.rates, GREEN, 1, 2)], [], end, zero=True),
         chart("gradient norm", latest(curves.norms, ".3g"), [(curves.norms, ORANGE, 1, 1.5)], [], end, zero=True),
         chart("tokens a second", latest(curves.speeds, ",.0f"), [(curves.speeds, PURPLE, 1, 1.5)], [], end, zero=True),
     ]
@@ -210,7 +211,7 @@ def picture(curves: Curves) -> str:
         charts.insert(1, chart("margin of pairs", value, [(curves.margins, GREEN, 1, 2)], [], end, zero=True))
     return (
         f"{STYLE}<div class='live'><div class='name'><b>step {step:,} of {curves.total_steps:,}{left}</b>"
-        f"<span>{share:.0%}</span></div>{filled(share, BLUE)}{memory(curves)}"
+        f"<span>{share:.0%}</span></div>{filled(share, BLUE) if share < 1 else ''}{memory(curves)}"
         f"<div class='charts'>{''.join(charts)}</div></div>"
     )
 
@@ -261,14 +262,26 @@ def chart(
         for points, colour, opacity, width in lines
     ]
     drawn += [f"<circle r='4' fill='{RED}' cx='{x}' cy='{y}'/>" for x, y in (place(*dot).split(",") for dot in dots)]
-    words = escape(f"{name}: {value or 'nothing yet'}, from {low:.3g} to {high:.3g}", quote=True)
+    words = escape(f"{name}: {plain(value) or 'nothing yet'}, from {mark(low)} to {mark(high)}", quote=True)
     return (
         f"<div><div class='name'><span>{name}</span><b>{value}</b></div>"
         f"<svg viewBox='-2 -12 {WIDE + 4} {HIGH + 26}' role='img' aria-label='{words}'>"
         f"<path d='M0,{HIGH}H{WIDE}' stroke='currentColor' stroke-opacity='.35'/>{''.join(drawn)}"
-        f"<text text-anchor='end' x='{WIDE}' y='-3'>{high:,.4g}</text>"
-        f"<text text-anchor='end' x='{WIDE}' y='{HIGH + 11}'>{low:,.4g}</text></svg></div>"
+        f"<text text-anchor='end' x='{WIDE}' y='-3'>{mark(high)}</text>"
+        f"<text text-anchor='end' x='{WIDE}' y='{HIGH + 11}'>{mark(low)}</text></svg></div>"
     )
+
+
+def mark(value: float) -> str:
+    """A figure at an axis' end: three digits, small ones as learning rates are written.
+
+    >>> mark(2.6561), mark(3773.8), mark(0.0005), mark(0.02062), mark(0)
+    ('2.66', '3,774', '5e-4', '0.0206', '0')
+    """
+    if 0 < abs(value) < 0.01 and f"{value:.3g}" != "0.01":
+        digits, power = f"{value:.1e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]:

@@ -40,6 +40,10 @@ STYLE = {
     "hatch.linewidth": 0.6,
 }
 MIB, GIB = 2**20, 2**30
+COUNT = "{x:,.0f}"
+"""How an axis that counts is written."""
+BEHIND_WORDS = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
+"""So that a line behind them leaves them readable."""
 READABLE_PX = 600
 """A figure is never shown narrower: its words would be less than 8 pixels high."""
 INK, PAGE = "#dddddd", "#16181b"
@@ -263,6 +267,7 @@ def speed(report: Report) -> Figure:
         left.bar_label(bars, labels=[f"{rate:,.3g}" if rate < 1000 else f"{rate:,.0f}" for rate in rates], fontsize=9)
     left.set_xticks(at, names)
     left.set(ylabel="tokens a second", title="Decoding: higher is better")
+    left.yaxis.set_major_formatter(COUNT)
     left.legend(frameon=False, ncols=2, loc="upper left")
     waits = [1000 * (entry.get("first_token_s") or 0.0) for entry in report.values()]
     bars = right.bar(names, waits, color=[COLOURS[i % len(COLOURS)] for i in range(len(names))], width=0.55)
@@ -318,7 +323,7 @@ def mark_limit(axes: Axes, limit: float, text: str) -> None:
     side, shift = ("left", 4) if limit < (left + right) / 2 else ("right", -4)
     axes.annotate(
         text, (limit, 1), (shift, -2), xycoords=("data", "axes fraction"), textcoords="offset points", ha=side,
-        va="top", color=RED, fontsize=10, bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
+        va="top", color=RED, fontsize=10, bbox=BEHIND_WORDS,
     )  # fmt: skip
 
 
@@ -329,11 +334,13 @@ def nf4_levels(ours: Sequence[float], library: Sequence[float]) -> Figure:
     scale = 1.8481  # the normal quantile that becomes the level 1
     axes.fill_between(x, np.exp(-((scale * x) ** 2) / 2), color=SKY, alpha=0.35, label="normally distributed weights")
     axes.vlines(ours, 0, 0.5, color=BLUE, linewidth=2, label="computed from quantiles")
-    axes.scatter(library, [0.5] * len(library), color=RED, marker="v", s=45, zorder=3, label="bitsandbytes' table")
     worst = max(abs(a - b) for a, b in zip(ours, library, strict=True))
+    table = f"bitsandbytes' table (off by {worst:.0e} at most)"
+    axes.scatter(library, [0.5] * len(library), color=RED, marker="v", s=45, zorder=3, label=table)
     axes.set(xlabel="weight ÷ largest weight of its block of 64", yticks=[], ylim=(0, 1.45))
-    axes.set_title(f"NF4: 16 levels, most where most weights are (largest difference {worst:.1g})")
-    axes.legend(frameon=False, ncols=3, loc="upper center", fontsize=10)
+    axes.set_title("NF4: 16 levels, most where most weights are")
+    axes.spines["left"].set_visible(False)
+    axes.legend(frameon=False, ncols=3, loc="upper center", fontsize=9)
     return figure
 
 
@@ -347,6 +354,8 @@ def length_histogram(lengths: Iterable[int], context: int) -> Figure:
     over = float((values > context).mean())
     axes.set(xlabel="tokens of a conversation", ylabel="conversations", xlim=(0, 1.02 * max(values.max(), context)))
     mark_limit(axes, context, f"context {context}" + (f", {over:.1%} longer" if over else ""))
+    axes.xaxis.set_major_formatter(COUNT)
+    axes.yaxis.set_major_formatter(COUNT)
     axes.set_title(f"{len(values):,} conversations, median {np.median(values):,.0f} tokens")
     return figure
 
@@ -365,6 +374,7 @@ def weights_before_after(before: Any, after: Any, group_size: int) -> Figure:
     left.hist(old.ravel(), bins, color=SKY, label="before")
     left.hist(new.ravel(), bins, histtype="step", color=RED, linewidth=1.2, label="after")
     left.set(xlabel="weight", ylabel="weights", title="Weights")
+    left.yaxis.set_major_formatter(COUNT)
     left.legend(frameon=False)
     size = old.shape[1] if group_size == -1 else group_size
     groups = [slice(start, start + size) for start in range(0, old.shape[1], size)]

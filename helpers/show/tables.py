@@ -1,13 +1,18 @@
 """Tables for people: rows in, a table at notebook width out."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+LONG = 20
+"""Characters; a word of more has no place in a column of a phone's width."""
 
 
 def table(rows: Sequence | Mapping[str, Any], columns: Sequence[str] = ("what", "value")) -> Any:
     """A pandas Styler without an index, text to the left and escaped, numbers to four digits.
 
-    rows: dicts with the same keys, pairs, or one dict whose items become rows; columns name the pairs.
+    rows: dicts with the same keys, pairs, or one dict whose items become rows; columns name the pairs. A column in
+    which nothing stands is left out.
 
     >>> table({"steps": 135, "loss": 0.0217241}).data.shape
     (2, 2)
@@ -17,6 +22,7 @@ def table(rows: Sequence | Mapping[str, Any], columns: Sequence[str] = ("what", 
     rows = list(rows.items()) if isinstance(rows, Mapping) else list(rows)
     names = None if rows and isinstance(rows[0], Mapping) else list(columns)
     frame = pd.DataFrame(rows, columns=names, dtype=object)  # else None is nan beside numbers, and 4,096 is 4096.0
+    frame = frame.loc[:, frame.notna().any()] if rows else frame
     left = [{"selector": "th, td", "props": "text-align: left"}]
     return frame.style.hide(axis="index").format(in_words).set_table_styles(left)
 
@@ -40,26 +46,34 @@ def errors(modules: Sequence[Mapping[str, Any]]) -> Any:
     found = pd.DataFrame(modules).pivot(index="layer", columns="module", values="error")
     found = found.rename(columns=lambda module: module.rpartition(".")[2]).rename_axis(columns=None)
     said = [{"selector": "caption", "props": "text-align: left; padding: 4px 0"}]
-    caption = "squared error of each matrix's outputs, as GPTQ measured it; compare down a column"
-    return found.style.format("{:.1e}", na_rep="–").set_caption(caption).set_table_styles(said)
+    caption = "squared error of each matrix's outputs; compare down a column"
+    style = found.reset_index().style.hide(axis="index")  # a named index would be a line of headings by itself
+    return style.format("{:.1e}", na_rep="–", subset=found.columns).set_caption(caption).set_table_styles(said)
 
 
 def in_words(value: Any) -> str:
     """One cell: whole numbers with separators, others to four digits, text with its <, > and & escaped.
 
+    Long paths and names may go on in a new line where they have a part: a narrow page has no room for them.
+
     >>> in_words(1234567), in_words(0.0217241), in_words("<s>"), in_words(None)
     ('1,234,567', '0.02172', '&lt;s&gt;', '')
+    >>> in_words("in data/two_conversations.jsonl")
+    'in data/<wbr>two_<wbr>conversations.<wbr>jsonl'
     """
     from html import escape
 
-    return "" if value is None else str(value) if isinstance(value, bool) else escape(plain(value))
+    if value is None:
+        return ""
+    words = escape(str(value) if isinstance(value, bool) else plain(value)).split(" ")
+    return " ".join(re.sub(r"(?<=[/_.=])(?=\w)", "<wbr>", word) if len(word) > LONG else word for word in words)
 
 
 def plain(value: Any) -> str:
     """A figure as text: whole numbers with separators, others to four digits, what is not known as a dash.
 
-    >>> plain(1234567), plain(0.0217241), plain(True), plain(None)
-    ('1,234,567', '0.02172', 'yes', '–')
+    >>> plain(1234567), plain(0.0217241), plain(10791.3), plain(True), plain(None)
+    ('1,234,567', '0.02172', '10,791', 'yes', '–')
     """
     from numbers import Integral, Real
 
@@ -69,7 +83,9 @@ def plain(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, Integral):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, Real) else str(value)
+    if isinstance(value, Real):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
 
 
 def text(figures: Mapping[str, Any]) -> str:
@@ -155,7 +171,7 @@ LABELS = {
 """How a measurement is called for people; others go by their name."""
 MIB = 2**20
 NOT_FOR_PEOPLE = ("run", "loss_check")
-SAYS_NOTHING = ("resumed_from_step", "shards_resumed", "before_allocated_gib")
+SAYS_NOTHING = ("resumed_from_step", "shards_resumed", "before_allocated_gib", "answered_before", "without_an_answer")
 SAYS_NOTHING += ("peak_allocated_gib", "peak_reserved_gib")
 """Of these a zero says that it was not so, or that there is no GPU."""
 

@@ -526,7 +526,7 @@ def test_against_measured_pairs_what_was_measured_with_what_was_predicted():
     assert row == {"quantity": "step, s", "predicted": "on GPUs only", "measured": 30.0, "difference %": None}
     merging = budget.budget(TINY, TINY_SHAPE, OLD_LAPTOP, "merge")
     rows = budget.against_measured(merging, {"peak_anonymous_gib": 0.3, "size_bytes": 8_126_976, "merge_s": 1.0})
-    assert [row["quantity"] for row in rows] == ["RAM, GiB", "merging, s", "result on disk, GiB"]
+    assert [row["quantity"] for row in rows] == ["RAM (merging), GiB", "merging, s", "merged model on disk, GiB"]
     assert abs(rows[-1]["difference %"]) < 0.2
 
 

@@ -6,8 +6,6 @@ import math
 import mmap
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -566,19 +564,6 @@ def test_prompts_longer_than_the_budget_counts_on_go_in_smaller_batches(base, mo
 
 
 # ---- a machine that lacks a model, and what evaluation costs ---------------------------------------------------------
-
-
-def test_notebook_5_runs_on_a_machine_where_the_merged_model_is_not(executed_run, tmp_path):
-    run = tmp_path / "tiny"
-    shutil.copytree(
-        executed_run, run, ignore=shutil.ignore_patterns("merge", "evaluate", "export", "report.json", "notebooks")
-    )
-    command = ["notebooks/run_all.py", "--workspace", str(run), "--only", "05_evaluation.ipynb"]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert list(json.loads((run / "report.json").read_text(encoding="utf-8"))) == ["base", "finetuned", "gptq"]
-    executed = (run / "notebooks" / "05_evaluation.ipynb").read_text(encoding="utf-8")
-    assert "merged is left out" in executed and "04_gptq_quantization.ipynb makes it" in executed
 
 
 def test_one_talks_to_the_best_model_that_there_is():

@@ -54,10 +54,26 @@ def test_what_differs_stands_first_and_what_does_not_is_folded(page):
     assert page.index('class="verdict"') < page.index("<h2>")
 
 
+def test_a_notebook_shows_the_same_sentence_and_the_same_fold():
+    shown, _, folded = report.verdicts(FOUND).partition("<details>")
+    assert all(sentence in shown for sentence in report.verdict(FOUND))
+    assert shown.count('<td class="better">better</td>') == 1 and folded.count(f">{report.EQUAL}<") == 2
+    one = {name: FOUND[name] for name in ("base", "finetuned", "merged")}
+    assert "1 comparison shows no" in report.verdicts(one)
+
+
+def test_every_figure_of_which_more_or_less_is_better_has_its_arrow():
+    pointed = {name: arrow for name, arrow in report.ARROWS.items() if arrow == "↑"}
+    assert set(report.ARROWS) | set(report.SAYS_NEITHER) == set(report.COLUMNS) and "prompt_tokens_per_s" in pointed
+    assert set(report.LESS_IS_BETTER) == set(report.ARROWS) - set(pointed)
+
+
 def test_it_says_what_was_trained_on_what_where_and_when(page):
     said = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
     assert said["model"] == "tiny-mistral" and said["data"] == "conversations.jsonl"
     assert said["adapter"] == "rank 8, alpha 32, all-linear" and "learning rate 0.0005" in said["training"]
+    elsewhere = report.made_with(asdict(profile("tiny").with_values(model="/gone/since/my-model")), "Tesla T4")
+    assert dict(elsewhere)["model"] == "my-model"
     assert re.fullmatch(r"Tesla T4, \d\d \w+ 20\d\d", said["measured on"])
 
 

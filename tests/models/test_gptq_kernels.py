@@ -170,5 +170,5 @@ def test_gpu_time_a_token_counts_kernels_and_not_copies_beside_them():
     events = [("gemm", cuda, 400.0), ("Memcpy HtoD (Pinned -> Device)", cuda, 900.0), ("aten::mm", cpu, 50.0)]
     events += [("Memcpy DtoD (Device -> Device)", cuda, 100.0)]
     assert kernel_ms(SimpleNamespace(name=n, device_type=t, device_time=us) for n, t, us in events) == 0.5
-    assert "GPU ms a token" in text_table({"gptq": {"gpu_ms_per_token": 4.57}})
+    assert "GPU a token, ms" in text_table({"gptq": {"gpu_ms_per_token": 4.57}})
     assert "4.57" in text_table({"gptq": {"gpu_ms_per_token": 4.57}})

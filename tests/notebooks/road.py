@@ -57,6 +57,20 @@ class Visit:
         return "\n".join("".join(text) for text in texts)
 
 
+def by_hand(form: Path, typed: dict[str, Any], moved: dict[str, Any]) -> None:
+    """What somebody does in a notebook: type values into its form, move sliders of its panel before going on."""
+    notebook = nbformat.read(form, as_version=4)
+    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    for name, value in typed.items():
+        assert f"\n{name} = None" in parameters.source, f"{form.name} has no field {name}"
+        parameters.source = parameters.source.replace(f"\n{name} = None", f"\n{name} = {value!r}")
+    if moved:
+        (shown,) = (place for place, cell in enumerate(notebook.cells) if "panel.panel(" in cell.source)
+        moves = "\n".join(f"sliders.controls[{knob!r}].value = {value!r}" for knob, value in moved.items())
+        notebook.cells.insert(shown + 1, nbformat.v4.new_code_cell(moves))
+    nbformat.write(notebook, form)
+
+
 @dataclass
 class Road:
     """A Drive, and machines that come and go; what runs on them is the profile tiny, made smaller still.
@@ -106,19 +120,21 @@ class Road:
         return machine
 
     def visit(
-        self, notebook: str, typed: dict[str, Any] | None = None, vram_gib: float | None = None, **injected
+        self,
+        notebook: str,
+        typed: dict[str, Any] | None = None,
+        moved: dict[str, Any] | None = None,
+        vram_gib: float | None = None,
+        **injected,
     ) -> Visit:
         """Run one notebook on a fresh machine.
 
-        typed: into its form, by parameter. injected: faults in Drive, as `faults.settings` names them.
+        typed: into its form, by parameter; moved: sliders, when its panel is shown. injected: faults in Drive, as
+        `faults.settings` names them.
         """
         machine = self.fresh_machine(vram_gib)
         recipes = machine / "recipes"
-        form = recipes / "notebooks" / notebook
-        for name, value in (typed or {}).items():
-            source = form.read_text(encoding="utf-8")
-            assert f'"{name} = None' in source, f"{notebook} has no field {name}"
-            form.write_text(source.replace(f'"{name} = None', f'"{name} = {value!r}'), encoding="utf-8")
+        by_hand(recipes / "notebooks" / notebook, typed or {}, moved or {})
         environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
         environment |= {"HOME": str(machine / "home"), "TMPDIR": str(machine / "tmp"), "HF_HUB_OFFLINE": "1"}
         environment |= {"RECIPES_LASTING": str(self.drive), "RECIPES_PATIENCE_S": "0"}

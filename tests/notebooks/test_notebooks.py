@@ -13,6 +13,9 @@ import badges
 import nbformat
 import pytest
 
+from helpers.config import flat
+from helpers.models import profile
+
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NAMES = [
     "01_environment_setup.ipynb",
@@ -103,24 +106,44 @@ def test_its_parameters_are_plain_variables_right_after_set_up(name, notebook):
         assert {"rank", "alpha", "learning_rate"} <= set(values), "where the sliders start"
 
 
+COLAB_FIELDS = {'"boolean"': bool, '"string"': str, '"raw"': object, '"integer"': int, '"number"': int | float}
+"""Of those that Colab's notebook on forms shows, what is used here, and what such a field writes."""
+
+
 def test_its_parameters_are_a_form_in_colab_that_can_hold_what_stands_there(name, notebook):
-    """`# @param` with a list, or with a type; a raw one takes a Python expression, as None and numbers are."""
+    """`# @param`, a list or a type or both: `["a", "b"] {type: "raw", allow-input: true}`.
+
+    A raw field writes what is chosen as it is, None or a number; any other writes it in quotes.
+    """
     (cell,) = tagged(notebook, "parameters")
-    lines = [line for line in cell.source.splitlines() if not line.startswith("# @")]
-    forms = [re.fullmatch(r"(\w+) = (.+?)  # @param ?(\[.*?\])? ?({.*})?", line) for line in lines]
-    if not any(forms):
-        pytest.skip("its parameters are no form yet")
-    for line, form in zip(lines, forms, strict=True):
-        assert form, f"{line}: every parameter, or none"
+    first, *lines = cell.source.splitlines()
+    assert first.startswith("# @title ")
+    fields = [line for line in lines if not line.startswith("# @markdown ")]
+    for line in fields:
+        form = re.fullmatch(r"(\w+) = (.+?)  # @param ?(\[.*?\])? ?(?:{(.*)})?", line)
+        assert form, f"{line}: every parameter is a field of the form"
         _, value, choices, settings = form.groups()
-        settings = dict(re.findall(r"([\w-]+): ([\w\"]+)", settings or ""))
-        raw = settings.get("type") == '"raw"'
-        kind = {'"boolean"': bool, '"string"': str}.get(settings.get("type"), str if choices else object)
-        assert raw or isinstance(ast.literal_eval(value), kind), line
-        if choices:
-            offered = json.loads(choices)
-            assert (value if raw else ast.literal_eval(value)) in offered, line
-            assert not raw or [ast.literal_eval(one) for one in offered], line
+        settings = dict(one.split(": ") for one in (settings or "").split(", ") if one)
+        assert set(settings) <= {"type", "allow-input"} and settings.get("allow-input", "true") == "true", line
+        raw, kind = settings.get("type") == '"raw"', COLAB_FIELDS[settings.get("type", '"string"')]
+        assert isinstance(ast.literal_eval(value), kind), line
+        for offered in json.loads(choices or "[]"):
+            assert isinstance(offered, str), f"{line}: Colab's lists hold strings"
+            written = offered if raw else json.dumps(offered)
+            ast.literal_eval(written)
+        assert not choices or (value if raw else ast.literal_eval(value)) in json.loads(choices), line
+
+
+def test_what_its_form_writes_is_read(name, notebook):
+    (cell,) = tagged(notebook, "parameters")
+    written = {node.targets[0].id for node in ast.parse(cell.source).body}
+    after = [source for source in code(notebook) if source not in (cell.source, code(notebook)[0])]
+    read = {node.id for source in after for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    assert written <= read, f"{sorted(written - read)}: a field that nothing reads"
+    for field, choices in re.findall(r"(\w+) = .*?# @param (\[.*?\]) {type: \"raw\"", cell.source):
+        for value in map(ast.literal_eval, json.loads(choices)):
+            if value is not None:  # as chosen last
+                assert flat(profile("tiny", **{field: value}))[field] == value
 
 
 def test_it_defines_nothing_and_branches_on_no_constant(notebook):

@@ -1,4 +1,4 @@
-"""From prepare to report on machines that vanish, with a Drive that fails, from bases as they lie on the hub.
+"""From prepare to report on machines that vanish, with a Drive that fails, from a base as it lies on the hub.
 
 Six notebooks, six machines (road.py), a seventh because one is lost in the middle of training. A quarter of first
 tries in Drive fail. What has to stand at the end is in Drive: a model that answers through its own chat template, the
@@ -7,7 +7,6 @@ report, and a training that did not begin anew.
 
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,8 +21,8 @@ from helpers.models import TINY
 ROWS = {"conversations.jsonl": 96, "heldout_conversations.jsonl": 8, "questions.jsonl": 8, "calibration.jsonl": 40}
 SETTINGS = {"batch_size": 2, "max_steps": 12, "save_steps": 5, "eval_batch_size": 1, "max_new_tokens": 8}
 SETTINGS |= {"calibration_samples": 32}
-RANK = 8
-"""Typed into notebook 1, on a machine that trains nothing."""
+TYPED, MOVED = {"alpha": 24}, {"rank": 8, "seq_len": 128}
+"""In notebook 1, on a machine that prepares and trains nothing: into its form, and by its sliders."""
 
 
 @dataclass
@@ -43,15 +42,11 @@ class Walk:
         return self.road.run
 
 
-def without_template(folder: Path) -> Path:
-    """The sample model as base models lie on the hub: no chat template, no pad token."""
-    shutil.copytree(TINY, folder)
-    (folder / "chat_template.jinja").unlink()
-    return folder
-
-
 def with_mistrals_tokenizer(folder: Path) -> Path:
-    """A random Mistral with the sample model's layers; its 32,768 words and their files are Mistral-7B-v0.3's."""
+    """A random Mistral with the sample model's layers; its 32,768 words and their files are Mistral-7B-v0.3's.
+
+    It has no chat template and no pad token, as the base models of the hub.
+    """
     import torch
     from test_templates import from_sentencepiece
     from tokenizers.processors import TemplateProcessing
@@ -74,25 +69,19 @@ def with_mistrals_tokenizer(folder: Path) -> Path:
     return folder
 
 
-BASES = {"a base without a chat template": without_template, "Mistral's own tokenizer": with_mistrals_tokenizer}
-
-
 @pytest.fixture(scope="module")
-def walks(tmp_path_factory) -> dict[str, Walk]:
-    """A road from each base, side by side: each notebook computes on one core."""
-    folders = {name: tmp_path_factory.mktemp("road") for name in BASES}
-    with ThreadPoolExecutor(len(BASES)) as threads:
-        bases = [make(folders[name] / "base") for name, make in BASES.items()]
-        return dict(zip(BASES, threads.map(walk_on, folders.values(), bases, (100, 200)), strict=True))
+def road(tmp_path_factory) -> Walk:
+    """The road that was walked, as far as it led."""
+    folder = tmp_path_factory.mktemp("road")
+    return walk_on(folder, with_mistrals_tokenizer(folder / "base"), seed=200)
 
 
-@pytest.fixture(scope="module", params=BASES, ids=list(BASES))
-def walk(request, walks) -> Walk:
-    """One of the roads, when all of its notebooks ended."""
-    found = walks[request.param]
-    if found.broken:
+@pytest.fixture
+def walk(road) -> Walk:
+    """The road, when all of its notebooks ended."""
+    if road.broken:
         pytest.fail("a notebook did not end: see test_every_notebook_ends", pytrace=False)
-    return found
+    return road
 
 
 def walk_on(folder: Path, base: Path, seed: int) -> Walk:
@@ -103,9 +92,9 @@ def walk_on(folder: Path, base: Path, seed: int) -> Walk:
         if notebook.startswith("03"):
             found.lost = found.road.visit(notebook, kill_at=1, match="*checkpoint-10*", **injected)
             injected["seed"] += 50
-        typed = {"rank": RANK} if notebook.startswith("01") else {}
+        typed, moved = (TYPED, MOVED) if notebook.startswith("01") else ({}, {})
         vram_gib = found.vram_gib if notebook.startswith("05") else None
-        found.visits[notebook] = found.road.visit(notebook, typed, vram_gib, **injected)
+        found.visits[notebook] = found.road.visit(notebook, typed, moved, vram_gib, **injected)
         if found.visits[notebook].status:
             found.broken = f"{notebook} did not end: {found.visits[notebook].said}"
             break
@@ -123,9 +112,15 @@ def too_little_gib(base: Path) -> float:
     raise AssertionError("every card is large enough, or none")
 
 
-@pytest.mark.parametrize("name", BASES)
-def test_every_notebook_ends(walks, name):
-    assert not walks[name].broken, walks[name].broken
+def test_every_notebook_ends(road):
+    assert not road.broken, road.broken
+
+
+def test_the_base_has_neither_chat_template_nor_pad_token(road):
+    from transformers import AutoTokenizer
+
+    base = AutoTokenizer.from_pretrained(road.road.base)
+    assert base.chat_template is None and base.pad_token is None and len(base) == 32768
 
 
 def test_the_road_was_rough(walk):
@@ -143,10 +138,16 @@ def test_a_machine_lost_in_the_middle_of_training_loses_little(walk):
     assert "continuing from checkpoint-5" in walk.visits[NOTEBOOKS[2]].printed
 
 
-def test_what_was_chosen_on_one_machine_is_trained_on_another(walk):
-    config = workspace.require(walk.run / "finetune", "finetune")["config"]
-    assert config["adapter"]["rank"] == RANK
-    assert {name: config["train"][name] for name in ("max_steps", "save_steps")} == {"max_steps": 12, "save_steps": 5}
+def test_what_was_chosen_on_one_machine_is_prepared_and_trained_on_others(walk):
+    prepared, trained = (workspace.require(walk.run / stage, stage)["config"] for stage in ("prepare", "finetune"))
+    assert prepared["data"]["seq_len"] == trained["data"]["seq_len"] == MOVED["seq_len"]
+    assert (trained["adapter"]["rank"], trained["adapter"]["alpha"]) == (MOVED["rank"], TYPED["alpha"])
+    assert {name: trained["train"][name] for name in ("max_steps", "save_steps")} == {"max_steps": 12, "save_steps": 5}
+    adapter = json.loads((walk.run / "finetune" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (adapter["r"], adapter["lora_alpha"]) == (MOVED["rank"], TYPED["alpha"])
+    third = walk.visits[NOTEBOOKS[2]].printed
+    assert "rank 8, alpha 24" in third and "a context of 128 tokens" in third and "as chosen in notebook 1" in third
+    assert "rank r 8" in third, "the panel starts there"
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -176,7 +177,12 @@ def test_nothing_half_done_is_left_in_drive(walk):
 
 def test_the_report_is_in_drive(walk):
     report = json.loads((walk.run / "evaluate" / "report.json").read_text(encoding="utf-8"))
-    assert {"base", "finetuned", "gptq"} <= report.keys()
+    assert list(report) == ["base", "finetuned", "gptq"]
+
+
+def test_the_merged_model_stays_on_its_machine_and_the_next_says_that_it_is_left_out(walk):
+    said = walk.visits[NOTEBOOKS[4]].printed
+    assert "merged is left out" in said and "04_gptq_quantization.ipynb makes it" in said
 
 
 def test_sixteen_bits_that_do_not_fit_stay_sixteen(walk):

@@ -1,10 +1,14 @@
 """The seven figures that teach: their numbers, and that what they draw can be read."""
 
 import doctest
+from itertools import combinations, pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.legend import Legend
+from matplotlib.text import Annotation, Text
 
 from helpers import budget, hardware, models, quantize
 from helpers.budget import nf4
@@ -47,6 +51,40 @@ def test_a_figure_is_labelled_closed_and_said_in_words(name, tmp_path):
     image = plots.image(figure, tmp_path / f"{name}.png")
     assert image.alt and figure.axes[0].get_title() in image.alt
     assert image.width < 1000, "as wide as the text, not twice"
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_words_lie_over_nothing(name):
+    assert clashes(DRAWN[name]()) == []
+
+
+def clashes(figure):
+    """Words of a figure, but its ticks', that lie over other words, over an arrow or over a curve."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn, found = canvas.get_renderer(), []
+    legend = [(None, text) for legend in figure.findobj(Legend) for text in legend.get_texts()]
+    words = [
+        (axes, text) for axes in figure.axes for text in (*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label)
+    ]
+    boxes = [
+        (text.get_text(), Text.get_window_extent(text, drawn), axes) for axes, text in words + legend if text.get_text()
+    ]
+    found += [(one, two) for (one, a, _), (two, b, _) in combinations(boxes, 2) if a.overlaps(b)]
+    for arrow in (note.arrow_patch for note in figure.findobj(Annotation) if note.arrow_patch):
+        found += [
+            (said, "an arrow") for said, box, _ in boxes if box.overlaps(arrow.get_window_extent(drawn).padded(8))
+        ]
+    for line in (line for axes in figure.axes for line in axes.lines if len(line.get_xydata()) > 2):
+        points = line.get_transform().transform(line.get_xydata())
+        points = np.concatenate([np.linspace(*two, 50) for two in pairwise(points)])
+        over = [
+            box
+            for _, box, axes in boxes
+            if axes is line.axes and ((points > box.min) & (points < box.max)).all(1).any()
+        ]
+        found += [(said, line.get_label()) for said, box, _ in boxes if any(box is one for one in over)]
+    return found
 
 
 def test_stages_are_as_large_as_the_budget_says():

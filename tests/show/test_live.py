@@ -43,6 +43,16 @@ def test_a_constant_loss_is_its_own_smoothed_value_from_the_first_step_on():
     assert 0.5 < curves.smoothed[-1] < 1.0, "one outlier moves it little"
 
 
+def test_what_a_dot_means_has_its_colour_beside_its_number_and_a_run_that_is_over_no_bar():
+    going, over = (live.picture(seen(steps)) for steps in (60, 180))
+    assert (
+        f"held out 0.210 <span style='color:{live.RED}'>●</span>" in going
+        and f"<circle r='4' fill='{live.RED}'" in going
+    )
+    assert "●" in going and "<span" not in going.split("aria-label='loss")[1].split("'")[0]
+    assert going.count("class='bar'") == 2 and over.count("class='bar'") == 1, "memory keeps its own"
+
+
 def test_the_page_is_redrawn_every_few_seconds_and_ends_with_the_last_step():
     drawn, clock_s = [], iter(range(1000))
     progress = live.Progress(

@@ -41,6 +41,19 @@ def test_what_is_measured_and_not_predicted_has_its_row():
     assert "on GPUs only" in table(rows).to_html()
 
 
+def test_a_column_in_which_nothing_stands_is_left_out():
+    rows = [{"quantity": "step, s"} | budget.compared(0.1, 0.5, known=False)]
+    assert list(table(rows).data.columns) == ["quantity", "predicted", "measured"]
+    assert list(table([*rows, {"quantity": "RAM, GiB"} | budget.compared(0.1, 0.5)]).data.columns)[-1] == "difference %"
+
+
+def test_a_path_may_go_on_in_a_new_line_and_a_table_of_errors_has_one_line_of_headings():
+    assert "data/<wbr>conversations.<wbr>jsonl" in table({"source": "/home/data/conversations.jsonl"}).to_html()
+    modules = [{"layer": layer, "module": f"model.layers.{layer}.q_proj", "error": 1e-5} for layer in (0, 1)]
+    html = tables.errors([module | {"module": "mlp.up_proj"} for module in modules] + [modules[0]]).to_html()
+    assert html.count("<tr>") == 3 and ">layer<" in html and ">1.0e-05<" in html and ">–<" in html
+
+
 def test_what_is_not_known_is_empty_beside_numbers_and_whole_numbers_stay_whole():
     html = tables.table([{"predicted": 4096, "off": -87.94}, {"predicted": "on GPUs only", "off": None}]).to_html()
     assert "nan" not in html and "None" not in html

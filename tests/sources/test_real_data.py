@@ -331,7 +331,7 @@ def test_dates_beyond_python_and_pictures_in_parquet_are_told_and_do_no_harm(tmp
     counts, rows = made(tmp_path / "a.parquet", tmp_path / "out")
     assert rows == [("a", "c")] and counts["dropped"] == {"media": 1}
     (told,) = [finding for finding in counts["findings"] if finding["kind"] == "unused-fields"]
-    assert "when (1: <timestamp[us]>)" in told["sentence"]
+    assert "when in 1 row, such as <timestamp[us]>" in told["sentence"]
     parquet.write_table(pa.table({"d": pa.array([2**62], pa.timestamp("us"))}), tmp_path / "d.parquet")
     with pytest.raises(ValueError, match="it has the fields d; messages"):
         made(tmp_path / "d.parquet", tmp_path / "none")

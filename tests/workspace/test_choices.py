@@ -4,14 +4,12 @@ import doctest
 import json
 
 import faults
-import nbformat
 import pytest
 import yaml
-from nbclient import NotebookClient
 
 from helpers import budget, cli, hardware, models, workspace
 from helpers.config import load_yaml
-from helpers.models import ROOT, profile
+from helpers.models import profile
 from helpers.show import panel
 from helpers.workspace import StaleArtifact, StorageError, Workspace, choices
 
@@ -190,43 +188,3 @@ def test_what_a_command_was_told_is_where_the_next_one_starts(run, capfd):
     heard = capfd.readouterr()
     assert json.loads(heard.out)["context"] == 64
     assert "\na context of 64 tokens, as chosen by python -m helpers prepare" in f"\n{heard.err}"
-
-
-def executed(name: str, run_root, **moved) -> nbformat.NotebookNode:
-    """A notebook executed in a kernel of its own; moved: sliders to move when the panel is shown."""
-    notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
-    cells = notebook.cells
-    parameters = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
-    parameters.source += f"\nprofile, workspace = 'tiny', {str(run_root)!r}"
-    shown = next((place for place, cell in enumerate(cells) if "panel.panel(" in cell.source), len(cells) - 1)
-    moves = "\n".join(f"sliders.controls[{knob!r}].value = {value}" for knob, value in moved.items())
-    cells.insert(shown + 1, nbformat.v4.new_code_cell(moves))
-    last = next((place for place, cell in enumerate(cells) if "finetune.finetune(" in cell.source), len(cells))
-    del cells[last + 1 :]
-    NotebookClient(notebook, kernel_name="python3", timeout=600).execute(cwd=str(ROOT / "notebooks"))
-    return notebook
-
-
-def printed(notebook) -> str:
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    return "\n".join(output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in outputs)
-
-
-def test_sliders_moved_in_notebook_1_are_prepared_in_2_and_trained_in_3(tmp_path, monkeypatch):
-    """Each notebook on another machine, as each badge opens one; only the lasting folder is shared."""
-    drive = tmp_path / "drive"
-    drive.mkdir()
-    for name, value in {"RECIPES_LASTING": str(drive), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path / "home")}.items():
-        monkeypatch.setenv(name, value)
-    executed("01_environment_setup.ipynb", tmp_path / "one" / "tiny", rank=32, seq_len=128)
-    plan = drive / "mistral-t4-recipes" / "tiny" / "plan.yaml"
-    plan.write_text(plan.read_text() + "max_steps: 2\nmax_conversations: 60\n")  # by hand, and so that it is quick
-
-    executed("02_dataset_preparation.ipynb", tmp_path / "two" / "tiny")
-    assert load_yaml(tmp_path / "two" / "tiny" / "prepare" / "config.yaml").data.seq_len == 128
-
-    third = executed("03_qlora_finetuning.ipynb", tmp_path / "three" / "tiny")
-    assert "rank 32, a context of 128 tokens" in printed(third) and "as chosen in notebook 1" in printed(third)
-    assert "rank r 32" in printed(third), "the panel starts there"
-    adapter = json.loads((tmp_path / "three" / "tiny" / "finetune" / "adapter" / "adapter_config.json").read_text())
-    assert adapter["r"] == 32
