@@ -20,7 +20,7 @@ Scales of 4-bit weights stay whole too, as bitsandbytes keeps them outside of th
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from helpers.budget import vram
 from helpers.budget.step import FULL, HALF, Step, lora_parameters, trained_parameters
@@ -32,6 +32,8 @@ WAYS = ("none", "fsdp", "zero2", "zero3")
 PROPOSED = ("none", "fsdp")
 """Of these, what a plan proposes: of DeepSpeed's, zero2 runs where it is asked for, and zero3 does not."""
 DIVIDES_WEIGHTS = ("fsdp", "zero3")
+LAST, ON_THEIR_WAY = "the lowest layer's backward pass", "gradients on their way"
+"""A phase of vram.phases after whose layer none is fetched, and a component."""
 BUCKET_VALUES = 2**24
 """Values that ZeRO collects before it sends them. DeepSpeed's own default, 5e8, takes 1.9 GiB in 16 bits, twice."""
 GATHERED_LAYERS = 2
@@ -109,10 +111,19 @@ def layer_bytes(step: Step) -> float:
 
 def phases(step: Step, gpus: int, capability: tuple[int, int] = (7, 5)) -> dict[str, Parts]:
     """Phase of a training step -> component -> bytes in one GPU's allocator, of so many GPUs; vram.phases' for one."""
-    whole = vram.phases(step, capability)
     if gpus == 1:
-        return whole
-    return {name: on_each(parts, name, step, gpus) for name, parts in whole.items()}
+        return vram.phases(step, capability)
+    config = step.config
+    if config.train.sharding == "fsdp":  # gradients go with the step: several micro-batches of a GPU keep them
+        each = replace(config.train, accumulation=micro_batches(config, gpus))
+        step = replace(step, config=replace(config, train=each))
+    found = {name: on_each(parts, name, step, gpus) for name, parts in vram.phases(step, capability).items()}
+    if config.train.sharding == "fsdp" and config.train.trains == "all":  # divided as one: their gradients come last
+        after, outside = found["the optimizer step"], step.shape.embedding_parameters
+        there = after["gradients"] - (FULL * outside / gpus if step.config.train.accumulation == 1 else 0.0)
+        on_their_way = {"gathered embedding and head": HALF * outside, ON_THEIR_WAY: (HALF + FULL) * outside}
+        found["the embedding's backward pass"] = after | {"gradients": there} | on_their_way
+    return found
 
 
 def on_each(whole: Parts, phase: str, step: Step, gpus: int) -> Parts:
@@ -120,7 +131,9 @@ def on_each(whole: Parts, phase: str, step: Step, gpus: int) -> Parts:
     config, shape = step.config, step.shape
     sharding, trained = config.train.sharding, trained_parameters(config, shape)
     gradients = vram.gradients_name(config)
-    parts = whole | {gradients: FULL * trained}  # in buckets, which stay from step to step
+    parts = dict(whole)
+    if sharding != "fsdp":
+        parts[gradients] = FULL * trained  # in buckets, which stay from step to step
     if sharding == "none":
         return parts
     for name in {gradients, "optimizer states", "optimizer buffers"} & parts.keys():
@@ -137,7 +150,10 @@ def on_each(whole: Parts, phase: str, step: Step, gpus: int) -> Parts:
         parts.pop("weights in 16 bits", None)  # they are gathered in 16 bits, and autocast has nothing to keep
         parts["gathered embedding and head"] = rest
         if "backward" in phase:  # one layer's gradients in 16 bits, and in fp32 on their way
-            parts["gradients on their way"] = (HALF + FULL) * shape.layer_linear_parameters
+            parts[ON_THEIR_WAY] = (HALF + FULL) * shape.layer_linear_parameters
+            if phase == LAST and config.train.accumulation == 1:  # its own are these, the embedding's come later
+                there = trained - shape.layer_linear_parameters - shape.embedding_parameters
+                parts[gradients] = FULL * there / gpus + HALF * shape.embedding_parameters / 2  # the head's, undivided
     else:
         parts["LoRA weights"] /= gpus
         for name in {"4-bit weights", "experts in 16 bits"} & parts.keys():
@@ -145,18 +161,22 @@ def on_each(whole: Parts, phase: str, step: Step, gpus: int) -> Parts:
         if config.model.weights == "fp16":
             parts["16-bit weights"] = (whole["16-bit weights"] - rest) / gpus + rest
     if "optimizer" not in phase:
-        count = 1 if "loss" in phase else GATHERED_LAYERS
+        count = 1 if "loss" in phase or phase == LAST else GATHERED_LAYERS
         adapters = FULL * lora_parameters(config, shape) / shape.layers
         parts["gathered layers"] = count * (layer_bytes(step) + adapters)
     return parts
 
 
 def held_apart(step: Step, gpus: int) -> float:
-    """Bytes that the allocator reserves for rows of gathered weights: what one stream frees no other may take at once.
+    """Bytes that the allocator reserves for what goes between GPUs: what one stream frees no other may take at once.
 
-    One layer's, as two H200 showed: without it four runs reserved up to 1.7 % more than predicted (h200x2_sharding).
+    One layer's weights, as two H200 showed: without them four runs reserved up to 1.7 % more than predicted
+    (h200x2_sharding). Of full fine-tuning one layer's gradients in fp32 too, which another stream scatters.
     """
-    return layer_bytes(step) if gpus > 1 and step.config.train.sharding in DIVIDES_WEIGHTS else 0.0
+    if gpus == 1 or step.config.train.sharding not in DIVIDES_WEIGHTS:
+        return 0.0
+    everything = step.config.train.trains == "all"
+    return layer_bytes(step) + (FULL * step.shape.layer_linear_parameters if everything else 0.0)
 
 
 def waits(step: Step, machine: Machine, gpus: int) -> Waits:

@@ -32,15 +32,15 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             status, result, text = STAGES[options.stage](options, configuration(options))
         except StorageError as error:
-            print(f"{options.stage}: {error}", file=sys.stderr)
+            say(f"{options.stage}: {error}")
             return FAILED
         except ValueError as error:
-            print(f"{options.stage}: {error}", file=sys.stderr)
+            say(f"{options.stage}: {error}")
             if os.environ.get("RECIPES_DEBUG"):
                 traceback.print_exc()
             return DOES_NOT_FIT if isinstance(error, budget.DoesNotFit) else WRONG_REQUEST
         except KeyboardInterrupt:
-            print(f"{options.stage}: stopped; the same command continues where it can", file=sys.stderr)
+            say(f"{options.stage}: stopped; the same command continues where it can")
             return FAILED
         except Exception as error:
             traceback.print_exc()
@@ -51,6 +51,16 @@ def main(arguments: list[str] | None = None) -> int:
         if gpu.is_first():
             print(json.dumps(result, indent=1, default=str) if options.json else text, file=result_stream, flush=True)
     return status
+
+
+def say(sentence: str) -> None:
+    """A sentence on standard error; of several processes started together, once, by the first that can say it."""
+    if "RANK" in os.environ:
+        from helpers.finetune import ranks
+
+        if ranks.is_said_by_the_first(sentence):
+            return
+    print(sentence, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -148,7 +148,8 @@ class PreferenceTuner(FineTuner):
         if self.recipe.train.method == "orpo":
             return
         if checkpoint is not None:
-            self.reference.update(load_file(checkpoint / REFERENCE))
+            # Copied: what safetensors reads is the file itself, and a checkpoint that goes is emptied first
+            self.reference.update({name: value.clone() for name, value in load_file(checkpoint / REFERENCE).items()})
             return
         for split, plan in (("train", self.train_dataset), ("heldout", self.eval_dataset)):
             if plan is not None:

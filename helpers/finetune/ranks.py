@@ -10,7 +10,7 @@ LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Rank 0 alone writes, sends and prints; th
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import TypeVar
@@ -21,9 +21,12 @@ from accelerate.utils import check_cuda_p2p_ib_support
 
 from helpers.hardware import Machine
 from helpers.models import gpu
+from helpers.workspace import StorageError
 
 PATIENCE = timedelta(hours=1)
 """How long a rank waits for another one: a checkpoint may come from Drive meanwhile. Dead ones are noticed sooner."""
+HEARING = timedelta(seconds=3)
+"""How long one that fails listens whether rank 0 fails with the same sentence."""
 Result = TypeVar("Result")
 
 
@@ -79,12 +82,46 @@ def joined() -> Iterator[None]:
 
 
 def from_first(act: Callable[[], Result]) -> Result:
-    """What rank 0 gets by doing something, on every rank. Its errors are raised there; the others are ended then."""
+    """What rank 0 gets by doing something, on every rank.
+
+    Its errors that are sentences (ValueError, StorageError) are raised on all, who would wait for it else; another is
+    raised on rank 0 alone, and the others are ended then.
+    """
     if count() == 1:
         return act()
-    box = [act() if is_first() else None]
+    box: list[Result | Exception | None] = [None]
+    if is_first():
+        try:
+            box = [act()]
+        except (ValueError, StorageError) as error:
+            box = [error]
+            dist.broadcast_object_list(box)
+            raise
     dist.broadcast_object_list(box)
+    if isinstance(box[0], Exception):
+        raise box[0]
     return box[0]
+
+
+def is_said_by_the_first(sentence: str) -> bool:
+    """Whether this process fails with a sentence that another one says for it.
+
+    Where they have met, rank 0 has left its own in their store, and what it has not met within HEARING is this rank's
+    to say. Before that all have read the same settings: the first of each machine says what is wrong with them.
+    """
+    if not dist.is_initialized():
+        return int(os.environ.get("LOCAL_RANK", os.environ["RANK"])) > 0
+    store = dist.distributed_c10d._get_default_store()
+    with suppress(dist.DistError):  # the first has ended, with its store
+        if is_first():
+            store.set("failed", sentence)
+            return False
+        try:
+            store.wait(["failed"], HEARING)
+        except dist.DistStoreError:
+            return False
+        return store.get("failed").decode() == sentence
+    return not is_first()
 
 
 def gathered(value: Result) -> list[Result]:

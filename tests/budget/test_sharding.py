@@ -110,9 +110,40 @@ def test_runs_with_divided_weights_reserved_what_was_predicted_within_three_perc
     assert len(runs) == 5
     for row, values in runs:
         predicted = memory(seven(**values), H200, models.shape(row["model"]))
-        off = 0.04 if row["mode"] == "full" else 0.03  # 3.3 % more than was allocated, 0.2 % less than was reserved
-        assert predicted.allocated_gib == pytest.approx(row["allocated_gib"], rel=off)
+        assert predicted.allocated_gib == pytest.approx(row["allocated_gib"], rel=0.03)
         assert predicted.reserved_gib == pytest.approx(row["reserved_gib"], rel=0.03)
+
+
+def test_a_second_gpu_costs_the_averaged_gradients_and_was_within_three_percent():
+    """Our own layers under DDP (h200x2.csv): 0.156 GiB, a rank of 16 in fp32, whatever the buckets hold."""
+    with (ROOT / "data/measurements/h200x2.csv").open() as stream:
+        rows = [row for row in csv.DictReader(stream) if row["engine"] == "ours"]
+    assert len(rows) == 8
+    for row in rows:
+        gpus, each = int(row["gpus"]), int(row["accumulation"])
+        config = seven(seq_len=int(row["seq"]), batch_size=int(row["batch"]), checkpointing=int(row["checkpointing"]))
+        asked = {"allocated_gib": [], "reserved_gib": []}
+        for count in (1, gpus):
+            predicted = memory(config.with_values(gpus=count, accumulation=count * each), H200)
+            for name, found in asked.items():
+                found.append(getattr(predicted, name))
+        for name, (one, several) in asked.items():
+            assert several == pytest.approx(float(row[name]), rel=0.03)
+            assert several - one == pytest.approx(0.156 if gpus > 1 and each == 1 else 0.0, abs=0.001)
+
+
+def test_full_fine_tuning_keeps_its_gradients_only_from_one_micro_batch_of_a_gpu_to_the_next():
+    """Else each is there from its layer's turn on: the most when the lowest layer's, or the embedding's, is made."""
+    asked = {"weights": "fp16", "trains": "all", "gpus": 2, "sharding": "fsdp"}
+    once, twice = (memory(seven(**asked, seq_len=256, accumulation=count), H200) for count in (2, 4))
+    all_of_them = 4 * SEVEN.parameters / 2 / 2**30
+    assert twice.parts["gradients"] == pytest.approx(all_of_them)
+    assert all_of_them - 1 < once.parts["gradients"] < all_of_them - 0.5
+    assert once.phase == "the lowest layer's backward pass" != twice.phase
+    wide = replace(SEVEN, vocab=8 * SEVEN.vocab)
+    found = memory(seven(**asked, accumulation=2, seq_len=16), H200, wide)
+    assert found.phase == "the embedding's backward pass"
+    assert found.parts["gradients on their way"] == pytest.approx(6 * wide.embedding_parameters / 2**30)
 
 
 def test_times_of_two_gpus_are_as_rough_as_the_table_says():

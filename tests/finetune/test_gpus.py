@@ -22,7 +22,7 @@ from kill_and_resume import make_inputs
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from helpers import budget, finetune, hardware, jobs
+from helpers import budget, cli, finetune, hardware, jobs
 from helpers.finetune import batches, ranks, workers
 from helpers.finetune.trainer import FineTuner
 from helpers.finetune.watch import Watch
@@ -283,6 +283,25 @@ def test_a_worker_that_dies_before_it_reads_its_job_is_a_sentence(inputs, tmp_pa
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_of_ranks_that_have_met_the_first_says_what_is_wrong_and_another_what_it_alone_has_met(two_ranks):
+    first, second = (facts["said"] for facts in two_ranks[1])
+    assert (first["status"], second["status"]) == (2, 2)
+    assert first["together"].startswith("finetune: ") and "is not there" in first["together"]
+    assert first["together"].count("\n") == 1 and second["together"] == ""
+    assert (first["alone"], second["alone"]) == ("", "a disk that is not shared\n")
+
+
+@pytest.mark.parametrize(
+    ("rank", "says"), [({"RANK": "0"}, True), ({"RANK": "1"}, False), ({"RANK": "8", "LOCAL_RANK": "0"}, True)]
+)
+def test_before_they_meet_the_first_of_each_machine_says_what_is_wrong(rank, says, monkeypatch, capsys):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, value in rank.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["finetune", "--profile", "tiny", "--rank", "0"]) == 2
+    assert ("rank" in capsys.readouterr().err) == says
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, Features, List, Value, load_from_disk
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -242,6 +242,18 @@ class StopAt(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step - 1:
             self.trainer.watch.interrupted = 2
+
+
+def test_a_reference_outlives_the_checkpoint_that_it_was_read_from(tmp_path):
+    """A checkpoint that goes is emptied first: who then reads a file's own pages is killed, without a word."""
+    known, file = torch.arange(4096.0), tmp_path / preferences.REFERENCE
+    save_file({"train": known}, file)
+    trainer = object.__new__(preferences.PreferenceTuner)
+    trainer.recipe, trainer.reference = profile("tiny", method="dpo"), {}
+    trainer.begin(tmp_path)
+    with file.open("r+b") as stream:  # emptied, it would end this process
+        stream.write(bytes(file.stat().st_size))
+    assert torch.equal(trainer.reference["train"], known)
 
 
 def test_an_adapter_to_start_from_is_its_own_reference(small, pairs, tmp_path):

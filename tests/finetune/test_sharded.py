@@ -58,9 +58,12 @@ def trained(config, model, rank: int = 0, ranks: int = 1) -> dict:
 RUNS = {
     "LoRA": {"save_steps": 2, "eval_steps": 2},
     "all weights": {"weights": "fp16", "trains": "all", "learning_rate": 1e-4},
-    "pairs": {"method": "dpo", "accumulation": 2, "seq_len": 64},
+    "pairs": {"method": "dpo", "accumulation": 2, "seq_len": 64, "save_steps": 2},
+    "pairs by odds": {"method": "orpo", "accumulation": 2, "seq_len": 64, "save_steps": 2, "max_steps": 4},
 }
 """Whole trainings by `finetune`."""
+STOPPED = {"LoRA": 3, "pairs": 3, "pairs by odds": 1}
+"""Of these the step at which somebody stops one; pairs' two processes go on then, with what the base said of them."""
 
 
 def fine_tuned(folder: Path, run: str, stop_at: int | None = None, **values) -> dict:
@@ -76,7 +79,7 @@ def fine_tuned(folder: Path, run: str, stop_at: int | None = None, **values) -> 
 
     Watch.on_step_end = stopped
     try:
-        prepared = folder / ("few-pairs" if config.train.method == "dpo" else "few")
+        prepared = folder / ("few-pairs" if config.train.sides == 2 else "few")
         return finetune.finetune(config, prepared, folder / run / "finetune")
     finally:
         Watch.on_step_end = on_step_end
@@ -111,8 +114,10 @@ def one_rank(rank: int, port: int, answer) -> None:
         found[case] = trained(configured(case), model, rank, ranks=2) | {"held": held}
     for run, values in RUNS.items():
         fine_tuned(answer.parent, run, gpus=2, sharding="fsdp", **values)
-    with pytest.raises(KeyboardInterrupt):
-        fine_tuned(answer.parent, "stopped", stop_at=3, gpus=2, sharding="fsdp", **RUNS["LoRA"])
+    for run, stop_at in STOPPED.items():
+        with pytest.raises(KeyboardInterrupt):
+            fine_tuned(answer.parent, f"stopped {run}", stop_at=stop_at, gpus=2, sharding="fsdp", **RUNS[run])
+    fine_tuned(answer.parent, "stopped pairs", gpus=2, sharding="fsdp", **RUNS["pairs"])
     if rank == 0:
         torch.save(found, answer)
     dist.barrier()
@@ -172,10 +177,13 @@ def test_a_training_with_divided_weights_is_the_training_of_one_process(run, div
         torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=1e-4)
 
 
-def test_a_training_that_was_stopped_with_divided_weights_goes_on_alone(divided):
-    folder = divided["folder"]
-    assert fine_tuned(folder, "stopped", **RUNS["LoRA"])["resumed_from_step"] == 3
-    ours, whole = weights_of(folder, "stopped"), weights_of(folder, "LoRA")
+@pytest.mark.parametrize("run", STOPPED)
+def test_a_training_that_was_stopped_with_divided_weights_goes_on(run, divided):
+    folder, stopped = divided["folder"], f"stopped {run}"
+    if run != "pairs":  # alone
+        assert fine_tuned(folder, stopped, **RUNS[run])["resumed_from_step"] == STOPPED[run]
+    assert logged(folder, stopped, "loss") == pytest.approx(logged(folder, run, "loss"), abs=1e-4)
+    ours, whole = weights_of(folder, stopped), weights_of(folder, run)
     for name, value in ours.items():
         torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-4)
 

@@ -7,10 +7,12 @@ step at which rank 1, and nobody else, is asked to stop. Rank 0 leaves FOLDER/NA
 PyTorch's DistributedDataParallel was told.
 """
 
+import io
 import json
 import os
 import sys
 import time
+from contextlib import redirect_stderr
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
-from helpers import finetune  # noqa: E402
+from helpers import cli, finetune  # noqa: E402
 from helpers.config import from_tree  # noqa: E402
 from helpers.finetune import ranks  # noqa: E402
 from helpers.finetune.watch import Watch  # noqa: E402
@@ -79,9 +81,22 @@ def main(folder: Path) -> None:
                 "trained": sorted(name for name, value in trainer.model.named_parameters() if value.requires_grad),
                 "seed": trainer.args.seed,
             }
+        facts["said"] = said_of_errors(folder)
         everyone = ranks.gathered(facts)
     if os.environ["RANK"] == "0":
         (folder / "facts.json").write_text(json.dumps(everyone), encoding="utf-8")
+
+
+def said_of_errors(folder: Path) -> dict:
+    """What this rank says of an error that it alone has, and of one that both have."""
+    with redirect_stderr(io.StringIO()) as alone:
+        if ranks.rank() == 1:
+            cli.say("a disk that is not shared")
+    ranks.gathered(None)
+    nowhere = ["--prepared", str(folder / "nowhere"), "--output", str(folder / "never")]
+    with redirect_stderr(io.StringIO()) as together:
+        status = cli.main(["finetune", "--profile", "tiny", *nowhere])
+    return {"alone": alone.getvalue(), "together": together.getvalue(), "status": status}
 
 
 if __name__ == "__main__":
