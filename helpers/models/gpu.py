@@ -87,6 +87,7 @@ def chain(error: BaseException, spared: BaseException | None) -> Iterator[BaseEx
 
 def free_memory() -> None:
     """Give back what nobody holds: dead cycles, PyTorch's cached GPU memory, and pinned host memory."""
+    forget_frames()
     gc.collect()
     torch = sys.modules.get("torch")  # where nobody imported it there is nothing to free
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -94,6 +95,22 @@ def free_memory() -> None:
             torch.cuda.empty_cache()
             # PyTorch keeps pinned blocks for the process; what gives them back has no public name yet
             getattr(torch._C, "_host_emptyCache", lambda: None)()
+
+
+def forget_frames() -> None:
+    """Take the tracebacks of errors that modules keep, most often of an optional import that failed.
+
+    Their frames hold all that called them: GPTQModel keeps one of llama_cpp's, PEFT imports GPTQModel while it attaches
+    a 16-bit adapter, and so the first model of a process was never let go. Your own variables, and Python's last error,
+    keep theirs.
+    """
+    for name, module in list(sys.modules.items()):
+        if name in ("__main__", "sys"):
+            continue
+        for value in list(getattr(module, "__dict__", {}).values()):
+            if issubclass(type(value), Exception):  # isinstance would ask objects that warn, or import, when asked
+                for part in chain(value, None):
+                    part.__traceback__ = None
 
 
 def seeing(cards: int = 1) -> dict[str, str]:

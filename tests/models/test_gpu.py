@@ -93,6 +93,27 @@ def test_a_model_that_cannot_be_opened_to_its_end_is_let_go(monkeypatch):
     assert all(part() is None for part in parts)
 
 
+def test_a_module_that_keeps_the_error_of_an_import_keeps_no_model(tmp_path, monkeypatch):
+    """As GPTQModel does with llama_cpp, which PEFT makes it look for while an adapter is attached."""
+    (tmp_path / "keeps_its_error.py").write_text(
+        "try:\n    import no_such_library\nexcept ImportError as error:\n    kept = error\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    held = []
+
+    @gpu.gives_back
+    def work():
+        model = torch.nn.Linear(2, 2)
+        held.append(weakref.ref(model))
+        import keeps_its_error
+
+        return keeps_its_error.kept
+
+    kept = work()
+    assert held[0]() is None
+    assert isinstance(kept, ModuleNotFoundError) and kept.name == "no_such_library"
+
+
 def test_what_the_caller_was_handling_keeps_its_variables():
     def earlier():
         kept = "a user's own"
