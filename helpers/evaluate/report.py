@@ -403,9 +403,12 @@ def put_card(text: str, folder: Path) -> Path | None:
     if stage is None:
         return None
     manifest = read_manifest(stage)
+    name = str((folder / "README.md").relative_to(stage))
+    known = manifest["outputs"].pop(name, None)
+    if known is not None:  # PEFT wrote a card of its own: not listed while it is replaced, it damages nothing
+        seal(stage / MANIFEST, manifest)
     path = write_text(folder / "README.md", text)
-    known = manifest["outputs"].get(str(path.relative_to(stage)))
-    if known is not None:  # PEFT wrote a card of its own, which is now replaced
-        known |= {"size_bytes": path.stat().st_size, "sha256": checksum(path)}
+    if known is not None:
+        manifest["outputs"][name] = known | {"size_bytes": path.stat().st_size, "sha256": checksum(path)}
         seal(stage / MANIFEST, manifest)
     return path

@@ -1,11 +1,13 @@
 """The report as one sends it: what came out in a sentence, what differs first, the rest folded, read by everybody."""
 
 import re
+from contextlib import suppress
 from dataclasses import asdict
 
 import pytest
 from matplotlib.colors import to_hex
 
+from helpers import workspace
 from helpers.evaluate import report
 from helpers.models import profile
 from helpers.show import plots
@@ -91,3 +93,31 @@ def test_it_has_a_dark_side_a_narrow_one_and_a_printed_one_and_escapes_what_peop
         assert rule in page
     assert "a &lt; b?" in page and "a < b?" not in page
     assert "The first 1 of 1" in page
+
+
+@pytest.mark.parametrize("moment", [1, 2, 3, 4])
+def test_a_card_that_is_cut_short_at_any_moment_damages_no_model(moment, tmp_path, monkeypatch):
+    with workspace.building(tmp_path / "finetune", "finetune") as stage:
+        (stage.folder / "adapter").mkdir()
+        for name in ("README.md", "adapter_model.safetensors"):
+            (stage.folder / "adapter" / name).write_text("PEFT's own")
+    done = []
+
+    def then_killed(act):
+        def call(*arguments):
+            found = act(*arguments)
+            done.append(act)
+            if len(done) == moment:
+                raise KeyboardInterrupt
+            return found
+
+        return call
+
+    for name in ("seal", "write_text"):
+        monkeypatch.setattr(report, name, then_killed(getattr(report, name)))
+    with suppress(KeyboardInterrupt):
+        report.put_card("# Our card", tmp_path / "finetune" / "adapter")
+    assert len(done) == min(moment, 3)
+    workspace.require(tmp_path / "finetune", "finetune")
+    card = (tmp_path / "finetune" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert card == ("PEFT's own" if moment == 1 else "# Our card")
