@@ -21,6 +21,11 @@ NO_SCRIPTS = "{% extends 'lab/index.html.j2' %}" + "".join(
     for name in ("html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs")
 )
 """nbconvert's page without what it fetches from the network: there is no formula and no diagram here."""
+BETWEEN_WORDS = (
+    "{% block html_head_css %}{{ super() }}"
+    "<style>.jp-OutputArea-output pre {word-break: normal; overflow-wrap: anywhere}</style>{% endblock %}"
+)
+"""Plain text breaks between words on a phone, where nbconvert's breaks anywhere."""
 LEFT = "<style>.jp-RenderedHTMLCommon .still :is(td, th) {text-align: left}</style>"
 """As a widget's tables are; those of an output are set to the right."""
 HEAD = (
@@ -65,7 +70,7 @@ def page(path: Path, title: str) -> str:
                 output.data["text/html"] = f"{LEFT}<div class='still'>{still(view['model_id'], states)}</div>"
     notebook.metadata["title"] = title
     hidden = Config({"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": ["setup"]}})
-    exporter = HTMLExporter(config=hidden, template_name="lab", raw_template=NO_SCRIPTS)
+    exporter = HTMLExporter(config=hidden, template_name="lab", raw_template=NO_SCRIPTS + BETWEEN_WORDS)
     return exporter.from_notebook_node(notebook)[0]
 
 
