@@ -124,8 +124,8 @@ def fetch(file: Path, twin: Path | None) -> None:
 def clear(twin: Path | None) -> None:
     """The table is whole: what was kept there goes. It is in nobody's way if that fails."""
     if twin is not None:
-        with suppress(OSError):
-            for name in files.names(twin):
-                if name.endswith(".json"):
-                    (twin / name).unlink()
-            files.erase_empty(twin, twin.parent)
+        for path in (twin / name for name in files.names(twin) if ".json" in name):  # a torn write's, too
+            files.empty(path)
+            with suppress(OSError):
+                files.patiently(lambda path=path: path.unlink(missing_ok=True))
+        files.erase_empty(twin, twin.parent)

@@ -1,9 +1,11 @@
 """An evaluation that is stopped: what was measured is kept, and the same command makes the report of a whole one."""
 
+import errno
 import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import kill_at
 import pytest
@@ -160,3 +162,26 @@ def test_a_name_that_no_file_can_have_is_refused_before_the_hours(models, tmp_pa
     with pytest.raises(ValueError, match=f"a model cannot be called '{name}': files get that name"):
         evaluate.evaluate({name: models["base"]}, CONFIG, HELDOUT, tmp_path / "evaluate")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_kept_goes_also_from_a_place_where_every_first_try_fails(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECIPES_PATIENCE_S", "0")
+    twin = tmp_path / "evaluate.partial" / SCRATCH
+    twin.mkdir(parents=True)
+    for name in ("base-1.json", "gptq-2.json", ".base-1.json.torn"):
+        (twin / name).write_text("{}")
+    failed = set()
+
+    def once(act):
+        def call(path, *arguments, **named):
+            if (act, path) not in failed:
+                failed.add((act, path))
+                raise OSError(errno.EIO, "Input/output error")
+            return act(path, *arguments, **named)
+
+        return call
+
+    for name in ("unlink", "rmdir"):
+        monkeypatch.setattr(Path, name, once(getattr(Path, name)))
+    kept.clear(twin)
+    assert not twin.parent.exists() and len(failed) == 5
